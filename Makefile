@@ -1,0 +1,41 @@
+# make serve   set up and start the server      make test    set up and run the tests
+# make check   lint and type-check              make bench   measure against the peers
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Without it Linux is sent gigabytes of CUDA libraries. Where it cannot be reached, pip warns
+# and goes on with what it has.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
+	--extra-index-url $(TORCH_INDEX) --constraint constraints.txt
+
+.PHONY: serve test check format clean
+
+serve: $(VENV)/.serve
+	$(BIN)/python -m server $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/.serve
