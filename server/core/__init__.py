@@ -1,0 +1,1 @@
+"""The server's inside: prompts, sentiment, replies and the engine. No HTTP in here."""

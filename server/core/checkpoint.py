@@ -1,0 +1,92 @@
+"""Finds the folder of a checkpoint: bundled, local, in the Hugging Face cache, or on the hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+DEFAULT_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
+BUNDLED_MODEL = "qwen-mini"
+BUNDLED_FOLDER = Path(__file__).parent.parent / "models" / BUNDLED_MODEL
+# No pickles: only formats that cannot run code.
+FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
+
+
+class CheckpointError(Exception):
+    """The checkpoint cannot be used; the message is one sentence for the console."""
+
+
+class HubUnreachableError(CheckpointError):
+    """The hub does not answer, and the checkpoint is not in the cache."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model lies, the id clients know it by, and what people must be told about it."""
+
+    model_id: str
+    folder: Path
+    warning: str | None = None
+
+
+def find_checkpoint(model: str) -> Checkpoint:
+    """Resolves `auto`, `mini`, a local folder or a hub id; only `auto` ever falls back.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be fetched.
+    """
+    if model == "auto":
+        return _find_default()
+    if model == "mini":
+        return Checkpoint(BUNDLED_MODEL, BUNDLED_FOLDER)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return Checkpoint(folder.resolve().name, folder)
+    if folder.is_file():
+        raise CheckpointError(f"{model} is a file; give the folder of a checkpoint")
+    return Checkpoint(model, _download(model))
+
+
+def _find_default() -> Checkpoint:
+    try:
+        return Checkpoint(DEFAULT_MODEL, _download(DEFAULT_MODEL))
+    except HubUnreachableError:
+        return Checkpoint(
+            f"{BUNDLED_MODEL}-fallback",
+            BUNDLED_FOLDER,
+            f"{DEFAULT_MODEL} is neither in the cache nor can the Hugging Face hub be reached: "
+            f"serving the small bundled {BUNDLED_MODEL} instead; its answers are much simpler",
+        )
+
+
+def _download(repo_id: str) -> Path:
+    """The repository's folder in the cache, completed from the hub with a progress bar."""
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo_id!r} is neither a folder here nor a model id of the Hugging Face hub"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the Hugging Face hub has no public model {repo_id!r}, nor is it a folder here; "
+            "check the spelling (a private model needs HF_TOKEN)"
+        ) from error
+    except (LocalEntryNotFoundError, httpx2.TransportError) as error:
+        raise HubUnreachableError(
+            f"the Hugging Face hub cannot be reached and {repo_id!r} is not complete in the "
+            "cache; connect once to download it, or use --model mini"
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"cannot download {repo_id!r} from the hub: {reason}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot store {repo_id!r} in the cache: {error}") from error

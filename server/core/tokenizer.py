@@ -1,0 +1,160 @@
+"""Turns conversations and texts into token ids.
+
+Only the chat template can write special tokens: whatever a client sends is encoded as
+plain text, so no message can open a turn, close one or change its role.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from server.core.checkpoint import CheckpointError
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplateError(Exception):
+    """The checkpoint's chat template refuses this conversation; says why."""
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer and chat template, safe against markers in user text."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ChatTokenizer":
+        """Loads the tokenizer of a checkpoint.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of a kind Qwen does not use.
+        """
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(f"{folder} has no tokenizer: tokenizer.json is missing")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # tokenizers raises plain Exception for a damaged file.
+        except Exception as error:
+            raise CheckpointError(f"{folder}: the tokenizer is not readable: {error}") from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise CheckpointError(f"{folder}: the tokenizer has no fast form (tokenizer.json)")
+        if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+            raise CheckpointError(f"{folder}: the tokenizer is not byte-level as Qwen's is")
+        if not tokenizer.chat_template:
+            raise CheckpointError(
+                f"{folder} has no chat template; use a checkpoint made for chat (...-Chat, "
+                "...-Instruct)"
+            )
+        return cls(tokenizer)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._template = tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._plain = _without_added_tokens(self._backend)
+        added = self._backend.get_added_tokens_decoder()
+        self._marker_ids = {token.content: token_id for token_id, token in added.items()}
+        # Longest first, so that a marker never hides in a longer one.
+        markers = sorted(self._marker_ids, key=len, reverse=True)
+        self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer knows (a checkpoint's matrices may be larger)."""
+        return self._backend.get_vocab_size()
+
+    def marker_id(self, marker: str) -> int:
+        """The id of a special or added token such as `<|im_end|>`."""
+        return self._marker_ids[marker]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the conversation in the checkpoint's chat template, ready to be answered.
+
+        If the last message is the assistant's, it is left open, to be continued.
+
+        Raises:
+            ChatTemplateError: the template refuses this order of roles or this content.
+        """
+        break_char = _unused_char(messages)
+        rendered = self._render(
+            [_map_strings(m, lambda s: self._break_markers(s, break_char)) for m in messages]
+        )
+        ids: list[int] = []
+        for i, piece in enumerate(self._markers.split(rendered)):
+            if i % 2:
+                ids.append(self._marker_ids[piece])
+            elif piece:
+                ids.extend(self.encode_text(piece.replace(break_char, "")))
+        return ids
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """UTF-8 bytes of every token id; empty for special tokens, which are no text."""
+        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        added = self._backend.get_added_tokens_decoder()
+        table = []
+        for token_id in range(self.vocab_size):
+            if token_id in added:
+                token = added[token_id]
+                table.append(b"" if token.special else token.content.encode())
+            else:
+                chars = self._backend.id_to_token(token_id) or ""
+                table.append(bytes(byte_of[char] for char in chars))
+        return table
+
+    def _render(self, messages: list[Any]) -> str:
+        is_continued = messages[-1]["role"] == "assistant"
+        try:
+            rendered = self._template.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not is_continued,
+                continue_final_message=is_continued,
+                # Qwen3 thinks aloud by default, which a small CPU model has no time for.
+                enable_thinking=False,
+            )
+        # ValueError: the template drops the final message that was to be continued.
+        except (TemplateError, ValueError) as error:
+            raise ChatTemplateError(str(error)) from error
+        return str(rendered)
+
+    def _break_markers(self, text: str, break_char: str) -> str:
+        """Puts `break_char` behind the first character of every marker in `text`."""
+        return self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], text)
+
+
+def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
+    """The same byte-pair encoding, blind to every special or added token."""
+    config = json.loads(backend.to_str())
+    config["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(config))
+
+
+def _map_strings(value: Any, function: Callable[[str], Any]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(item, function) for item in value]
+    return value
+
+
+def _unused_char(messages: Sequence[Message]) -> str:
+    """A private-use character that occurs nowhere in the conversation."""
+    used: set[str] = set()
+    _map_strings(list(messages), used.update)
+    for code_point in range(0xE000, 0xF900):
+        if chr(code_point) not in used:
+            return chr(code_point)
+    raise ChatTemplateError("the messages use up every private-use character")

@@ -1,0 +1,97 @@
+"""Errors a client may see: HTTP status and OpenAI's type and code. Imports nothing."""
+
+
+class APIError(Exception):
+    """Base of everything that is answered in OpenAI's error shape."""
+
+    status = 500
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def headers(self) -> dict[str, str]:
+        """Extra response headers."""
+        return {}
+
+    def body(self) -> dict[str, object]:
+        """The JSON body, in the shape the openai client reads."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class InvalidRequestError(APIError):
+    """The request cannot be served as it is; the message names the remedy."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt leaves no room for an answer; nothing is ever cut silently."""
+
+    def __init__(self, num_prompt_tokens: int, max_context: int, param: str) -> None:
+        super().__init__(
+            f"This model's maximum context length is {max_context} tokens, but the prompt has "
+            f"{num_prompt_tokens} and one more is needed for the answer. Please shorten {param}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+class AuthenticationError(APIError):
+    """The API key is missing or wrong."""
+
+    status = 401
+    type = "authentication_error"
+
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
+class NotFoundError(APIError):
+    """No such route or model."""
+
+    status = 404
+    type = "invalid_request_error"
+
+
+class MethodNotAllowedError(APIError):
+    """The route exists, but not for this method."""
+
+    status = 405
+    type = "invalid_request_error"
+
+
+class RequestTooLargeError(APIError):
+    """The body is larger than the server reads."""
+
+    status = 413
+    type = "invalid_request_error"
+
+
+class InternalError(APIError):
+    """Our fault; the log has the details. Asking again would fail the same way."""
+
+    status = 500
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}
+
+
+class UnavailableError(APIError):
+    """The engine has stopped, or is about to."""
+
+    status = 503
+
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "5"}
