@@ -1,0 +1,48 @@
+"""Token ids -> text pieces: never half a character, never the start of a stop string."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class Detokenizer:
+    """Joins token bytes to text and holds back what might become a stop string.
+
+    Bytes that are no UTF-8 are left out, so a piece never contains a broken character.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
+        """token_bytes: by token id; stop: non-empty strings that end the text."""
+        assert all(stop)
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self._stop = stop
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain. Once `is_stopped`, nothing more comes."""
+        if self.is_stopped:
+            return ""
+        self._held += self._decoder.decode(self._token_bytes[token_id])
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.is_stopped = True
+            return self._release(min(found), forget_rest=True)
+        return self._release(len(self._held) - self._num_held_back())
+
+    def flush(self) -> str:
+        """The text held back, for a sequence that has ended without a stop string."""
+        return self._release(len(self._held))
+
+    def _release(self, length: int, forget_rest: bool = False) -> str:
+        piece, rest = self._held[:length], self._held[length:]
+        self._held = "" if forget_rest else rest
+        return piece
+
+    def _num_held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

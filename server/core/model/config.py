@@ -1,0 +1,77 @@
+"""The shape of a checkpoint, read from its config.json by transformers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from server.core.checkpoint import CheckpointError
+
+ARCHITECTURES = ("qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Numbers of a dense Qwen2 or Qwen3; Qwen1.5 and Qwen2.5 are Qwen2 by architecture."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    is_tied: bool
+    has_qk_norm: bool  # Qwen3 normalises queries and keys per head
+    has_qkv_bias: bool
+
+    @property
+    def num_parameters(self) -> int:
+        """Approximate number of weights, embeddings counted once."""
+        attention = self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads) * 2
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.vocab_size * self.hidden_size + self.num_layers * (attention + mlp)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Reads the configuration.
+
+    Raises:
+        CheckpointError: it is not of a model this server can run.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: config.json is not readable: {error}") from error
+    if config.model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{folder} holds a {config.model_type!r} model; this server runs dense "
+            "Qwen1.5, Qwen2, Qwen2.5 and Qwen3 checkpoints"
+        )
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{folder}: RoPE scaling {rope['rope_type']!r} is not supported")
+    if set(config.layer_types) != {"full_attention"}:
+        raise CheckpointError(f"{folder}: sliding-window attention is not supported")
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"{folder}: activation {config.hidden_act!r} is not supported")
+    is_qwen3 = config.model_type == "qwen3"
+    return ModelConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        max_position_embeddings=config.max_position_embeddings,
+        is_tied=config.tie_word_embeddings,
+        has_qk_norm=is_qwen3,
+        has_qkv_bias=config.attention_bias if is_qwen3 else True,
+    )

@@ -1,0 +1,88 @@
+"""What the engine works on: token sequences, how to sample them, and how they end."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence produced its last token. The values are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 takes the likeliest and ignores the seed."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    repetition_penalty: float = 1.0  # 1: none
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One sampled token; the stop token itself is never delivered."""
+
+    token_id: int
+
+
+@dataclass(frozen=True)
+class FinishedEvent:
+    """Terminal: no more tokens will come."""
+
+    reason: FinishReason
+
+
+@dataclass(frozen=True)
+class ScoredEvent:
+    """Terminal: log-probability (nats) of every continuation, in their order."""
+
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class FailedEvent:
+    """Terminal: the engine could not go on with this sequence."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class AbortedEvent:
+    """Terminal: somebody called `abort`."""
+
+
+Event = TokenEvent | FinishedEvent | ScoredEvent | FailedEvent | AbortedEvent
+TERMINAL = (FinishedEvent, ScoredEvent, FailedEvent, AbortedEvent)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One run of tokens through the model: a prompt to continue, or one to score.
+
+    With `continuations` the sequence is scored and never sampled; `params` is None then.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams | None
+    continuations: list[list[int]]
+    deliver: Callable[[Event], None]
+    completion_ids: list[int] = field(default_factory=list)
+    # Tokens whose keys and values are in the KV cache.
+    num_computed: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and completion so far."""
+        return self.prompt_ids + self.completion_ids
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens the model has not seen yet: 1 in decode, more in prefill."""
+        return len(self.prompt_ids) + len(self.completion_ids) - self.num_computed
