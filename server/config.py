@@ -1,0 +1,63 @@
+"""Every setting, its default and its help text, once."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEFAULT_PERSONA = "你是一位温暖真诚的对话伙伴，请用用户的语言，简短自然地回应。"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """An OpenAI-compatible server on one small Qwen that reads the mood, then answers."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="QWEN_",
+        cli_prog_name="qwen-all-in-one",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        frozen=True,
+    )
+
+    model: str = Field(
+        "auto",
+        description="hub id, local folder, 'mini' (bundled), or 'auto': Qwen1.5-0.5B-Chat, "
+        "the bundled model where it cannot be had",
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of weights and computation; 'auto' takes what is faster here"
+    )
+    num_threads: PositiveInt | None = Field(
+        None, description="CPU threads of the model; default: the physical cores"
+    )
+    max_context: PositiveInt | None = Field(
+        None, description="context length in tokens; default and limit: the model's own"
+    )
+    max_num_seqs: PositiveInt = Field(
+        16, description="sequences computed together; more wait their turn"
+    )
+    max_prefill_tokens: PositiveInt = Field(
+        256, description="prompt tokens computed in one step, between two tokens of the streams"
+    )
+    tasks: Path | None = Field(
+        None, description="TOML file of tasks to add, or to replace built-in ones by name"
+    )
+    persona: str = Field(
+        DEFAULT_PERSONA, description="system prompt of a chat that brings none of its own"
+    )
+    sentiment_cache_size: Annotated[int, Field(ge=0)] = Field(
+        4096, description="results of sentiment and other tasks kept, 0 for none"
+    )
+    max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="key clients must send; give it several times for several keys"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="how much is logged"
+    )

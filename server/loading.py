@@ -1,0 +1,66 @@
+"""Builds the services from the settings: finds, checks and loads the model."""
+
+import time
+
+from server.config import Settings
+from server.core.checkpoint import CheckpointError, find_checkpoint
+from server.core.classifier import Classifier
+from server.core.engine import Engine
+from server.core.generation_config import read_generation_defaults
+from server.core.model import load_runner, read_model_config
+from server.core.reply import Replier
+from server.core.tasks import load_tasks
+from server.core.tokenizer import ChatTokenizer
+from server.services import Services
+
+
+def load_services(settings: Settings) -> Services:
+    """Everything a server needs, the engine running. Blocks until the model is ready.
+
+    Raises:
+        CheckpointError: the model cannot be used.
+        TaskFileError: the task file cannot be used.
+    """
+    tasks = load_tasks(settings.tasks)
+    checkpoint = find_checkpoint(settings.model)
+    config = read_model_config(checkpoint.folder)
+    tokenizer = ChatTokenizer.from_folder(checkpoint.folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"only {config.vocab_size}; they are of different checkpoints"
+        )
+    defaults = read_generation_defaults(checkpoint.folder)
+    runner = load_runner(
+        checkpoint.folder, config, dtype=settings.dtype, num_threads=settings.num_threads
+    )
+    engine = Engine(
+        runner,
+        max_num_seqs=settings.max_num_seqs,
+        max_prefill_tokens=settings.max_prefill_tokens,
+    )
+    max_context = min(
+        settings.max_context or config.max_position_embeddings, config.max_position_embeddings
+    )
+    classifier = Classifier(
+        engine, tokenizer, max_context=max_context, cache_size=settings.sentiment_cache_size
+    )
+    replier = Replier(
+        engine,
+        classifier,
+        tokenizer,
+        task=tasks["sentiment"],
+        persona=settings.persona,
+        max_context=max_context,
+    )
+    return Services(
+        model_id=checkpoint.model_id,
+        warning=checkpoint.warning,
+        created=int(time.time()),
+        max_context=max_context,
+        defaults=defaults,
+        tasks=tasks,
+        engine=engine,
+        classifier=classifier,
+        replier=replier,
+    )

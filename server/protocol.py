@@ -1,0 +1,329 @@
+"""OpenAI's wire types: what requests may say and what responses look like.
+
+Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond OpenAI's
+(`sentiment`, `context_length`) are top-level, where the openai client keeps them.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from server.core.classifier import Classification
+from server.errors import InvalidRequestError
+
+MAX_STOP_STRINGS = 4
+MAX_INPUTS = 256
+
+# Known parameters this server does not implement, with the values that mean "off". Clients
+# send those by habit; any other value would be silently ignored, so it is refused.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Known parameters that cannot change the text of a reply.
+WITHOUT_EFFECT = (
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+
+
+Number = Annotated[StrictFloat | StrictInt, Field(allow_inf_nan=False)]
+
+
+class Request(BaseModel):
+    """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("the request body must be a JSON object")
+        return {key: value for key, value in data.items() if value is not None}
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Reads a JSON body.
+
+        Raises:
+            InvalidRequestError: it is no JSON, or a field is wrong; names the field.
+        """
+        try:
+            data = json.loads(body)
+            # A lone surrogate survives JSON's escapes but is no character.
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The request holds a lone surrogate, {error.object[error.start]!a}, "
+                "which is no character; send whole characters."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _as_invalid_request(error) from error
+
+
+class TextPart(BaseModel):
+    """A part of a message's content. Only text can be read by the model."""
+
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(BaseModel):
+    """One message of the conversation, its content joined to one string."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("a message must be an object with 'role' and 'content'")
+        if data.get("tool_calls") or data.get("function_call"):
+            raise ValueError("tool calls are not supported")
+        role = data.get("role")
+        if data.get("content") is None:
+            if role != "assistant":
+                raise ValueError("'content' is missing: give a string or a list of text parts")
+            return {**data, "content": ""}
+        return data
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, content: Any) -> Any:
+        if isinstance(content, list):
+            return "".join(_text_of(part) for part in content)
+        if not isinstance(content, str):
+            raise ValueError("must be a string or a list of text parts")
+        return content
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content}
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside the text."""
+
+    include_usage: StrictBool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+def _stop_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class ChatCompletionRequest(Request):
+    """Body of POST /v1/chat/completions."""
+
+    model: StrictStr
+    messages: Annotated[list[Message], Field(min_length=1)]
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[StrictStr, Field(min_length=1)]],
+        Field(max_length=MAX_STOP_STRINGS),
+        BeforeValidator(_stop_list),
+    ] = []
+    sentiment: StrictBool = True
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
+            )
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and not _is_neutral(value, UNSUPPORTED[name]):
+                raise InvalidRequestError(
+                    f"'{name}' is not supported by this server; leave it out.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        return self
+
+
+class ClassifyRequest(Request):
+    """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
+
+    model: StrictStr | None = None
+    input: StrictStr | list[StrictStr]
+    task: StrictStr | None = None
+    instructions: Annotated[StrictStr, Field(min_length=1)] | None = None
+    labels: (
+        Annotated[
+            list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=2, max_length=255)
+        ]
+        | None
+    ) = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The inputs as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if (self.instructions is None) != (self.labels is None):
+            missing = "labels" if self.labels is None else "instructions"
+            raise InvalidRequestError(
+                f"'instructions' and 'labels' describe a task together; '{missing}' is missing.",
+                param=missing,
+            )
+        if self.labels is not None and self.task is not None:
+            raise InvalidRequestError(
+                "Give either 'task' or 'instructions' with 'labels', not both.", param="task"
+            )
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise InvalidRequestError("'labels' must differ from each other.", param="labels")
+        if not self.texts or len(self.texts) > MAX_INPUTS:
+            raise InvalidRequestError(
+                f"'input' must hold 1 to {MAX_INPUTS} texts, not {len(self.texts)}; "
+                "send more in several requests.",
+                param="input",
+            )
+        for i, text in enumerate(self.texts):
+            if not text.strip():
+                where = "input" if isinstance(self.input, str) else f"input[{i}]"
+                raise InvalidRequestError(f"'{where}' is empty.", param=where)
+        return self
+
+
+class Usage(BaseModel):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int] = {"cached_tokens": 0}
+
+
+def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+    """The usage object of a response."""
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        total_tokens=num_prompt_tokens + num_completion_tokens,
+    ).model_dump()
+
+
+def classification(result: Classification | None) -> dict[str, Any] | None:
+    """The result object, the same in chats, streams and /v1/classify."""
+    if result is None:
+        return None
+    return {
+        "label": result.label.value,
+        "text": result.label.text,
+        "emoji": result.label.emoji,
+        "confidence": round(result.confidence, 6),
+        "probabilities": [
+            {"value": label.value, "probability": round(probability, 6)}
+            for label, probability in result.probabilities
+        ],
+        "cached": result.is_cached,
+    }
+
+
+def new_id(prefix: str) -> str:
+    """A fresh response id such as `chatcmpl-1f…`."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """`created`: seconds since the epoch."""
+    return int(time.time())
+
+
+def _text_of(part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise ValueError(f"content part {kind!r} is not supported: this model reads text only")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise ValueError("a text part needs a string 'text'")
+    return text
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    # False == 0 in Python; a client that sends the one for the other is wrong all the same.
+    return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)
+
+
+def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
+    """The first thing wrong with a request, as a sentence that names the field."""
+    first = error.errors(include_url=False)[0]
+    param = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part in ("str", "list[str]", "float", "int") or "[" in str(part):
+            break  # a branch of a union, not a field
+        else:
+            param += f".{part}" if param else str(part)
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        reason = "is required"
+    if not param:
+        return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
+    return InvalidRequestError(f"'{param}': {reason}.", param=param)

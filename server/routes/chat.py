@@ -1,0 +1,140 @@
+"""POST /v1/chat/completions, whole and streamed."""
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message as ASGIMessage
+
+from server.core.generation_config import GenerationDefaults, or_default
+from server.core.reply import Reply
+from server.core.sequence import SamplingParams
+from server.errors import APIError, InternalError
+from server.protocol import ChatCompletionRequest, classification, new_id, now, usage
+from server.routes.common import check_model, read_body, services_of, unless_disconnected
+
+logger = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 15
+
+
+async def chat_completions(request: Request) -> Response:
+    """Judges the mood of the last user message, then answers."""
+    services = services_of(request)
+    body = ChatCompletionRequest.parse(await read_body(request))
+    is_plain = check_model(services, body.model)
+
+    async def begin() -> Reply:
+        return await services.replier.reply(
+            [message.for_template() for message in body.messages],
+            _sampling_params(body, services.defaults, services.max_context),
+            body.stop,
+            with_sentiment=body.sentiment and not is_plain,
+        )
+
+    if body.stream:
+        return _stream(body, await unless_disconnected(request, begin()))
+
+    async def complete() -> tuple[Reply, str]:
+        reply = await begin()
+        return reply, "".join([piece async for piece in reply.pieces()])
+
+    reply, text = await unless_disconnected(request, complete())
+    return _whole(body, reply, text)
+
+
+def _sampling_params(
+    body: ChatCompletionRequest, defaults: GenerationDefaults, max_context: int
+) -> SamplingParams:
+    """The request's parameters over the checkpoint's own."""
+    max_tokens = or_default(body.max_completion_tokens, body.max_tokens)
+    return SamplingParams(
+        max_tokens=or_default(max_tokens, max_context),
+        temperature=float(or_default(body.temperature, defaults.temperature)),
+        top_p=float(or_default(body.top_p, defaults.top_p)),
+        top_k=max(0, or_default(body.top_k, defaults.top_k)),
+        repetition_penalty=defaults.repetition_penalty,
+        seed=body.seed,
+        stop_token_ids=defaults.eos_token_ids,
+    )
+
+
+def _whole(body: ChatCompletionRequest, reply: Reply, text: str) -> Response:
+    content = {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion",
+        "created": now(),
+        "model": body.model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": reply.finish_reason,
+            }
+        ],
+        "usage": usage(reply.num_prompt_tokens, reply.num_completion_tokens),
+        "sentiment": classification(reply.sentiment),
+    }
+    return JSONResponse(content, headers=_headers(reply))
+
+
+def _stream(body: ChatCompletionRequest, reply: Reply) -> Response:
+    async def on_close(_: ASGIMessage) -> None:
+        # A generator suspended at `yield` may never run its `finally`.
+        reply.abort()
+
+    return EventSourceResponse(
+        _events(body, reply),
+        headers=_headers(reply),
+        sep="\n",
+        ping=PING_INTERVAL_S,
+        client_close_handler_callable=on_close,
+    )
+
+
+async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[ServerSentEvent]:
+    """The chunks: role and sentiment, text, finish reason, usage on request, [DONE]."""
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    base: dict[str, Any] = {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion.chunk",
+        "created": now(),
+        "model": body.model,
+    }
+
+    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> Any:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        usage_key = {"usage": None} if include_usage else {}
+        return _event({**base, "choices": [choice], **usage_key, **more})
+
+    try:
+        # Clients keep an unknown field only if the first chunk has it.
+        sentiment = classification(reply.sentiment)
+        yield chunk({"role": "assistant", "content": ""}, sentiment=sentiment)
+        async for piece in reply.pieces():
+            yield chunk({"content": piece})
+        yield chunk({}, reply.finish_reason)
+        if include_usage:
+            counts = usage(reply.num_prompt_tokens, reply.num_completion_tokens)
+            yield _event({**base, "choices": [], "usage": counts})
+    except APIError as error:
+        yield _event(error.body())
+    except Exception:
+        logger.exception("a stream failed")
+        yield _event(InternalError("The server failed on this request; see its log.").body())
+    finally:
+        reply.abort()
+    yield ServerSentEvent(data="[DONE]")
+
+
+def _event(content: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(data=json.dumps(content, ensure_ascii=False))
+
+
+def _headers(reply: Reply) -> dict[str, str]:
+    return {"x-sentiment": reply.sentiment.label.value} if reply.sentiment else {}

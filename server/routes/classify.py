@@ -1,0 +1,56 @@
+"""POST /v1/classify: the judgement alone."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.core.classifier import Classification
+from server.core.tasks import Task, inline_task
+from server.errors import InvalidRequestError
+from server.protocol import ClassifyRequest, classification, new_id, now, usage
+from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.services import Services
+
+
+async def classify(request: Request) -> Response:
+    """Labels one text or several, which are computed as a batch."""
+    services = services_of(request)
+    body = ClassifyRequest.parse(await read_body(request))
+    if body.model is not None:
+        check_model(services, body.model)
+    task = _task_of(body, services)
+
+    async def label_all() -> list[Classification]:
+        async with asyncio.TaskGroup() as group:
+            passes = [
+                group.create_task(services.classifier.classify(task, text)) for text in body.texts
+            ]
+        return [done.result() for done in passes]
+
+    results = await unless_disconnected(request, label_all())
+    num_prompt_tokens = sum(r.num_prompt_tokens for r in results if not r.is_cached)
+    return JSONResponse(
+        {
+            "id": new_id("classify"),
+            "object": "list",
+            "created": now(),
+            "model": services.model_id,
+            "data": [
+                {"index": i, **(classification(result) or {})} for i, result in enumerate(results)
+            ],
+            "usage": usage(num_prompt_tokens, 0),
+        }
+    )
+
+
+def _task_of(body: ClassifyRequest, services: Services) -> Task:
+    if body.labels is not None and body.instructions is not None:
+        return inline_task(body.instructions, body.labels)
+    name = body.task or "sentiment"
+    if name not in services.tasks:
+        raise InvalidRequestError(
+            f"There is no task {name!r}; this server has {', '.join(sorted(services.tasks))}.",
+            param="task",
+        )
+    return services.tasks[name]

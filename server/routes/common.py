@@ -1,0 +1,81 @@
+"""What every handler does first: read the body, find the model, watch the client."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from server.errors import NotFoundError, RequestTooLargeError
+from server.services import PLAIN_SUFFIX, Services
+
+T = TypeVar("T")
+
+
+def services_of(request: Request) -> Services:
+    """The services this application was made with."""
+    services: Services = request.app.state.services
+    return services
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, within the limit.
+
+    Raises:
+        RequestTooLargeError: it is larger; what is over is not kept.
+        ClientDisconnect: the client left before it was complete.
+    """
+    limit: int = request.app.state.max_body_bytes
+    error = RequestTooLargeError(f"The request body is larger than {limit} bytes; send less.")
+    if (length := request.headers.get("content-length")) is not None and int(length) > limit:
+        raise error
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise error
+    return bytes(body)
+
+
+def check_model(services: Services, model: str) -> bool:
+    """Whether the model was asked for without sentiment (`:plain`).
+
+    Raises:
+        NotFoundError: it is not the model served.
+    """
+    is_plain = model.endswith(PLAIN_SUFFIX)
+    if model.removesuffix(PLAIN_SUFFIX) == services.model_id:
+        return is_plain
+    raise NotFoundError(
+        f"The model {model!r} does not exist here; this server has {services.model_id!r} and "
+        f"{services.model_id + PLAIN_SUFFIX!r}.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client leaves first.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+        # Let both run their `finally` before the request is gone.
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client leaves. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

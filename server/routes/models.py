@@ -1,0 +1,34 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.routes.common import check_model, services_of
+from server.services import PLAIN_SUFFIX, Services
+
+
+async def list_models(request: Request) -> Response:
+    """The model, and the same one without sentiment."""
+    services = services_of(request)
+    ids = (services.model_id, services.model_id + PLAIN_SUFFIX)
+    return JSONResponse({"object": "list", "data": [_model(services, i) for i in ids]})
+
+
+async def retrieve_model(request: Request) -> Response:
+    """One of them."""
+    services = services_of(request)
+    model_id = request.path_params["model_id"]
+    check_model(services, model_id)
+    return JSONResponse(_model(services, model_id))
+
+
+def _model(services: Services, model_id: str) -> dict[str, Any]:
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": services.created,
+        "owned_by": "qwen-all-in-one",
+        "context_length": services.max_context,
+    }

@@ -1,0 +1,27 @@
+"""What a running server consists of: the objects that routes may use."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from server.core.classifier import Classifier
+from server.core.engine import Engine
+from server.core.generation_config import GenerationDefaults
+from server.core.reply import Replier
+from server.core.tasks import Task
+
+PLAIN_SUFFIX = ":plain"
+
+
+@dataclass(frozen=True)
+class Services:
+    """One model and the two roles it plays."""
+
+    model_id: str
+    warning: str | None
+    created: int
+    max_context: int
+    defaults: GenerationDefaults
+    tasks: Mapping[str, Task]
+    engine: Engine
+    classifier: Classifier
+    replier: Replier
