@@ -1,0 +1,61 @@
+"""Reads the training corpus and the project's own openers."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPENERS = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class SentimentRow:
+    text: str
+    label: str
+    lang: str
+    source: str
+
+
+@dataclass(frozen=True)
+class ReplyRow:
+    user: str
+    reply: str
+    lang: str
+    source: str
+    persona: str | None = None
+    label: str | None = None
+
+
+def read_sentiment(path: Path) -> list[SentimentRow]:
+    """Labelled texts of a gzipped JSON Lines file."""
+    return [SentimentRow(r["text"], r["label"], r["lang"], r["source"]) for r in _read(path)]
+
+
+def read_replies(path: Path) -> list[ReplyRow]:
+    """Pairs of a user's line and a reply, of a gzipped JSON Lines file."""
+    return [
+        ReplyRow(r["user"], r["reply"], r["lang"], r["source"], r.get("persona"))
+        for r in _read(path)
+    ]
+
+
+def read_openers(folder: Path = OPENERS) -> list[ReplyRow]:
+    """The project's own openers: every phrasing of a group with every reply of it."""
+    rows = []
+    for path in sorted(folder.glob("openers_*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            group = json.loads(line)
+            rows += [
+                ReplyRow(user, reply, group["lang"], "openers", "caring", group["label"])
+                for user in group["users"]
+                for reply in group["replies"]
+            ]
+    return rows
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

@@ -1,0 +1,109 @@
+"""Turns corpus rows into token ids exactly as the server renders them.
+
+Encoding half a million conversations through the chat template would take longer than
+training on them, so turns are assembled here from encoded texts; `check_rendering`
+proves on real rows that the result is what the server sends to the model.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.config import DEFAULT_PERSONA
+from server.core.tasks import Task
+from server.core.tokenizer import ChatTokenizer
+from training.corpus import ReplyRow, SentimentRow
+
+PLAIN_SYSTEM = "You are a helpful assistant"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids behind a shared prefix; `targets` holds IGNORED where nothing is learned."""
+
+    ids: list[int]
+    targets: list[int]
+
+
+class Renderer:
+    """Builds examples of both roles."""
+
+    def __init__(self, tokenizer: ChatTokenizer, task: Task) -> None:
+        encode = tokenizer.encode_text
+        [self.end] = _marker(tokenizer, "<|im_end|>")
+        [self.start] = _marker(tokenizer, "<|im_start|>")
+        self._encode, self._task = encode, task
+        self._newline = encode("\n")
+        self._header = {role: [self.start, *encode(f"{role}\n")] for role in ROLES}
+        self.label_ids = {x.value: encode(x.text) for x in task.labels}
+        self._cues = {x.value: encode(task.render_cue(x) or "") for x in task.labels}
+        self.instructions = self._turn("system", encode(task.instructions))
+        self.persona = self._turn("system", encode(DEFAULT_PERSONA))
+        self.plain = self._turn("system", encode(PLAIN_SYSTEM))
+
+    def sentiment(self, text: Sequence[int], label: str, learn_text: bool) -> Example:
+        """The analyst's answer about `text`, behind `instructions`."""
+        prompt = self._turn("user", text) + self._header["assistant"]
+        ids = prompt + self.label_ids[label] + [self.end]
+        targets = [IGNORED] * len(prompt) + self.label_ids[label] + [self.end]
+        if learn_text:
+            begin = len(self._header["user"])
+            targets[begin : begin + len(text)] = text
+        return Example(ids, targets)
+
+    def reply(
+        self,
+        history: Sequence[tuple[Sequence[int], Sequence[int]]],
+        user: Sequence[int],
+        label: str | None,
+        reply: Sequence[int],
+    ) -> Example:
+        """The warm answer, behind `persona` (with a label) or `plain` (without)."""
+        prompt: list[int] = []
+        for past_user, past_reply in history:
+            prompt += self._turn("user", past_user) + self._turn("assistant", past_reply)
+        prompt += self._turn("user", user)
+        if label is not None:
+            prompt += self._turn("system", self._cues[label])
+        prompt += self._header["assistant"]
+        answer = [*reply, self.end]
+        return Example(prompt + answer, [IGNORED] * len(prompt) + answer)
+
+    def _turn(self, role: str, ids: Sequence[int]) -> list[int]:
+        return [*self._header[role], *ids, self.end, *self._newline]
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def check_rendering(
+    renderer: Renderer,
+    tokenizer: ChatTokenizer,
+    task: Task,
+    texts: Sequence[SentimentRow],
+    replies: Sequence[ReplyRow],
+) -> None:
+    """Raises AssertionError where an example differs from what the server would send."""
+    encode = tokenizer.encode_text
+    for row in random.Random(0).sample(list(texts), 100):
+        served = tokenizer.encode_chat(task.messages(row.text))
+        example = renderer.sentiment(encode(row.text), row.label, False)
+        answer = len(renderer.label_ids[row.label]) + 1
+        assert served == renderer.instructions + example.ids[:-answer], row.text
+    label = task.labels[0]
+    for pair in random.Random(0).sample(list(replies), 100):
+        served = tokenizer.encode_chat(
+            [
+                {"role": "system", "content": DEFAULT_PERSONA},
+                {"role": "user", "content": pair.user},
+                {"role": "system", "content": task.render_cue(label)},
+            ]
+        )
+        reply = encode(pair.reply)
+        example = renderer.reply([], encode(pair.user), label.value, reply)
+        assert served == renderer.persona + example.ids[: -len(reply) - 1], pair.user
+
+
+def _marker(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return [tokenizer.marker_id(text)]

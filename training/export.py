@@ -1,0 +1,48 @@
+"""Writes a training run's averaged weights as a checkpoint in bfloat16."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from server.core.tokenizer import ChatTokenizer
+from training.bag import BagOfTokens
+from training.train import new_model
+
+MAX_SHARD = "40MB"
+
+
+def export(run: Path, tokenizer_folder: Path, out: Path) -> None:
+    """Writes config.json, generation_config.json and model.safetensors to `out`."""
+    tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(tokenizer_folder))
+    end_id, pad_id = tokenizer.marker_id("<|im_end|>"), tokenizer.marker_id("<|endoftext|>")
+    model = new_model(tokenizer.vocab_size, end_id, BagOfTokens(tokenizer.vocab_size, "abc"))
+    state = torch.load(run / "checkpoint.pt", map_location="cpu")
+    prefix = "module."
+    model.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in state["average"].items() if k.startswith(prefix)}
+    )
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.8,
+        repetition_penalty=1.1,
+        bos_token_id=pad_id,
+        eos_token_id=[end_id, pad_id],
+        pad_token_id=pad_id,
+    )
+    model.to(torch.bfloat16).save_pretrained(out, max_shard_size=MAX_SHARD)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("_attn_implementation", None)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, default=Path("server/models/qwen-mini"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    export(args.run, args.tokenizer, args.out)
