@@ -24,6 +24,11 @@ class CheckpointError(Exception):
     """The checkpoint cannot be used; the message is one sentence for the console."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says, without the advice that follows."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 class HubUnreachableError(CheckpointError):
     """The hub does not answer, and the checkpoint is not in the cache."""
 
@@ -86,7 +91,10 @@ def _download(repo_id: str) -> Path:
             "cache; connect once to download it, or use --model mini"
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"cannot download {repo_id!r} from the hub: {reason}") from error
+        raise CheckpointError(
+            f"cannot download {repo_id!r} from the hub: {first_line(error)}"
+        ) from error
     except OSError as error:
-        raise CheckpointError(f"cannot store {repo_id!r} in the cache: {error}") from error
+        raise CheckpointError(
+            f"cannot store {repo_id!r} in the cache: {first_line(error)}"
+        ) from error

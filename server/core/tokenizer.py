@@ -17,7 +17,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.core.checkpoint import CheckpointError
+from server.core.checkpoint import CheckpointError, first_line
 
 Message = Mapping[str, Any]
 
@@ -42,7 +42,9 @@ class ChatTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # tokenizers raises plain Exception for a damaged file.
         except Exception as error:
-            raise CheckpointError(f"{folder}: the tokenizer is not readable: {error}") from error
+            raise CheckpointError(
+                f"{folder}: the tokenizer is not readable: {first_line(error)}"
+            ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise CheckpointError(f"{folder}: the tokenizer has no fast form (tokenizer.json)")
         if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from server.core.checkpoint import CheckpointError
+from server.core.checkpoint import CheckpointError, first_line
 
 ARCHITECTURES = ("qwen2", "qwen3")
 
@@ -27,6 +27,7 @@ class ModelConfig:
     is_tied: bool
     has_qk_norm: bool  # Qwen3 normalises queries and keys per head
     has_qkv_bias: bool
+    has_out_bias: bool
 
     @property
     def num_parameters(self) -> int:
@@ -45,7 +46,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: config.json is not readable: {error}") from error
+        raise CheckpointError(
+            f"{folder}: config.json is not readable: {first_line(error)}"
+        ) from error
     if config.model_type not in ARCHITECTURES:
         raise CheckpointError(
             f"{folder} holds a {config.model_type!r} model; this server runs dense "
@@ -74,4 +77,5 @@ def read_model_config(folder: Path) -> ModelConfig:
         is_tied=config.tie_word_embeddings,
         has_qk_norm=is_qwen3,
         has_qkv_bias=config.attention_bias if is_qwen3 else True,
+        has_out_bias=config.attention_bias if is_qwen3 else False,
     )

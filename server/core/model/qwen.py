@@ -39,6 +39,7 @@ class _Layer:
     query_norm: Tensor | None  # (D,), Qwen3
     key_norm: Tensor | None
     out: Tensor  # (C, H D)
+    out_bias: Tensor | None  # only Qwen3 with attention_bias has one
     post_norm: Tensor
     gate_up: Tensor  # (2 I, C)
     down: Tensor  # (C, I)
@@ -121,7 +122,7 @@ class QwenModel:
                 enable_gqa=c.num_heads != c.num_kv_heads,
             )
             mixed.append(attended[0].transpose(0, 1).flatten(1))
-        return F.linear(torch.cat(mixed), layer.out)
+        return F.linear(torch.cat(mixed), layer.out, layer.out_bias)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
@@ -161,6 +162,7 @@ def _read_layer(c: ModelConfig, reader: WeightReader, index: int) -> _Layer:
         query_norm=read("self_attn.q_norm.weight", c.head_dim) if c.has_qk_norm else None,
         key_norm=read("self_attn.k_norm.weight", c.head_dim) if c.has_qk_norm else None,
         out=read("self_attn.o_proj.weight", c.hidden_size, query_rows),
+        out_bias=read("self_attn.o_proj.bias", c.hidden_size) if c.has_out_bias else None,
         post_norm=read("post_attention_layernorm.weight", c.hidden_size),
         gate_up=torch.cat(
             [

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from server.core.checkpoint import CheckpointError
+from server.core.checkpoint import CheckpointError, first_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,7 +33,7 @@ class WeightReader:
         except (OSError, SafetensorError) as error:
             self._stack.close()
             raise CheckpointError(
-                f"{self._folder}: the weights are damaged or incomplete ({error}); "
+                f"{self._folder}: the weights are damaged or incomplete ({first_line(error)}); "
                 "copy or download them again"
             ) from error
         except CheckpointError:
@@ -61,7 +61,9 @@ class WeightReader:
         try:
             tensor: Tensor = self._by_name[name].get_tensor(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self._folder}: {name!r} is not readable: {error}") from error
+            raise CheckpointError(
+                f"{self._folder}: {name!r} is not readable: {first_line(error)}"
+            ) from error
         if list(tensor.shape) != list(shape):
             raise CheckpointError(
                 f"{self._folder}: {name!r} has shape {list(tensor.shape)}, but config.json "
@@ -78,6 +80,6 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} has no weights: {SINGLE_FILE} is missing")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not readable: {error!r}") from error
     return [folder / name for name in sorted(names)]

@@ -1,0 +1,126 @@
+"""Checkpoints and live servers that tests share. Nothing here needs a network."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from server.app import create_app
+from server.config import Settings
+from server.core.checkpoint import BUNDLED_FOLDER
+from server.core.tokenizer import ChatTokenizer
+from server.loading import load_services
+from server.services import Services
+
+START_TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> ChatTokenizer:
+    """The bundled model's tokenizer."""
+    return ChatTokenizer.from_folder(BUNDLED_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Qwen2 with the bundled tokenizer; it writes every kind of nonsense."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=AutoTokenizer.from_pretrained(BUNDLED_FOLDER).vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[2, 0])
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BUNDLED_FOLDER / name, folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A real uvicorn on a free port of this process, and what it is made of."""
+
+    url: str
+    services: Services
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+    @property
+    def model(self) -> str:
+        return self.services.model_id
+
+
+@contextmanager
+def run_live(settings: Settings) -> Iterator[LiveServer]:
+    """Serves on a thread until the block ends."""
+    services = load_services(settings)
+    config = uvicorn.Config(
+        create_app(settings, services),
+        port=0,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="uvicorn")
+    thread.start()
+    try:
+        waited = threading.Event()
+        for _ in range(START_TIMEOUT_S * 100):
+            if server.started or not thread.is_alive():
+                break
+            waited.wait(0.01)
+        assert server.started, "uvicorn did not start"
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield LiveServer(f"http://127.0.0.1:{port}", services)
+    finally:
+        server.should_exit = True
+        thread.join()
+        services.engine.close()
+
+
+@pytest.fixture(scope="session")
+def mini() -> Iterator[LiveServer]:
+    """The bundled model, served."""
+    with run_live(Settings(model="mini")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_checkpoint: Path) -> Iterator[LiveServer]:
+    """The random model, served."""
+    with run_live(Settings(model=str(tiny_checkpoint))) as server:
+        yield server
+
+
+@pytest.fixture(params=["mini", "tiny"])
+def live(request: pytest.FixtureRequest) -> LiveServer:
+    """Both servers, one after the other: everything must hold for either model."""
+    server: LiveServer = request.getfixturevalue(request.param)
+    return server
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[Settings], AbstractContextManager[LiveServer]]:
+    """Starts a server with settings of the test's own."""
+    return run_live

@@ -1,0 +1,117 @@
+"""Checkpoints that cannot be served: one sentence each, naming what is wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from server.config import Settings
+from server.core.checkpoint import CheckpointError
+from server.core.model.config import read_model_config
+from server.core.model.qwen import Segment, load_qwen
+from server.loading import load_services
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def drop_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def drop_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def damage_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+
+
+def drop_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def drop_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def damage_index(folder: Path) -> None:
+    drop_weights(folder)
+    (folder / "model.safetensors.index.json").write_text("[]")
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (truncate_weights, "damaged or incomplete"),
+    (damage_header, "damaged or incomplete"),
+    (drop_weights, "has no weights"),
+    (drop_a_tensor, "lack 'model.layers.1.mlp.up_proj.weight'"),
+    (change_config(hidden_size=40), "has shape"),
+    (change_config(model_type="llama"), "'llama'"),
+    (change_config(model_type="no-such-model"), "config.json"),
+    (change_config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE scaling"),
+    (
+        change_config(
+            use_sliding_window=True, sliding_window=64, max_window_layers=0, layer_types=None
+        ),
+        "sliding-window",
+    ),
+    (drop_tokenizer, "has no tokenizer"),
+    (damage_tokenizer, "tokenizer is not readable"),
+    (drop_template, "no chat template"),
+    (drop_config, "config.json"),
+    (damage_index, "index.json is not readable"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), DAMAGES, ids=lambda value: str(value)[:40])
+def test_a_damaged_checkpoint_is_one_clear_sentence(
+    copy: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    damage(copy)
+    with pytest.raises(CheckpointError) as error:
+        load_services(Settings(model=str(copy)))
+    message = str(error.value)
+    assert says in message
+    assert "\n" not in message
+
+
+def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
+    whole = load_qwen(copy, read_model_config(copy), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    drop_weights(copy)
+    model.save_pretrained(copy, max_shard_size="200KB")
+    assert (copy / "model.safetensors.index.json").exists()
+    sharded = load_qwen(copy, read_model_config(copy), torch.float32)
+    with torch.inference_mode():
+        hidden = [m.forward([Segment([5, 6], [0, 1], m.new_cache())]) for m in (whole, sharded)]
+    assert torch.equal(*hidden)

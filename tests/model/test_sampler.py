@@ -1,0 +1,89 @@
+"""Every sampling parameter against its definition."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from server.core.model.sampler import Sampler
+from server.core.sequence import SamplingParams
+
+PROBS = [0.5, 0.25, 0.15, 0.06, 0.04]
+LOGITS = torch.tensor([math.log(p) for p in PROBS])
+DRAWS = 3000
+
+
+def sampler(prompt: list[int] | None = None, **params: float) -> Sampler:
+    return Sampler(SamplingParams(max_tokens=1, **params), prompt or [], len(PROBS))  # type: ignore[arg-type]
+
+
+def frequencies(chooser: Sampler, logits: torch.Tensor = LOGITS) -> list[float]:
+    counts = Counter(chooser.sample(logits) for _ in range(DRAWS))
+    return [counts[i] / DRAWS for i in range(len(logits))]
+
+
+def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed() -> None:
+    assert {sampler(temperature=0.0, seed=s).sample(LOGITS) for s in range(20)} == {0}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_divides_the_logits(temperature: float) -> None:
+    expected = (LOGITS / temperature).softmax(0).tolist()
+    assert frequencies(sampler(temperature=temperature, seed=1)) == pytest.approx(
+        expected, abs=0.03
+    )
+
+
+@pytest.mark.parametrize(("top_k", "kept"), [(1, 1), (2, 2), (4, 4), (99, 5)])
+def test_top_k_keeps_the_k_likeliest(top_k: int, kept: int) -> None:
+    expected = [p / sum(PROBS[:kept]) for p in PROBS[:kept]] + [0.0] * (len(PROBS) - kept)
+    assert frequencies(sampler(top_k=top_k, seed=2)) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, 1), (0.49, 1), (0.51, 2), (0.76, 3), (0.97, 5)])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -> None:
+    expected = [p / sum(PROBS[:kept]) for p in PROBS[:kept]] + [0.0] * (len(PROBS) - kept)
+    assert frequencies(sampler(top_p=top_p, seed=3)) == pytest.approx(expected, abs=0.03)
+
+
+def test_top_p_counts_only_what_top_k_left() -> None:
+    # Of 0.5 and 0.25 the first alone holds two thirds.
+    assert frequencies(sampler(top_k=2, top_p=0.6, seed=4))[0] == 1.0
+
+
+def test_a_nucleus_larger_than_the_first_guess_is_found_exactly() -> None:
+    size = 1000
+    chooser = Sampler(SamplingParams(max_tokens=1, top_p=0.9, seed=5), [], size)
+    kept, ids = chooser._candidates(torch.zeros(size))
+    assert len(kept) == len(set(ids.tolist())) == pytest.approx(900, abs=1)
+
+
+def test_repetition_penalty_lowers_tokens_of_prompt_and_answer() -> None:
+    logits = torch.tensor([2.0, 1.9, -1.0, -1.1, -9.0])
+    chooser = sampler([0], temperature=0.0, repetition_penalty=1.5)
+    # 0 was in the prompt: 2 / 1.5 < 1.9; then 1 was answered: 1.9 / 1.5 < 2 / 1.5.
+    assert [chooser.sample(logits) for _ in range(2)] == [1, 0]
+    negative = torch.tensor([-1.0, -1.2, -9.0, -9.0, -9.0])
+    assert sampler([0], temperature=0.0, repetition_penalty=1.5).sample(negative) == 1
+
+
+def test_the_same_seed_draws_the_same_tokens() -> None:
+    first, second, other = (sampler(seed=s, temperature=1.5) for s in (7, 7, 8))
+    draws = [[chooser.sample(LOGITS) for _ in range(50)] for chooser in (first, second, other)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float) -> None:
+    logits = LOGITS.clone()
+    logits[3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        sampler(temperature=temperature).sample(logits)
+
+
+def test_logits_are_not_modified() -> None:
+    logits = LOGITS.clone()
+    sampler([1], temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.3).sample(logits)
+    assert torch.equal(logits, LOGITS)
