@@ -1,7 +1,6 @@
 """The ASGI application: route table, lifespan, error handlers, access."""
 
 import json
-import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,8 +26,6 @@ from server.errors import (
 )
 from server.routes import ROUTES
 from server.services import Services
-
-logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health",)
 
@@ -117,5 +114,5 @@ async def _stopping(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    # Starlette raises it again behind this answer, and uvicorn logs it.
     return error_response(InternalError("The server failed on this request; see its log."))

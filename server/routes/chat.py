@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message as ASGIMessage
@@ -20,6 +20,9 @@ from server.routes.common import check_model, read_body, services_of, unless_dis
 logger = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 15
+
+# A ServerSentEvent would bring a line separator of its own, CRLF.
+Event = dict[str, str]
 
 
 async def chat_completions(request: Request) -> Response:
@@ -97,7 +100,7 @@ def _stream(body: ChatCompletionRequest, reply: Reply) -> Response:
     )
 
 
-async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[ServerSentEvent]:
+async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Event]:
     """The chunks: role and sentiment, text, finish reason, usage on request, [DONE]."""
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     base: dict[str, Any] = {
@@ -107,7 +110,7 @@ async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Se
         "model": body.model,
     }
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> Any:
+    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> Event:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         usage_key = {"usage": None} if include_usage else {}
         return _event({**base, "choices": [choice], **usage_key, **more})
@@ -129,11 +132,11 @@ async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Se
         yield _event(InternalError("The server failed on this request; see its log.").body())
     finally:
         reply.abort()
-    yield ServerSentEvent(data="[DONE]")
+    yield {"data": "[DONE]"}
 
 
-def _event(content: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(data=json.dumps(content, ensure_ascii=False))
+def _event(content: dict[str, Any]) -> Event:
+    return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
 
 
 def _headers(reply: Reply) -> dict[str, str]:

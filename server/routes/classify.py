@@ -22,10 +22,14 @@ async def classify(request: Request) -> Response:
     task = _task_of(body, services)
 
     async def label_all() -> list[Classification]:
-        async with asyncio.TaskGroup() as group:
-            passes = [
-                group.create_task(services.classifier.classify(task, text)) for text in body.texts
-            ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                passes = [
+                    group.create_task(services.classifier.classify(task, text))
+                    for text in body.texts
+                ]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         return [done.result() for done in passes]
 
     results = await unless_disconnected(request, label_all())
