@@ -1,14 +1,20 @@
 """Every setting, its default and its help text, once."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEFAULT_PERSONA = "你是一位温暖真诚的对话伙伴，请用用户的语言，简短自然地回应。"
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part for item in value.split(",") if (part := item.strip()))
+    return value
 
 
 class Settings(BaseSettings):
@@ -55,8 +61,8 @@ class Settings(BaseSettings):
         4096, description="results of sentiment and other tasks kept, 0 for none"
     )
     max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
-    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="key clients must send; give it several times for several keys"
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="key clients must send; several: give it again, or put commas between"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"

@@ -1,0 +1,180 @@
+"""Several clients at the same time, and clients that go away."""
+
+import asyncio
+import dataclasses
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import pytest
+
+from server.core.engine import Engine
+from server.core.sequence import SamplingParams
+from server.routes import chat
+from tests.conftest import LiveServer
+
+BOUND_S = 30
+
+
+def request(live: LiveServer, text: str, **changes: object) -> dict[str, object]:
+    return {"model": live.model, "messages": [{"role": "user", "content": text}], **changes}
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Waits for a state of the engine's thread, which has no event to wait on."""
+    async with asyncio.timeout(BOUND_S):
+        while not is_so():
+            await asyncio.sleep(0.005)
+
+
+def is_idle(engine: Engine) -> bool:
+    return engine._scheduler.is_idle and not engine._runner._states  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
+    """The random model, never ending by itself and slow enough to be left in the middle."""
+    step = tiny.services.engine._runner.step
+
+    def slow_step(chunks: object) -> object:
+        time.sleep(0.002)
+        return step(chunks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny.services.engine._runner, "step", slow_step)
+    # Read at every request; the services themselves are frozen.
+    monkeypatch.setattr(chat, "_sampling_params", _never_ending(chat._sampling_params))
+    return tiny
+
+
+def _never_ending(sampling_params: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
+    return lambda *args: dataclasses.replace(sampling_params(*args), stop_token_ids=frozenset())
+
+
+async def test_two_streams_both_make_progress(
+    client: httpx.AsyncClient, endless: LiveServer
+) -> None:
+    arrivals: list[str] = []
+
+    async def read(name: str) -> None:
+        body = request(endless, name, stream=True, max_tokens=150)
+        url = f"{endless.base_url}/chat/completions"
+        async with client.stream("POST", url, json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    arrivals.append(name)
+
+    await asyncio.gather(read("first"), read("second"))
+    first_end = len(arrivals) - 1 - arrivals[::-1].index("first")
+    second_end = len(arrivals) - 1 - arrivals[::-1].index("second")
+    # Each has chunks before the other's last one: neither waited for the other to end.
+    assert arrivals.index("second") < first_end
+    assert arrivals.index("first") < second_end
+
+
+async def test_each_of_many_clients_gets_its_own_reply(
+    client: httpx.AsyncClient, tiny: LiveServer
+) -> None:
+    url = f"{tiny.base_url}/chat/completions"
+
+    async def ask(i: int) -> str:
+        body = request(tiny, f"question {i}", seed=i, max_tokens=12, temperature=1.5)
+        response = await client.post(url, json=body)
+        assert response.status_code == 200, response.text
+        content: str = response.json()["choices"][0]["message"]["content"]
+        return content
+
+    together = await asyncio.gather(*(ask(i) for i in range(24)))
+    alone = [await ask(i) for i in range(24)]
+    assert together == alone
+
+
+async def test_equal_texts_at_once_are_judged_once(
+    client: httpx.AsyncClient, tiny: LiveServer
+) -> None:
+    classifier = tiny.services.classifier
+    before = classifier.num_misses
+    body = {"input": ["the very same words"] * 8}
+    responses = await asyncio.gather(
+        *(client.post(f"{tiny.base_url}/classify", json=body) for _ in range(4))
+    )
+    assert {r.status_code for r in responses} == {200}
+    assert len({json.dumps(r.json()["data"][0]["probabilities"]) for r in responses}) == 1
+    assert classifier.num_misses == before + 1
+
+
+async def test_hanging_up_during_a_stream_frees_its_slot(endless: LiveServer) -> None:
+    body = request(endless, "stream", stream=True)
+    async with httpx.AsyncClient(timeout=60) as client:
+        url = f"{endless.base_url}/chat/completions"
+        async with client.stream("POST", url, json=body) as response:
+            lines = response.aiter_lines()
+            for _ in range(6):
+                await anext(lines)
+            assert not is_idle(endless.services.engine)
+    await until(lambda: is_idle(endless.services.engine))
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "classify"])
+async def test_hanging_up_before_a_whole_reply_frees_its_slot(
+    endless: LiveServer, path: str
+) -> None:
+    engine = endless.services.engine
+    texts = [f"text {i} " * 30 for i in range(100)]
+    body = request(endless, "whole") if path == "chat/completions" else {"input": texts}
+    content = json.dumps(body).encode()
+    host, port = endless.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+            + content
+        )
+        await until(lambda: not is_idle(engine))
+    await until(lambda: is_idle(engine))
+    assert not endless.services.classifier._passes
+
+
+async def test_a_client_that_leaves_with_half_a_body_harms_nobody(
+    client: httpx.AsyncClient, tiny: LiveServer
+) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(
+            b'POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"input":'
+        )
+    response = await client.post(f"{tiny.base_url}/classify", json={"input": "still here"})
+    assert response.status_code == 200
+
+
+async def test_a_long_prompt_does_not_hold_up_a_running_stream(
+    client: httpx.AsyncClient, endless: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = endless.services.engine._scheduler
+    monkeypatch.setattr(scheduler, "_max_prefill_tokens", 16)
+    longest = 0
+    schedule = scheduler.schedule
+
+    def spy() -> object:
+        nonlocal longest
+        chunks = schedule()
+        longest = max(longest, sum(c.num_tokens for c in chunks if c.num_tokens > 1))
+        return chunks
+
+    monkeypatch.setattr(scheduler, "schedule", spy)
+    short = client.post(
+        f"{endless.base_url}/chat/completions", json=request(endless, "short", max_tokens=60)
+    )
+    long = client.post(
+        f"{endless.base_url}/chat/completions",
+        json=request(endless, "long words " * 100, max_tokens=2),
+    )
+    for response in await asyncio.gather(short, long):
+        assert response.status_code == 200, response.text
+    assert longest == 16
