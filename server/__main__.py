@@ -25,11 +25,15 @@ def main() -> None:
     )
     try:
         # First the port: nobody should wait for a model only to learn that it is taken.
-        listener = _bind(settings.host, settings.port)
-        print(f"loading {settings.model!r} ...", flush=True)
-        services = load_services(settings)
+        with _bind(settings.host, settings.port) as listener:
+            _serve(settings, listener)
     except (CheckpointError, TaskFileError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def _serve(settings: Settings, listener: socket.socket) -> None:
+    print(f"loading {settings.model!r} ...", flush=True)
+    services = load_services(settings)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     app = create_app(settings, services)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import uvicorn
+from starlette.types import ASGIApp
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from server.app import create_app
@@ -56,7 +57,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A real uvicorn on a free port of this process, and what it is made of."""
+    """A running server and what it is made of."""
 
     url: str
     services: Services
@@ -74,12 +75,18 @@ class LiveServer:
 def run_live(settings: Settings) -> Iterator[LiveServer]:
     """Serves on a thread until the block ends."""
     services = load_services(settings)
+    try:
+        with run_app(create_app(settings, services)) as url:
+            yield LiveServer(url, services)
+    finally:
+        services.engine.close()
+
+
+@contextmanager
+def run_app(app: ASGIApp) -> Iterator[str]:
+    """The URL of a real uvicorn, on a thread of this process and a free port."""
     config = uvicorn.Config(
-        create_app(settings, services),
-        port=0,
-        log_level="warning",
-        timeout_graceful_shutdown=2,
-        ws="none",
+        app, port=0, log_level="warning", timeout_graceful_shutdown=2, ws="none"
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn")
@@ -92,11 +99,10 @@ def run_live(settings: Settings) -> Iterator[LiveServer]:
             waited.wait(0.01)
         assert server.started, "uvicorn did not start"
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield LiveServer(f"http://127.0.0.1:{port}", services)
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()
-        services.engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def request(live: LiveServer, text: str, **changes: object) -> dict[str, object]
 async def until(is_so: Callable[[], bool]) -> None:
     """Waits for a state of the engine's thread, which has no event to wait on."""
     async with asyncio.timeout(BOUND_S):
-        while not is_so():
+        while not is_so():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
@@ -132,10 +132,8 @@ async def test_hanging_up_before_a_whole_reply_frees_its_slot(
     content = json.dumps(body).encode()
     host, port = endless.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(
-            f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode()
-            + content
-        )
+        head = f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + content)
         await until(lambda: not is_idle(engine))
     await until(lambda: is_idle(engine))
     assert not endless.services.classifier._passes

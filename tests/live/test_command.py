@@ -1,0 +1,287 @@
+"""`python -m server` as a process: what it prints, where models come from, how it fails."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from server.__main__ import main
+from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
+from tests.conftest import run_app
+
+START_TIMEOUT_S = 120
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """Stands in for the Hugging Face hub: one model repository, made of the bundled model."""
+
+    url: str = ""
+    breaks_off: bool = False
+    downloaded: list[str] = field(default_factory=list)
+
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/api/models/{repo:path}/revision/main", self._info),
+                Route("/api/models/{repo:path}/tree/{commit}", self._tree),
+                Route("/{repo:path}/resolve/{commit}/{name}", self._file, methods=["GET", "HEAD"]),
+            ]
+        )
+
+    def _info(self, request: Request) -> Response:
+        if request.path_params["repo"] != DEFAULT_MODEL:
+            return JSONResponse(
+                {"error": "Repository not found"},
+                status_code=404,
+                headers={"x-error-code": "RepoNotFound", "x-error-message": "Repository not found"},
+            )
+        siblings = [{"rfilename": path.name} for path in _files()]
+        return JSONResponse(
+            {"id": DEFAULT_MODEL, "modelId": DEFAULT_MODEL, "sha": COMMIT, "siblings": siblings}
+        )
+
+    def _tree(self, request: Request) -> Response:
+        return JSONResponse(
+            [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _etag(p)}
+                for p in _files()
+            ]
+        )
+
+    def _file(self, request: Request) -> Response:
+        path = BUNDLED_FOLDER / request.path_params["name"]
+        content = path.read_bytes()
+        headers = {
+            "x-repo-commit": COMMIT,
+            "etag": f'"{_etag(path)}"',
+            "content-length": str(len(content)),
+        }
+        if request.method == "HEAD":
+            return Response(headers=headers)
+        self.downloaded.append(path.name)
+        if self.breaks_off and path.suffix == ".safetensors":
+            return StreamingResponse(_half(content), headers=headers)
+        return Response(content, headers=headers)
+
+
+def _files() -> list[Path]:
+    return [path for path in BUNDLED_FOLDER.iterdir() if path.suffix != ".md"]
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+async def _half(content: bytes) -> object:
+    yield content[: len(content) // 2]
+    raise ConnectionResetError("the hub goes away")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    stand_in = Hub()
+    with run_app(stand_in.app()) as stand_in.url:
+        yield stand_in
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(home: Path, hub_url: str | None = None) -> dict[str, str]:
+    unreachable = f"http://127.0.0.1:{closed_port()}"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "QWEN_"))}
+    return {
+        **kept,
+        "HF_ENDPOINT": hub_url or unreachable,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+@dataclass
+class Running:
+    """A server process that has announced itself."""
+
+    process: subprocess.Popen[str]
+    url: str
+    output: list[str]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path)
+
+
+@contextmanager
+def started(env: dict[str, str], *options: str, cwd: Path | None = None) -> Iterator[Running]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "--port", "0", *options],
+        env=env,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output: list[str] = []
+    announced = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if "Application startup complete" in line:
+                announced.set()
+        announced.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert announced.wait(START_TIMEOUT_S), "".join(output)
+        found = re.search(r"Serving .* on (http://127\.0\.0\.1:\d+)", "".join(output))
+        assert found, "".join(output)
+        yield Running(process, found[1], output)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def run_until_exit(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server", "--port", "0", *options],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], says: str) -> None:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert says in error
+
+
+def test_the_default_model_comes_from_the_hub_once_then_from_the_cache(
+    hub: Hub, tmp_path: Path
+) -> None:
+    with started(environment(tmp_path, hub.url)) as server:
+        assert server.get("/v1/models").json()["data"][0]["id"] == DEFAULT_MODEL
+        assert server.get("/health").json()["warning"] is None
+    assert "model.safetensors" in hub.downloaded
+    with started(environment(tmp_path)) as server:
+        assert server.get("/v1/models").json()["data"][0]["id"] == DEFAULT_MODEL
+
+
+def test_without_hub_and_cache_the_bundled_model_answers_and_says_so(tmp_path: Path) -> None:
+    with started(environment(tmp_path)) as server:
+        health = server.get("/health").json()
+        assert health["model"] == "qwen-mini-fallback"
+        assert DEFAULT_MODEL in health["warning"]
+        output = "".join(server.output)
+        assert "WARNING" in output
+        assert "Traceback" not in output
+        # The line to try works as it is printed.
+        curl = re.search(r"(http://\S+/v1/chat/completions) .*-d '(\{.*?\})'", output, re.DOTALL)
+        assert curl
+        reply = httpx.post(curl[1], content=curl[2].encode(), timeout=60).json()
+        assert reply["sentiment"]["label"]
+        assert reply["choices"][0]["message"]["content"]
+
+
+def test_a_download_that_breaks_off_is_told_apart_from_a_model_that_is_there(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.breaks_off = True
+    done = run_until_exit(environment(tmp_path, hub.url), "--model", DEFAULT_MODEL)
+    assert_one_sentence(done, "cannot be reached")
+    with started(environment(tmp_path)) as server:
+        assert server.get("/health").json()["model"] == "qwen-mini-fallback"
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [("nobody/nothing", "no public model 'nobody/nothing'"), ("./not/here/", "neither a folder")],
+)
+def test_an_explicit_model_never_falls_back(
+    hub: Hub, tmp_path: Path, model: str, says: str
+) -> None:
+    done = run_until_exit(environment(tmp_path, hub.url), "--model", model)
+    assert_one_sentence(done, says)
+
+
+def test_an_explicit_model_says_when_the_hub_is_out_of_reach(tmp_path: Path) -> None:
+    done = run_until_exit(environment(tmp_path), "--model", DEFAULT_MODEL)
+    assert_one_sentence(done, "--model mini")
+
+
+def test_sigterm_ends_the_server_in_order(tmp_path: Path) -> None:
+    with started(environment(tmp_path), "--model", "mini") as server:
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(START_TIMEOUT_S)
+    assert any("Application shutdown complete" in line for line in server.output)
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
+    """The sentence with which the command exits."""
+    monkeypatch.setattr(sys, "argv", ["qwen-all-in-one", *options])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert isinstance(exit_.value.code, str)
+    assert "\n" not in exit_.value.code
+    return exit_.value.code
+
+
+def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        assert f"127.0.0.1:{port}" in in_process(monkeypatch, "--model", "mini", "--port", port)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--port", "many"), "--port"),
+        (("--max-num-seqs", "0"), "--max-num-seqs"),
+        (("--tasks", "/no/such/file.toml", "--port", "0"), "/no/such/file.toml"),
+        (("--model", __file__, "--port", "0"), "is a file"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], says: str
+) -> None:
+    assert says in in_process(monkeypatch, *options)
+
+
+def test_a_folder_that_is_no_model_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    says = in_process(monkeypatch, "--model", str(tmp_path), "--port", "0")
+    assert "Qwen" in says
