@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
 	--extra-index-url $(TORCH_INDEX) --constraint constraints.txt
 
-.PHONY: serve test check format clean
+.PHONY: serve test check bench format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -21,6 +21,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.latency $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

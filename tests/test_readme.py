@@ -1,0 +1,53 @@
+"""What the README says is what the code does."""
+
+import re
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from server.config import DEFAULT_PERSONA, Settings
+from server.routes import ROUTES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def settings_table() -> str:
+    """The table the README must hold."""
+    lines = ["| option | default | |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        option = f"`--{name.replace('_', '-')}`"
+        default = field.default
+        assert default is not PydanticUndefined
+        if default == DEFAULT_PERSONA:
+            shown = "a warm companion"
+        else:
+            shown = f"`{default}`" if default not in (None, ()) else "–"
+        lines.append(f"| {option} | {shown} | {field.description} |")
+    return "\n".join(lines)
+
+
+def test_the_settings_table_is_complete_and_true() -> None:
+    assert settings_table() in README, f"README.md should contain\n\n{settings_table()}"
+
+
+def test_every_route_is_named() -> None:
+    for route in ROUTES:
+        assert route.path.replace("{model_id:path}", "{id}") in README
+
+
+def test_every_source_file_is_in_the_tree() -> None:
+    tree = README.split("```\nserver/\n")[1].split("```")[0]
+    for path in (ROOT / "server").rglob("*.py"):
+        if path.name != "__init__.py" and "routes" not in path.parts:
+            assert re.search(rf"\b{re.escape(path.name)}", tree), path
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_example_is_reachable_from_the_readme() -> None:
+    assert "python -m openai_examples.repl" in README
+    assert (ROOT / "openai_examples" / "repl.py").exists()
