@@ -35,6 +35,7 @@ def create_app(settings: Settings, services: Services) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        await services.classifier.warm_up(services.tasks.values())
         yield
         services.engine.close()
 

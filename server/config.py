@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     max_prefill_tokens: PositiveInt = Field(
         256, description="prompt tokens computed in one step, between two tokens of the streams"
     )
+    max_prefix_mib: Annotated[int, Field(ge=0)] = Field(
+        256, description="memory for computed prompts that later ones may begin with, in MiB"
+    )
     tasks: Path | None = Field(
         None, description="TOML file of tasks to add, or to replace built-in ones by name"
     )

@@ -32,7 +32,11 @@ def load_services(settings: Settings) -> Services:
         )
     defaults = read_generation_defaults(checkpoint.folder)
     runner = load_runner(
-        checkpoint.folder, config, dtype=settings.dtype, num_threads=settings.num_threads
+        checkpoint.folder,
+        config,
+        dtype=settings.dtype,
+        num_threads=settings.num_threads,
+        max_prefix_bytes=settings.max_prefix_mib * 2**20,
     )
     engine = Engine(
         runner,
@@ -43,7 +47,11 @@ def load_services(settings: Settings) -> Services:
         settings.max_context or config.max_position_embeddings, config.max_position_embeddings
     )
     classifier = Classifier(
-        engine, tokenizer, max_context=max_context, cache_size=settings.sentiment_cache_size
+        engine,
+        tokenizer,
+        max_context=max_context,
+        cache_size=settings.sentiment_cache_size,
+        pinned_tasks=tasks,
     )
     replier = Replier(
         engine,

@@ -16,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
-    StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
@@ -68,7 +67,17 @@ WITHOUT_EFFECT = (
 )
 
 
-Number = Annotated[StrictFloat | StrictInt, Field(allow_inf_nan=False)]
+def _to_float(value: Any) -> float:
+    # bool is an int to Python, but not to JSON.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError("is too large") from error
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_to_float)]
 
 
 class Request(BaseModel):
@@ -256,15 +265,18 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: dict[str, int] = {"cached_tokens": 0}
+    prompt_tokens_details: dict[str, int]
 
 
-def usage(num_prompt_tokens: int, num_completion_tokens: int) -> dict[str, Any]:
+def usage(
+    num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int
+) -> dict[str, Any]:
     """The usage object of a response."""
     return Usage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_completion_tokens,
         total_tokens=num_prompt_tokens + num_completion_tokens,
+        prompt_tokens_details={"cached_tokens": num_cached_tokens},
     ).model_dump()
 
 

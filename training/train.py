@@ -37,7 +37,7 @@ SENTIMENT_CLASSES = {
     ("en", "positive"): 0.19, ("en", "negative"): 0.17, ("en", "neutral"): 0.18,
 }  # fmt: skip
 # Share of the reply examples drawn from each kind of row.
-REPLY_KINDS = {"openers": 0.40, "caring": 0.27, "friendly": 0.08, "support": 0.22, "empathy": 0.03}
+REPLY_KINDS = {"openers": 0.50, "caring": 0.27, "friendly": 0.07, "support": 0.13, "empathy": 0.03}
 MAX_ROW_TOKENS = 160
 PEAK_LR = 2e-3
 FINAL_LR = 5e-5
@@ -45,7 +45,7 @@ WARMUP = 0.01
 EMA_DECAY = 0.998
 BATCH_TOKENS = 3000
 POOL = 1500
-LEARN_TEXT = 0.08
+LEARN_TEXT = 0.04
 DROP_TOKEN = 0.08
 
 
@@ -306,7 +306,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
-    replies = bag.label_replies(replies, texts, tokenizer) + openers
+    used = [row for row in replies if _reply_kind(row) is not None]
+    replies = bag.label_replies(used, texts, tokenizer) + openers
     sentiment = SentimentSampler(texts, tokenizer, rng)
     reply = ReplySampler(replies, tokenizer, rng)
 
@@ -343,9 +344,8 @@ def main() -> None:
             progress = elapsed / total_s
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress)
-            # Labels first; later the larger share of the time goes to the replies.
             second = "plain" if step % 8 == 0 else "reply"
-            kinds = ("label", "label", second) if progress < 0.2 else ("label", second, "reply")
+            kinds = ("label", "label", second)
             for kind in kinds:
                 prefix, stream = streams[kind]
                 learned = label_ids if kind == "label" else None

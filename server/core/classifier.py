@@ -7,12 +7,13 @@ text gives the same one.
 import asyncio
 import math
 import unicodedata
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cachetools import LRUCache
 
+from server.core.engine import Scores
 from server.core.tasks import Label, Task
 from server.core.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError
@@ -22,8 +23,13 @@ class Scorer(Protocol):
     """What the classifier needs of the engine."""
 
     def score(
-        self, prompt_ids: list[int], continuations: list[list[int]]
-    ) -> Awaitable[list[float]]:
+        self,
+        prompt_ids: list[int],
+        continuations: list[list[int]],
+        *,
+        num_shared: int,
+        is_pinned: bool,
+    ) -> Awaitable[Scores]:
         """Log-probabilities (nats) of the continuations."""
 
 
@@ -35,6 +41,7 @@ class Classification:
     confidence: float
     probabilities: tuple[tuple[Label, float], ...]
     num_prompt_tokens: int
+    num_cached_tokens: int
     is_cached: bool = False
 
 
@@ -57,14 +64,25 @@ class Classifier:
     """
 
     def __init__(
-        self, scorer: Scorer, tokenizer: ChatTokenizer, *, max_context: int, cache_size: int
+        self,
+        scorer: Scorer,
+        tokenizer: ChatTokenizer,
+        *,
+        max_context: int,
+        cache_size: int,
+        pinned_tasks: Collection[str] = (),
     ) -> None:
-        """cache_size: number of results kept, 0 for none."""
+        """cache_size: number of results kept, 0 for none.
+
+        pinned_tasks: names of tasks whose instruction the engine keeps computed for good.
+        """
         self._scorer, self._tokenizer = scorer, tokenizer
         self._max_context = max_context
+        self._pinned_tasks = frozenset(pinned_tasks)
         # The model is not part of the key: a classifier lives and dies with one model.
         self._results: LRUCache[_Key, Classification] = LRUCache(cache_size)
         self._passes: dict[_Key, _Pass] = {}
+        self._num_shared: LRUCache[str, int] = LRUCache(256)  # by task version
         self.num_hits = 0
         self.num_misses = 0
 
@@ -97,14 +115,37 @@ class Classifier:
                 # Who comes now must not join a computation that is being cancelled.
                 self._passes.pop(key, None)
 
+    async def warm_up(self, tasks: Iterable[Task]) -> None:
+        """Computes the tasks' instructions before anybody waits for them."""
+        for task in tasks:
+            await self._compute(task, "")
+
+    def is_known(self, task: Task, text: str) -> bool:
+        """Whether the label of `text` needs no computing. Does not count as a use."""
+        return (task.name, task.version, normalise(text)) in self._results
+
     async def _compute(self, task: Task, text: str) -> Classification:
         prompt_ids = self._tokenizer.encode_chat(task.messages(text))
         label_ids = [self._tokenizer.encode_text(label.text) for label in task.labels]
         num_tokens = len(prompt_ids) + max(map(len, label_ids)) - 1
         if num_tokens >= self._max_context:
             raise ContextLengthError(num_tokens, self._max_context, "input")
-        logprobs = await self._scorer.score(prompt_ids, label_ids)
-        return _decide(task, logprobs, len(prompt_ids))
+        scores = await self._scorer.score(
+            prompt_ids,
+            label_ids,
+            num_shared=self._num_shared_tokens(task),
+            is_pinned=task.name in self._pinned_tasks,
+        )
+        return _decide(task, scores, len(prompt_ids))
+
+    def _num_shared_tokens(self, task: Task) -> int:
+        """How many tokens every prompt of the task begins with: its instruction."""
+        if (known := self._num_shared.get(task.version)) is not None:
+            return known
+        one, other = (self._tokenizer.encode_chat(task.messages(text)) for text in ("a", "我"))
+        count = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+        self._num_shared[task.version] = count
+        return count
 
     def _finish(self, key: _Key, done: asyncio.Task[Classification]) -> None:
         if (running := self._passes.get(key)) is not None and running.task is done:
@@ -119,14 +160,14 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _decide(task: Task, logprobs: Sequence[float], num_prompt_tokens: int) -> Classification:
+def _decide(task: Task, scores: Scores, num_prompt_tokens: int) -> Classification:
     """Softmax over the labels; the fallback answers where the model is unsure.
 
     A label's log-probability is summed over its tokens, so their exponentials add up to
     the share of all possible answers that are labels at all (`min_label_mass`).
     """
-    highest = max(logprobs)
-    weights = [math.exp(logprob - highest) for logprob in logprobs]
+    highest = max(scores.logprobs)
+    weights = [math.exp(logprob - highest) for logprob in scores.logprobs]
     probabilities = [weight / sum(weights) for weight in weights]
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     label_mass = math.exp(highest) * sum(weights)
@@ -138,4 +179,5 @@ def _decide(task: Task, logprobs: Sequence[float], num_prompt_tokens: int) -> Cl
         confidence=probabilities[best],
         probabilities=tuple(zip(task.labels, probabilities, strict=True)),
         num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=scores.num_cached,
     )

@@ -24,10 +24,12 @@ class Detokenizer:
         if self.is_stopped:
             return ""
         self._held += self._decoder.decode(self._token_bytes[token_id])
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
+            # The one that is complete first, so that token borders do not matter.
+            _, begin = min(found)
             self.is_stopped = True
-            return self._release(min(found), forget_rest=True)
+            return self._release(begin, forget_rest=True)
         return self._release(len(self._held) - self._num_held_back())
 
     def flush(self) -> str:

@@ -8,18 +8,18 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.core.scheduler import ScheduledChunk, Scheduler
 from server.core.sequence import (
-    TERMINAL,
     AbortedEvent,
     Event,
     FailedEvent,
     FinishedEvent,
     FinishReason,
+    PrefilledEvent,
     SamplingParams,
     ScoredEvent,
     Sequence,
@@ -39,10 +39,21 @@ class SequenceAbortedError(Exception):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one sequence got out of a step: a sampled token, or the scores it asked for."""
+    """What one sequence got out of a step: a sampled token, or the scores it asked for.
+
+    Neither, if its prompt was only to be computed.
+    """
 
     token_id: int | None = None
     logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probability (nats) of every continuation, and how much of the prompt was known."""
+
+    logprobs: list[float]
+    num_cached: int
 
 
 class Runner(Protocol):
@@ -51,8 +62,14 @@ class Runner(Protocol):
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         """Computes the chunks; a result, or what went wrong, for every finished prompt."""
 
-    def release(self, sequence: Sequence) -> None:
-        """Frees what the sequence held. Harmless if it held nothing."""
+    def admit(self, sequence: Sequence) -> int:
+        """Makes room for the sequence; returns how many of its tokens are known already."""
+
+    def release(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Frees what the sequence held; what it computed may be reused if it is sound.
+
+        Harmless if it held nothing.
+        """
 
 
 class TokenStream:
@@ -61,10 +78,18 @@ class TokenStream:
     `finish_reason` is set once the iteration has ended by itself.
     """
 
-    def __init__(self, abort: Callable[[], None]) -> None:
+    def __init__(
+        self, abort: Callable[[], None], count_cached: Callable[[], int] = lambda: 0
+    ) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.finish_reason: FinishReason | None = None
         self.abort = abort
+        self._count_cached = count_cached
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that needed no computing; known once a first event has come."""
+        return self._count_cached()
 
     async def __aiter__(self) -> AsyncIterator[int]:
         while True:
@@ -83,7 +108,7 @@ class Engine:
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_prefill_tokens: int) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(max_num_seqs, max_prefill_tokens)
+        self._scheduler = Scheduler(max_num_seqs, max_prefill_tokens, self._admit)
         # A sequence to add, a sequence to abort, or None to close.
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no sequence may slip in behind the closing command
@@ -98,35 +123,45 @@ class Engine:
             EngineClosedError: the engine is closing.
         """
         assert prompt_ids and params.max_tokens > 0
-        loop = asyncio.get_running_loop()
-        sequence = Sequence(prompt_ids, params, [], lambda event: _deliver(loop, stream, event))
-        stream = TokenStream(lambda: self._abort(sequence))
-        self._add(sequence)
-        return stream
+        return self._start(prompt_ids, params)
 
-    async def score(self, prompt_ids: list[int], continuations: list[list[int]]) -> list[float]:
-        """Log-probability (nats) of each continuation after the prompt, in one forward.
+    async def score(
+        self,
+        prompt_ids: list[int],
+        continuations: list[list[int]],
+        *,
+        num_shared: int = 0,
+        is_pinned: bool = False,
+    ) -> Scores:
+        """Scores each continuation after the prompt, all in one forward.
 
+        num_shared: first tokens that later prompts will have too; they are computed once.
+        is_pinned: whether these are kept for good.
         A cancelled call frees its slot.
 
         Raises:
             EngineClosedError: the engine is closing.
         """
         assert prompt_ids and continuations and all(continuations)
-        loop = asyncio.get_running_loop()
-        sequence = Sequence(
-            prompt_ids, None, continuations, lambda event: _deliver(loop, stream, event)
+        stream = self._start(
+            prompt_ids, None, continuations, num_shared=num_shared, is_pinned=is_pinned
         )
-        stream = TokenStream(lambda: self._abort(sequence))
-        self._add(sequence)
-        try:
-            match await stream.events.get():
-                case ScoredEvent(logprobs):
-                    return logprobs
-                case event:
-                    raise _as_error(event)
-        finally:
-            stream.abort()
+        end = await _last_event(stream)
+        if not isinstance(end, ScoredEvent):
+            raise _as_error(end)
+        return Scores(end.logprobs, stream.num_cached)
+
+    async def prefill(self, prompt_ids: list[int]) -> None:
+        """Computes the prompt, so that a sequence that begins with it starts sooner.
+
+        A cancelled call frees its slot.
+
+        Raises:
+            EngineClosedError: the engine is closing.
+        """
+        end = await _last_event(self._start(prompt_ids, None))
+        if not isinstance(end, PrefilledEvent):
+            raise _as_error(end)
 
     @property
     def is_alive(self) -> bool:
@@ -141,11 +176,30 @@ class Engine:
                 self._commands.put(None)
         self._thread.join()
 
-    def _add(self, sequence: Sequence) -> None:
+    def _start(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams | None,
+        continuations: Iterable[list[int]] = (),
+        *,
+        num_shared: int = 0,
+        is_pinned: bool = False,
+    ) -> TokenStream:
+        loop = asyncio.get_running_loop()
+        sequence = Sequence(
+            prompt_ids,
+            params,
+            list(continuations),
+            lambda event: _deliver(loop, stream, event),
+            num_shared,
+            is_pinned,
+        )
+        stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached)
         with self._lock:
             if self._is_closed:
                 raise EngineClosedError("the engine is closed")
             self._commands.put(("add", sequence))
+        return stream
 
     def _abort(self, sequence: Sequence) -> None:
         """Ends the sequence if it still runs. Any thread, any number of times."""
@@ -154,10 +208,21 @@ class Engine:
     # --- below: the engine's thread -------------------------------------------------
 
     def _run(self) -> None:
-        while self._take_commands():
-            self._step()
+        end: Event = AbortedEvent()
+        try:
+            while self._take_commands():
+                self._step()
+        except Exception as error:
+            logger.critical("the engine has broken down", exc_info=error)
+            end = FailedEvent(error)
+        with self._lock:
+            self._is_closed = True
+        while not self._commands.empty():
+            match self._commands.get():
+                case ("add", sequence):
+                    self._scheduler.add(sequence)
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
-            self._end(sequence, AbortedEvent())
+            self._end(sequence, end)
 
     def _take_commands(self) -> bool:
         """Waits for work, then takes all commands there are. False: close."""
@@ -173,6 +238,9 @@ class Engine:
                     self._scheduler.add(sequence)
                 case (_, sequence):
                     self._end(sequence, AbortedEvent())
+
+    def _admit(self, sequence: Sequence) -> None:
+        sequence.num_cached = sequence.num_computed = self._runner.admit(sequence)
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
@@ -198,7 +266,10 @@ class Engine:
             self._end(sequence, ScoredEvent(result.logprobs))
             return
         params, token_id = sequence.params, result.token_id
-        assert params is not None and token_id is not None
+        if params is None:
+            self._end(sequence, PrefilledEvent())
+            return
+        assert token_id is not None
         if token_id in params.stop_token_ids:
             self._end(sequence, FinishedEvent(FinishReason.STOP))
             return
@@ -210,7 +281,7 @@ class Engine:
     def _end(self, sequence: Sequence, event: Event) -> None:
         """The one way out: frees the slot and delivers exactly one terminal event."""
         if self._scheduler.remove(sequence):
-            self._runner.release(sequence)
+            self._runner.release(sequence, is_sound=not isinstance(event, FailedEvent))
             sequence.deliver(event)
 
 
@@ -222,6 +293,14 @@ def _deliver(loop: asyncio.AbstractEventLoop, stream: TokenStream, event: Event)
         logger.debug("no event loop left to deliver %s", event)
 
 
+async def _last_event(stream: TokenStream) -> Event:
+    """Waits for the end of a sequence that yields no tokens; leaving early aborts it."""
+    try:
+        return await stream.events.get()
+    finally:
+        stream.abort()
+
+
 def _as_error(event: Event) -> BaseException:
-    assert isinstance(event, TERMINAL)
+    assert not isinstance(event, TokenEvent)
     return event.error if isinstance(event, FailedEvent) else SequenceAbortedError()

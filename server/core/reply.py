@@ -1,7 +1,8 @@
 """Sentiment first, then the answer: the product in one function."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ class Generator(Protocol):
 
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
         """Starts to continue the prompt."""
+
+    def prefill(self, prompt_ids: list[int]) -> Coroutine[Any, Any, None]:
+        """Computes a prompt that another will begin with."""
 
 
 @dataclass
@@ -87,8 +91,8 @@ class Replier:
             if all(message["role"] != "system" for message in conversation):
                 conversation.insert(0, {"role": "system", "content": self._persona})
             # Before the pass: a conversation that cannot be answered needs no sentiment.
-            self._encode(conversation)
-            sentiment = await self._judge(messages)
+            plain_ids = self._encode(conversation)
+            sentiment = await self._judge(messages, plain_ids)
         cue = self._task.render_cue(sentiment.label) if sentiment else None
         if cue is not None:
             # Behind the conversation, whose own prefix then stays the same from turn to turn;
@@ -105,15 +109,36 @@ class Replier:
             detokenizer=Detokenizer(self._tokenizer.token_bytes, stop),
         )
 
-    async def _judge(self, messages: Sequence[Message]) -> Classification | None:
+    async def _judge(
+        self, messages: Sequence[Message], plain_ids: list[int]
+    ) -> Classification | None:
+        """The sentiment of the last user message.
+
+        While it is computed, so is the conversation, in the same steps: what is left to do
+        afterwards are the cue and the answer's header.
+        plain_ids: the conversation without a cue.
+        """
         texts = [m["content"] for m in messages if m["role"] == "user"]
         if not texts or not texts[-1].strip():
             return None
+        text = texts[-1]
         try:
-            return await self._classifier.classify(self._task, texts[-1])
+            if self._classifier.is_known(self._task, text):
+                return await self._classifier.classify(self._task, text)
+            return await self._judge_while_prefilling(text, plain_ids)
         except Exception:
             logger.exception("the sentiment pass failed; answering without it")
             return None
+
+    async def _judge_while_prefilling(self, text: str, plain_ids: list[int]) -> Classification:
+        prefill = asyncio.create_task(self._generator.prefill(plain_ids))
+        try:
+            sentiment = await self._classifier.classify(self._task, text)
+            await prefill
+            return sentiment
+        finally:
+            prefill.cancel()
+            await asyncio.gather(prefill, return_exceptions=True)
 
     def _encode(self, conversation: Sequence[Message]) -> list[int]:
         try:

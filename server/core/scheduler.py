@@ -1,6 +1,7 @@
 """Decides which sequences run in the next step. Knows token counts, not tensors or text."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.core.sequence import Sequence
@@ -26,12 +27,19 @@ class Scheduler:
     prompts, so a long prompt delays running streams by one chunk at a time.
     """
 
-    def __init__(self, max_num_seqs: int, max_prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        on_admit: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> None:
+        """on_admit: called with each sequence before its first chunk is scheduled."""
         assert max_num_seqs > 0 and max_prefill_tokens > 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._max_num_seqs = max_num_seqs
         self._max_prefill_tokens = max_prefill_tokens
+        self._on_admit = on_admit
 
     @property
     def is_idle(self) -> bool:
@@ -53,7 +61,9 @@ class Scheduler:
     def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step; admits waiting sequences while there is room."""
         while self.waiting and len(self.running) < self._max_num_seqs:
-            self.running.append(self.waiting.popleft())
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            self._on_admit(sequence)
         chunks = []
         prefill_left = self._max_prefill_tokens
         for sequence in self.running:

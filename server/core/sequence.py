@@ -47,6 +47,11 @@ class ScoredEvent:
 
 
 @dataclass(frozen=True)
+class PrefilledEvent:
+    """Terminal: the prompt is computed, and others may begin with it."""
+
+
+@dataclass(frozen=True)
 class FailedEvent:
     """Terminal: the engine could not go on with this sequence."""
 
@@ -58,24 +63,30 @@ class AbortedEvent:
     """Terminal: somebody called `abort`."""
 
 
-Event = TokenEvent | FinishedEvent | ScoredEvent | FailedEvent | AbortedEvent
-TERMINAL = (FinishedEvent, ScoredEvent, FailedEvent, AbortedEvent)
+Terminal = FinishedEvent | ScoredEvent | PrefilledEvent | FailedEvent | AbortedEvent
+Event = TokenEvent | Terminal
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One run of tokens through the model: a prompt to continue, or one to score.
+    """One run of tokens through the model.
 
-    With `continuations` the sequence is scored and never sampled; `params` is None then.
+    With `params` the prompt is continued, with `continuations` these are scored behind it,
+    with neither it is only computed, for others to begin with.
+    `num_shared` first tokens of a scored prompt are worth keeping for the next one.
     """
 
     prompt_ids: list[int]
     params: SamplingParams | None
     continuations: list[list[int]]
     deliver: Callable[[Event], None]
+    num_shared: int = 0
+    is_pinned: bool = False  # the shared tokens are never evicted
     completion_ids: list[int] = field(default_factory=list)
-    # Tokens whose keys and values are in the KV cache.
+    # Tokens whose keys and values are in the KV cache, and how many of these were there
+    # before the sequence ran.
     num_computed: int = 0
+    num_cached: int = 0
 
     @property
     def token_ids(self) -> list[int]:

@@ -80,7 +80,7 @@ def _whole(body: ChatCompletionRequest, reply: Reply, text: str) -> Response:
                 "finish_reason": reply.finish_reason,
             }
         ],
-        "usage": usage(reply.num_prompt_tokens, reply.num_completion_tokens),
+        "usage": _usage(reply),
         "sentiment": classification(reply.sentiment),
     }
     return JSONResponse(content, headers=_headers(reply))
@@ -123,7 +123,7 @@ async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Ev
             yield chunk({"content": piece})
         yield chunk({}, reply.finish_reason)
         if include_usage:
-            counts = usage(reply.num_prompt_tokens, reply.num_completion_tokens)
+            counts = _usage(reply)
             yield _event({**base, "choices": [], "usage": counts})
     except APIError as error:
         yield _event(error.body())
@@ -137,6 +137,10 @@ async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Ev
 
 def _event(content: dict[str, Any]) -> Event:
     return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _usage(reply: Reply) -> dict[str, Any]:
+    return usage(reply.num_prompt_tokens, reply.num_completion_tokens, reply.tokens.num_cached)
 
 
 def _headers(reply: Reply) -> dict[str, str]:

@@ -33,7 +33,7 @@ async def classify(request: Request) -> Response:
         return [done.result() for done in passes]
 
     results = await unless_disconnected(request, label_all())
-    num_prompt_tokens = sum(r.num_prompt_tokens for r in results if not r.is_cached)
+    computed = [result for result in results if not result.is_cached]
     return JSONResponse(
         {
             "id": new_id("classify"),
@@ -43,7 +43,11 @@ async def classify(request: Request) -> Response:
             "data": [
                 {"index": i, **(classification(result) or {})} for i, result in enumerate(results)
             ],
-            "usage": usage(num_prompt_tokens, 0),
+            "usage": usage(
+                sum(result.num_prompt_tokens for result in computed),
+                0,
+                sum(result.num_cached_tokens for result in computed),
+            ),
         }
     )
 

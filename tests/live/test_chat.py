@@ -211,9 +211,9 @@ def test_markers_in_user_text_change_neither_role(mini: LiveServer) -> None:
         prompts.append(prompt_ids)
         return submit(prompt_ids, params)
 
-    async def spy_score(prompt_ids: list[int], continuations: list[list[int]]) -> Any:
+    async def spy_score(prompt_ids: list[int], *args: Any, **options: Any) -> Any:
         prompts.append(prompt_ids)
-        return await score(prompt_ids, continuations)
+        return await score(prompt_ids, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "submit", spy_submit)
@@ -225,3 +225,34 @@ def test_markers_in_user_text_change_neither_role(mini: LiveServer) -> None:
     assert len(markers) == 4
     assert markers[0] == markers[2]
     assert markers[1] == markers[3]
+
+
+def test_cached_tokens_tell_what_was_not_computed_again(tiny: LiveServer) -> None:
+    def cached(response: httpx.Response) -> int:
+        count: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return count
+
+    messages = [{"role": "user", "content": "first words of a conversation of its own"}]
+    first = post(tiny, messages=messages, sentiment=False)
+    prompt_tokens = first.json()["usage"]["prompt_tokens"]
+    assert cached(first) < prompt_tokens - 5
+    again = post(tiny, messages=messages, sentiment=False)
+    assert cached(again) == prompt_tokens - 1
+    assert again.json()["choices"] == first.json()["choices"]
+    answer = {"role": "assistant", "content": "an answer"}
+    longer = [*messages, answer, {"role": "user", "content": "next"}]
+    assert cached(post(tiny, messages=longer, sentiment=False)) > prompt_tokens - 8
+
+
+def test_conversation_and_sentiment_are_computed_together(tiny: LiveServer) -> None:
+    messages = [{"role": "user", "content": "words that nobody has judged before " * 3}]
+    usage = post(tiny, messages=messages).json()["usage"]
+    # What is left for the reply are the cue and the header of the answer.
+    left = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    assert left < 25
+
+
+def test_the_instruction_is_computed_once(tiny: LiveServer) -> None:
+    response = httpx.post(f"{tiny.base_url}/classify", json={"input": ["one", "another"]})
+    usage = response.json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] * 0.7

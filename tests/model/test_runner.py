@@ -38,7 +38,11 @@ def run_all(
     runner: ModelRunner, sequences: list[Sequence], max_prefill_tokens: int = 1000
 ) -> dict[Sequence, list[StepResult]]:
     """Steps until every sequence has its scores or twelve tokens."""
-    scheduler = Scheduler(16, max_prefill_tokens)
+
+    def admit(sequence: Sequence) -> None:
+        sequence.num_computed = runner.admit(sequence)
+
+    scheduler = Scheduler(16, max_prefill_tokens, admit)
     for sequence in sequences:
         scheduler.add(sequence)
     results: dict[Sequence, list[StepResult]] = {sequence: [] for sequence in sequences}
@@ -52,9 +56,9 @@ def run_all(
             results[sequence].append(result)
             if result.token_id is not None:
                 sequence.completion_ids.append(result.token_id)
-            if result.logprobs is not None or len(sequence.completion_ids) == 12:
+            if result.token_id is None or len(sequence.completion_ids) == 12:
                 scheduler.remove(sequence)
-                runner.release(sequence)
+                runner.release(sequence, is_sound=True)
     return results
 
 
@@ -119,7 +123,7 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(runner: ModelRunner
     plain_logits = model.logits
     calls = iter([float("nan"), 1.0])
     model.logits = lambda hidden: plain_logits(hidden) * next(calls)  # type: ignore[method-assign]
-    scheduler = Scheduler(4, 100)
+    scheduler = Scheduler(4, 100, lambda sequence: runner.admit(sequence) and None)
     scheduler.add(broken)
     scheduler.add(healthy)
     results = runner.step(scheduler.schedule())

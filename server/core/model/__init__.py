@@ -15,11 +15,17 @@ _SMALL_MODEL = 100_000_000
 
 
 def load_runner(
-    folder: Path, config: ModelConfig, *, dtype: str, num_threads: int | None
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    num_threads: int | None,
+    max_prefix_bytes: int,
 ) -> ModelRunner:
     """Loads the checkpoint in `folder`, ready to run.
 
     dtype: "float32", "bfloat16", or "auto" for whichever is faster here.
+    max_prefix_bytes: memory for prefixes of earlier prompts.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
 
     Raises:
@@ -30,4 +36,4 @@ def load_runner(
     if dtype == "auto":
         is_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = "bfloat16" if is_fast and config.num_parameters > _SMALL_MODEL else "float32"
-    return ModelRunner(load_qwen(folder, config, getattr(torch, dtype)))
+    return ModelRunner(load_qwen(folder, config, getattr(torch, dtype)), max_prefix_bytes)

@@ -3,17 +3,21 @@
 import torch
 from torch import Tensor
 
-INITIAL_CAPACITY = 128
+MIN_CAPACITY = 128
 
 
 class KVCache:
-    """One buffer per layer, grown by doubling. K and V: (layers, H_kv, capacity, D)."""
+    """One buffer for all layers, grown by doubling. K and V: (layers, H_kv, capacity, D)."""
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype):
         self.length = 0
-        self._shape = (num_layers, num_kv_heads, head_dim)
-        self._keys = self._new(0, dtype)
-        self._values = self._new(0, dtype)
+        self._keys = torch.empty(num_layers, num_kv_heads, 0, head_dim, dtype=dtype)
+        self._values = torch.empty_like(self._keys)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held, used or not."""
+        return self._keys.nbytes + self._values.nbytes
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` behind `length`."""
@@ -21,12 +25,8 @@ class KVCache:
         if needed <= capacity:
             return
         while capacity < needed:
-            capacity = max(INITIAL_CAPACITY, 2 * capacity)
-        for name in ("_keys", "_values"):
-            old = getattr(self, name)
-            new = self._new(capacity, old.dtype)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+            capacity = max(MIN_CAPACITY, 2 * capacity)
+        self._keys, self._values = self._resized(self.length, capacity)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts (H_kv, T, D) behind `length` and returns all of it: (H_kv, length + T, D).
@@ -38,6 +38,19 @@ class KVCache:
         self._values[layer, :, self.length : end] = values
         return self._keys[layer, :, :end], self._values[layer, :, :end]
 
-    def _new(self, capacity: int, dtype: torch.dtype) -> Tensor:
-        num_layers, num_kv_heads, head_dim = self._shape
-        return torch.empty(num_layers, num_kv_heads, capacity, head_dim, dtype=dtype)
+    def copy(self, length: int) -> "KVCache":
+        """A cache of its own that holds the first `length` tokens and not a byte more."""
+        copy = object.__new__(KVCache)
+        copy.length = length
+        copy._keys, copy._values = self._resized(length, length)
+        return copy
+
+    def _resized(self, length: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """Copies of both buffers with another capacity; the first `length` tokens are kept."""
+        resized = []
+        for old in (self._keys, self._values):
+            layers, heads, _, head_dim = old.shape
+            new = old.new_empty(layers, heads, capacity, head_dim)
+            new[:, :, :length] = old[:, :, :length]
+            resized.append(new)
+        return resized[0], resized[1]

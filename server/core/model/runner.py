@@ -1,6 +1,7 @@
 """Runs scheduled chunks through the model: one forward, then a token or scores for each."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from server.core.engine import StepResult
 from server.core.model.kv_cache import KVCache
+from server.core.model.prefix_cache import PrefixCache
 from server.core.model.qwen import QwenModel, Segment
 from server.core.model.sampler import Sampler
 from server.core.scheduler import ScheduledChunk
@@ -23,8 +25,10 @@ class _State:
 class ModelRunner:
     """Keeps the KV cache and the sampler of every running sequence."""
 
-    def __init__(self, model: QwenModel) -> None:
+    def __init__(self, model: QwenModel, max_prefix_bytes: int = 0) -> None:
+        """max_prefix_bytes: memory for what finished sequences computed, for others to reuse."""
         self._model = model
+        self._prefixes = PrefixCache(max_prefix_bytes)
         self._states: dict[Sequence, _State] = {}
 
     @property
@@ -51,14 +55,32 @@ class ModelRunner:
             begin = end
         return results
 
-    def release(self, sequence: Sequence) -> None:
-        """Frees the sequence's KV cache."""
-        self._states.pop(sequence, None)
+    @torch.inference_mode()
+    def admit(self, sequence: Sequence) -> int:
+        """Gives the sequence a KV cache, filled with the longest prefix that is known."""
+        cache = self._prefixes.lookup(sequence.prompt_ids) or self._model.new_cache()
+        sampler = None
+        if sequence.params is not None:
+            vocab_size = self._model.config.vocab_size
+            sampler = Sampler(sequence.params, sequence.prompt_ids, vocab_size)
+        self._states[sequence] = _State(cache, sampler)
+        return cache.length
+
+    @torch.inference_mode()
+    def release(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Frees the sequence's KV cache; what others may begin with is kept, if it is sound."""
+        state = self._states.pop(sequence, None)
+        if state is None or not is_sound:
+            return
+        is_scored = bool(sequence.continuations)
+        length = min(sequence.num_computed, sequence.num_shared if is_scored else sys.maxsize)
+        if length:
+            self._prefixes.store(
+                sequence.token_ids[:length], state.cache, is_pinned=sequence.is_pinned
+            )
 
     def _segment(self, chunk: ScheduledChunk) -> Segment:
         sequence = chunk.sequence
-        if sequence not in self._states:
-            self._states[sequence] = self._new_state(sequence)
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
         cache = self._states[sequence].cache
@@ -67,13 +89,9 @@ class ModelRunner:
             return Segment(token_ids, positions, cache)
         return _with_continuations(token_ids, positions, cache, sequence.continuations)
 
-    def _new_state(self, sequence: Sequence) -> _State:
-        sampler = None
-        if sequence.params is not None:
-            sampler = Sampler(sequence.params, sequence.prompt_ids, self._model.config.vocab_size)
-        return _State(self._model.new_cache(), sampler)
-
     def _result(self, sequence: Sequence, rows: Tensor) -> StepResult:
+        if not sequence.continuations and sequence.params is None:
+            return StepResult()
         logits = self._model.logits(rows)
         sampler = self._states[sequence].sampler
         if sampler is not None:

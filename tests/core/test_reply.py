@@ -1,0 +1,590 @@
+"""Sentiment first, then the answer: which prompt each role reads, and how a reply ends."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+import pytest
+
+from server.core.classifier import Classification, Classifier
+from server.core.engine import EngineClosedError, Scores, SequenceAbortedError, TokenStream
+from server.core.reply import Replier, Reply
+from server.core.sequence import (
+    AbortedEvent,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    SamplingParams,
+    TokenEvent,
+)
+from server.core.tasks import Label, Task, load_tasks
+from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.errors import ContextLengthError, InvalidRequestError
+
+T = TypeVar("T")
+
+BOUND_S = 20
+SENTIMENT = load_tasks()["sentiment"]
+POSITIVE, NEGATIVE, NEUTRAL = SENTIMENT.labels
+PERSONA = "You are a warm friend."
+PARAMS = SamplingParams(max_tokens=50, temperature=0.5, seed=3)
+
+Message = dict[str, str]
+
+
+class FakeGenerator:
+    """Takes notes of what it is asked and answers with the events it was given."""
+
+    def __init__(self, *events: Event) -> None:
+        self.events = events or (FinishedEvent(FinishReason.STOP),)
+        self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.num_aborts = 0
+        self.prefilled: list[list[int]] = []
+
+    async def prefill(self, prompt_ids: list[int]) -> None:
+        self.prefilled.append(prompt_ids)
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+        self.submitted.append((prompt_ids, params))
+        stream = TokenStream(self._abort)
+        for event in self.events:
+            stream.events.put_nowait(event)
+        return stream
+
+    def _abort(self) -> None:
+        self.num_aborts += 1
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The one prompt submitted."""
+        ((prompt_ids, _),) = self.submitted
+        return prompt_ids
+
+
+class FakeClassifier:
+    """Says one label of everything, or fails."""
+
+    def __init__(self, label: Label = POSITIVE, error: Exception | None = None) -> None:
+        self._label, self._error = label, error
+        self.asked: list[tuple[str, str]] = []
+
+    def is_known(self, task: Task, text: str) -> bool:
+        return False
+
+    async def classify(self, task: Task, text: str) -> Classification:
+        self.asked.append((task.name, text))
+        if self._error is not None:
+            raise self._error
+        return Classification(self._label, 0.9, ((self._label, 0.9),), 7, 0)
+
+
+class FakeScorer:
+    """The analyst's side of the engine."""
+
+    def __init__(self, *logprobs: float) -> None:
+        self._logprobs = list(logprobs)
+        self.prompts: list[list[int]] = []
+
+    async def score(
+        self,
+        prompt_ids: list[int],
+        continuations: list[list[int]],
+        *,
+        num_shared: int,
+        is_pinned: bool,
+    ) -> Scores:
+        self.prompts.append(prompt_ids)
+        return Scores(self._logprobs, num_cached=0)
+
+
+class RefusingTokenizer:
+    """Its chat template accepts nothing."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        raise ChatTemplateError("roles must alternate")
+
+
+@pytest.fixture
+def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
+    """A replier around fakes, with the real tokenizer."""
+
+    def make_replier(
+        generator: FakeGenerator,
+        classifier: FakeClassifier | Classifier | None = None,
+        *,
+        task: Task = SENTIMENT,
+        max_context: int = 2048,
+        with_tokenizer: ChatTokenizer = tokenizer,
+    ) -> Replier:
+        return Replier(
+            generator,
+            cast(Classifier, classifier or FakeClassifier()),
+            with_tokenizer,
+            task=task,
+            persona=PERSONA,
+            max_context=max_context,
+        )
+
+    return make_replier
+
+
+def system(content: str) -> Message:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def cue(label: Label) -> Message:
+    return system(f"用户此刻的情绪：{label.text}{label.emoji}")
+
+
+async def ask(
+    replier: Replier,
+    messages: list[Message],
+    *,
+    params: SamplingParams = PARAMS,
+    stop: Sequence[str] = (),
+    with_sentiment: bool = True,
+) -> Reply:
+    return await bounded(replier.reply(messages, params, stop, with_sentiment=with_sentiment))
+
+
+async def read(reply: Reply) -> list[str]:
+    async def all_pieces() -> list[str]:
+        return [piece async for piece in reply.pieces()]
+
+    return await bounded(all_pieces())
+
+
+async def bounded(awaitable: Awaitable[T]) -> T:
+    """The result, or a failed test in place of one that hangs."""
+    return await asyncio.wait_for(awaitable, BOUND_S)
+
+
+def text_of(tokenizer: ChatTokenizer, ids: list[int]) -> str:
+    return b"".join(tokenizer.token_bytes[token_id] for token_id in ids).decode()
+
+
+def says(tokenizer: ChatTokenizer, text: str, *end: Event) -> FakeGenerator:
+    """A generator that writes the text and then ends by itself, or as told."""
+    written = [TokenEvent(token_id) for token_id in tokenizer.encode_text(text)]
+    return FakeGenerator(*written, *(end or (FinishedEvent(FinishReason.STOP),)))
+
+
+# --- the prompt -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", SENTIMENT.labels, ids=lambda label: label.value)
+@pytest.mark.parametrize(
+    ("messages", "before", "after"),
+    [
+        pytest.param(
+            [user("Hi")], [system(PERSONA), user("Hi")], [], id="persona, as there is none"
+        ),
+        pytest.param(
+            [system("Be brief."), user("Hi")],
+            [system("Be brief."), user("Hi")],
+            [],
+            id="the client's own system message",
+        ),
+        pytest.param(
+            [user("Hi"), system("Be brief."), user("So?")],
+            [user("Hi"), system("Be brief."), user("So?")],
+            [],
+            id="the client's own system message, but late",
+        ),
+        pytest.param(
+            [system(""), user("Hi")],
+            [system(""), user("Hi")],
+            [],
+            id="an empty system message is one, too",
+        ),
+        pytest.param(
+            [user("a"), assistant("b"), user("c")],
+            [system(PERSONA), user("a"), assistant("b"), user("c")],
+            [],
+            id="several turns",
+        ),
+        pytest.param(
+            [user("Tell me."), assistant("Well, ")],
+            [system(PERSONA), user("Tell me.")],
+            [assistant("Well, ")],
+            id="before an answer to be continued",
+        ),
+        pytest.param(
+            [system("Be brief."), user("a"), assistant("b"), user("c"), assistant("")],
+            [system("Be brief."), user("a"), assistant("b"), user("c")],
+            [assistant("")],
+            id="before an empty answer to be continued",
+        ),
+    ],
+)
+async def test_the_cue_comes_after_the_conversation_with_the_text_of_the_label(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    before: list[Message],
+    after: list[Message],
+    label: Label,
+) -> None:
+    generator = FakeGenerator()
+    reply = await ask(make(generator, FakeClassifier(label)), messages)
+    expected = tokenizer.encode_chat([*before, cue(label), *after])
+    assert generator.prompt_ids == expected
+    assert reply.num_prompt_tokens == len(expected)
+    assert reply.sentiment is not None and reply.sentiment.label == label
+
+
+async def test_the_cue_that_the_reply_reads_is_chinese_text_and_emoji(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    await ask(make(generator, FakeClassifier(NEGATIVE)), [user("I lost my keys.")])
+    assert text_of(tokenizer, generator.prompt_ids) == (
+        f"system\n{PERSONA}\nuser\nI lost my keys.\nsystem\n用户此刻的情绪：负面😢\nassistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("Hi")],
+        [system("Be brief."), user("Hi")],
+        [user("a"), assistant("b"), user("c")],
+        [user("Tell me."), assistant("Well, ")],
+    ],
+    ids=len,
+)
+async def test_without_sentiment_the_conversation_goes_to_the_model_as_it_is(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, messages: list[Message]
+) -> None:
+    generator, classifier = FakeGenerator(), FakeClassifier()
+    reply = await ask(make(generator, classifier), messages, with_sentiment=False)
+    assert generator.prompt_ids == tokenizer.encode_chat(messages)
+    assert reply.sentiment is None
+    assert classifier.asked == []
+
+
+async def test_a_task_without_cue_judges_but_tells_the_reply_nothing(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    silent = SENTIMENT.model_copy(update={"cue": None})
+    reply = await ask(make(generator, task=silent), [user("Hi")])
+    assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), user("Hi")])
+    assert reply.sentiment is not None and reply.sentiment.label == POSITIVE
+
+
+async def test_the_clients_messages_are_not_changed(make: Callable[..., Replier]) -> None:
+    messages = [user("Tell me."), assistant("Well, ")]
+    await ask(make(FakeGenerator()), messages)
+    assert messages == [user("Tell me."), assistant("Well, ")]
+
+
+async def test_the_prefix_of_a_conversation_is_the_same_from_turn_to_turn(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    replier = make(generator, FakeClassifier(POSITIVE))
+    await ask(replier, [user("a")])
+    await ask(replier, [user("a"), assistant("b"), user("c")])
+    (first, _), (second, _) = generator.submitted
+    # All but the cue and the opened answer, which come last.
+    num_shared = len(first) - len(tokenizer.encode_chat([cue(POSITIVE)]))
+    assert num_shared > 10
+    assert second[:num_shared] == first[:num_shared]
+
+
+# --- the two roles keep apart ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("I love it!")],
+        [system("Be brief."), user("Hi"), assistant("Hello!"), user("I love it!")],
+        [user("I love it!"), assistant("Me ")],
+    ],
+    ids=len,
+)
+async def test_neither_role_ever_reads_the_instruction_of_the_other(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, messages: list[Message]
+) -> None:
+    generator, scorer = FakeGenerator(), FakeScorer(-0.1, -3.0, -4.0)
+    classifier = Classifier(scorer, tokenizer, max_context=2048, cache_size=4)
+    await ask(make(generator, classifier), messages)
+
+    reads = text_of(tokenizer, generator.prompt_ids)
+    assert "用户此刻的情绪：正面😄" in reads and "I love it!" in reads
+    assert SENTIMENT.instructions not in reads
+    assert "分析师" not in reads
+
+    (analyst_ids,) = scorer.prompts
+    reads = text_of(tokenizer, analyst_ids)
+    assert reads == f"system\n{SENTIMENT.instructions}\nuser\nI love it!\nassistant\n"
+    assert PERSONA not in reads and "用户此刻的情绪" not in reads
+
+
+async def test_the_analyst_reads_the_last_user_message_alone(make: Callable[..., Replier]) -> None:
+    classifier = FakeClassifier()
+    messages = [user("a"), assistant("b"), user("c"), system("d"), assistant("e")]
+    await ask(make(FakeGenerator(), classifier), messages)
+    assert classifier.asked == [("sentiment", "c")]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [system("Be brief.")],
+        [assistant("Well, ")],
+        [user("")],
+        [user("I love it!"), assistant("b"), user(" \n\u3000")],
+    ],
+    ids=["no user", "only an answer", "an empty message", "white space last"],
+)
+async def test_where_the_user_said_nothing_there_is_nothing_to_judge(
+    make: Callable[..., Replier], messages: list[Message]
+) -> None:
+    generator, classifier = FakeGenerator(), FakeClassifier()
+    reply = await ask(make(generator, classifier), messages)
+    assert reply.sentiment is None
+    assert classifier.asked == []
+    assert len(generator.submitted) == 1
+
+
+# --- a failing pass -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("the engine had a bad day"),
+        SequenceAbortedError(),
+        ContextLengthError(3000, 2048, "input"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_failing_pass_is_logged_and_the_answer_comes_without_a_cue(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    generator = says(tokenizer, "Hello!")
+    with caplog.at_level(logging.WARNING, logger="server"):
+        reply = await ask(make(generator, FakeClassifier(error=error)), [user("Hi")])
+    assert reply.sentiment is None
+    assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), user("Hi")])
+    assert "".join(await read(reply)) == "Hello!"
+    (record,) = caplog.records
+    assert record.exc_info is not None and record.exc_info[1] is error
+
+
+async def test_a_client_that_leaves_during_the_pass_gets_no_answer(
+    make: Callable[..., Replier],
+) -> None:
+    asked = asyncio.Event()
+
+    class Endless(FakeClassifier):
+        async def classify(self, task: Task, text: str) -> Classification:
+            asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    generator = FakeGenerator()
+    running = asyncio.create_task(ask(make(generator, Endless()), [user("Hi")]))
+    await bounded(asked.wait())
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await bounded(running)
+    assert generator.submitted == []
+
+
+async def test_a_closed_engine_is_an_error_of_the_reply(make: Callable[..., Replier]) -> None:
+    class Closed(FakeGenerator):
+        def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+            raise EngineClosedError
+
+    with pytest.raises(EngineClosedError):
+        await ask(make(Closed(), FakeClassifier(error=EngineClosedError())), [user("Hi")])
+
+
+# --- limits ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "given"), [(50, 100, 50), (50, 50, 50), (50, 49, 49), (50, 1, 1), (1, 9, 1)]
+)
+async def test_max_tokens_is_capped_by_the_room_in_the_context(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, asked: int, room: int, given: int
+) -> None:
+    generator = FakeGenerator()
+    num_prompt = len(tokenizer.encode_chat([user("Hi")]))
+    replier = make(generator, max_context=num_prompt + room)
+    params = SamplingParams(max_tokens=asked, temperature=0.5, top_k=7, seed=3)
+    await ask(replier, [user("Hi")], params=params, with_sentiment=False)
+    ((_, submitted),) = generator.submitted
+    assert submitted == SamplingParams(max_tokens=given, temperature=0.5, top_k=7, seed=3)
+
+
+async def test_the_cue_counts_when_max_tokens_is_capped(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    num_prompt = len(tokenizer.encode_chat([system(PERSONA), user("Hi"), cue(POSITIVE)]))
+    await ask(make(generator, max_context=num_prompt + 5), [user("Hi")])
+    ((prompt_ids, submitted),) = generator.submitted
+    assert len(prompt_ids) == num_prompt
+    assert submitted.max_tokens == 5
+
+
+@pytest.mark.parametrize("with_sentiment", [True, False])
+@pytest.mark.parametrize("excess", [0, 1, 100])
+async def test_a_conversation_too_long_is_refused_with_the_numbers_before_any_pass(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, with_sentiment: bool, excess: int
+) -> None:
+    generator, classifier = FakeGenerator(), FakeClassifier()
+    messages = [system("Be brief."), user("Hello there! " * 30)]
+    num_prompt = len(tokenizer.encode_chat(messages))
+    replier = make(generator, classifier, max_context=num_prompt - excess)
+    with pytest.raises(ContextLengthError) as caught:
+        await ask(replier, messages, with_sentiment=with_sentiment)
+    assert f"{num_prompt - excess} tokens" in caught.value.message
+    assert f"has {num_prompt} " in caught.value.message
+    assert caught.value.param == "messages"
+    assert caught.value.code == "context_length_exceeded"
+    assert classifier.asked == []
+    assert generator.submitted == []
+
+
+@pytest.mark.parametrize("with_sentiment", [True, False])
+async def test_a_conversation_that_the_template_refuses_is_the_clients_mistake(
+    make: Callable[..., Replier], with_sentiment: bool
+) -> None:
+    generator, classifier = FakeGenerator(), FakeClassifier()
+    refusing = cast(ChatTokenizer, RefusingTokenizer())
+    replier = make(generator, classifier, with_tokenizer=refusing)
+    with pytest.raises(InvalidRequestError, match="roles must alternate") as caught:
+        await ask(replier, [user("a"), user("b")], with_sentiment=with_sentiment)
+    assert caught.value.param == "messages"
+    assert classifier.asked == [] and generator.submitted == []
+
+
+# --- reading the reply ----------------------------------------------------------------
+
+
+async def test_the_pieces_joined_are_the_text_and_the_tokens_are_counted(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    text = "你好呀！😄 Nice to see you, 小明。"
+    generator = says(tokenizer, text)
+    reply = await ask(make(generator), [user("Hi")])
+    assert (reply.num_completion_tokens, reply.finish_reason) == (0, None)
+    pieces = await read(reply)
+    assert "".join(pieces) == text
+    assert all(pieces), "an empty piece is no piece"
+    assert reply.num_completion_tokens == len(tokenizer.encode_text(text))
+    assert reply.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("reason", "word"), [(FinishReason.STOP, "stop"), (FinishReason.LENGTH, "length")]
+)
+async def test_the_finish_reason_is_the_engines_in_openais_words(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, reason: FinishReason, word: str
+) -> None:
+    reply = await ask(
+        make(says(tokenizer, "Hello", FinishedEvent(reason))), [user("Hi")], stop=["!"]
+    )
+    assert "".join(await read(reply)) == "Hello"
+    assert reply.finish_reason == word
+
+
+async def test_an_empty_reply_has_no_pieces_and_ends_with_stop(
+    make: Callable[..., Replier],
+) -> None:
+    reply = await ask(make(FakeGenerator()), [user("Hi")])
+    assert await read(reply) == []
+    assert (reply.finish_reason, reply.num_completion_tokens) == ("stop", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "given"),
+    [
+        ("Hello there. Bye.", ["there"], "Hello "),
+        ("你好呀！再见。", ["！"], "你好呀"),
+        ("gut 😄 so", ["😄", "so"], "gut "),
+        ("gut 😄 so", ["so", "x"], "gut 😄 "),
+    ],
+)
+async def test_a_stop_string_ends_the_reply_with_stop_and_aborts_the_rest(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    text: str,
+    stop: list[str],
+    given: str,
+) -> None:
+    # Without the stop string the reply would end with `length`.
+    generator = says(tokenizer, text + " and so on", FinishedEvent(FinishReason.LENGTH))
+    reply = await ask(make(generator), [user("Hi")], stop=stop)
+    assert "".join(await read(reply)) == given
+    assert reply.finish_reason == "stop"
+    assert generator.num_aborts >= 1
+    assert 0 < reply.num_completion_tokens < len(generator.events) - 1
+
+
+async def test_what_only_resembles_a_stop_string_comes_at_the_end(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    reply = await ask(make(says(tokenizer, "Hello th")), [user("Hi")], stop=["there"])
+    assert "".join(await read(reply)) == "Hello th"
+    assert reply.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        (FailedEvent(ValueError("bad logits")), ValueError),
+        (AbortedEvent(), SequenceAbortedError),
+    ],
+)
+async def test_a_sequence_that_fails_fails_the_reply_without_a_finish_reason(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, end: Event, error: type[Exception]
+) -> None:
+    generator = says(tokenizer, "Hello", end)
+    reply = await ask(make(generator), [user("Hi")])
+    with pytest.raises(error):
+        await read(reply)
+    assert reply.finish_reason is None
+    assert generator.num_aborts >= 1
+
+
+async def test_a_reader_that_stops_reading_aborts_the_sequence(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = says(tokenizer, "Hello there, how are you?")
+    reply = await ask(make(generator), [user("Hi")])
+    async with aclosing(cast(Any, reply.pieces())) as pieces:
+        assert await bounded(anext(pieces))
+        assert generator.num_aborts == 0
+    assert generator.num_aborts == 1
+    assert reply.finish_reason is None
+
+
+async def test_an_unread_reply_can_be_aborted_any_number_of_times(
+    make: Callable[..., Replier],
+) -> None:
+    generator = FakeGenerator()
+    reply = await ask(make(generator), [user("Hi")])
+    reply.abort()
+    reply.abort()
+    assert generator.num_aborts == 2

@@ -1,0 +1,152 @@
+"""Imports point one way: read from the source, so that nobody has to remember."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "server").rglob("*.py"))
+
+HTTP = ("starlette", "uvicorn", "sse_starlette", "server.routes", "server.app")
+ENGINE_ROOM = ("torch", "server.core.model", "server.core.scheduler", "server.core.engine")
+
+
+def imports_of(source: str, package: str) -> Iterator[str]:
+    """Every module that the source of a module in `package` imports, wherever in the file.
+
+    `from a import b` counts as `a` and as `a.b`, for b may be a module.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_below(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def forbidden(path: Path, names: tuple[str, ...]) -> set[str]:
+    """What the file imports of the modules named, or of anything in them."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    imported = imports_of(path.read_text(encoding="utf-8"), package)
+    return {module for module in imported if is_below(module, names)}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def below(folder: str) -> list[Path]:
+    return [path for path in MODULES if name_of(path).startswith(f"{folder}/")]
+
+
+# --- the reading itself ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "name"),
+    [
+        ("import torch", "server.core", "torch"),
+        ("import os, torch.nn as nn", "server.core", "torch"),
+        ("from torch import Tensor", "server.core", "torch"),
+        ("from torch.nn import functional", "server.core", "torch"),
+        ("from server import app", "server.core", "server.app"),
+        ("from server.core import model", "server.routes", "server.core.model"),
+        ("from .. import routes", "server.core", "server.routes"),
+        ("from ..routes.chat import x", "server.core", "server.routes"),
+        ("from .model import runner", "server.core", "server.core.model"),
+        ("from . import model", "server.core", "server.core.model"),
+        ("def f():\n    if True:\n        import torch", "server.core", "torch"),
+        ("try:\n    import torch\nexcept ImportError:\n    pass", "server.core", "torch"),
+    ],
+)
+def test_an_import_is_seen_in_whatever_form_it_is_written(
+    source: str, package: str, name: str
+) -> None:
+    assert any(is_below(module, (name,)) for module in imports_of(source, package))
+
+
+@pytest.mark.parametrize(
+    "source", ["import torchvision", "from server.apple import x", "x = 'torch'"]
+)
+def test_a_name_that_only_resembles_another_is_not_taken_for_it(source: str) -> None:
+    assert not any(is_below(m, ("torch", "server.app")) for m in imports_of(source, "server.core"))
+
+
+def test_there_are_modules_to_look_at() -> None:
+    names = {name_of(path) for path in MODULES}
+    assert {"server/app.py", "server/errors.py", "server/core/engine.py"} <= names
+    assert below("server/core/model") and below("server/routes") and len(below("server/core")) > 8
+
+
+# --- the rules ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", below("server/core"), ids=name_of)
+def test_the_core_knows_nothing_of_http(path: Path) -> None:
+    assert not forbidden(path, HTTP)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_torch_is_imported_below_the_model_only(path: Path) -> None:
+    if path not in below("server/core/model"):
+        assert not forbidden(path, ("torch",))
+
+
+def test_the_model_does_import_torch() -> None:
+    assert any(forbidden(path, ("torch",)) for path in below("server/core/model"))
+
+
+@pytest.mark.parametrize("path", below("server/routes"), ids=name_of)
+def test_routes_never_see_a_tensor_or_the_inside_of_the_engine(path: Path) -> None:
+    assert not forbidden(path, ENGINE_ROOM)
+
+
+def test_errors_import_nothing_of_the_project() -> None:
+    assert not forbidden(ROOT / "server/errors.py", ("server", "training", "tests"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_server_imports_neither_training_nor_tests(path: Path) -> None:
+    others = ("training", "tests", "benchmarks", "openai_examples", "pytest")
+    assert not forbidden(path, others)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_are_absolute_and_at_the_top(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    everywhere = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert all(node in tree.body for node in everywhere)
+    assert not [node for node in everywhere if isinstance(node, ast.ImportFrom) and node.level]
+
+
+@pytest.mark.parametrize("path", below("server/core/model"), ids=name_of)
+def test_the_model_knows_neither_text_nor_sentiment(path: Path) -> None:
+    text = ("tokenizer", "detokenizer", "classifier", "tasks", "reply")
+    assert not forbidden(path, tuple(f"server.core.{name}" for name in text))
+
+
+@pytest.mark.parametrize("name", ["engine", "scheduler", "sequence"])
+def test_the_engine_knows_neither_the_model_nor_text_nor_sentiment(name: str) -> None:
+    above = ("model", "tokenizer", "detokenizer", "classifier", "tasks", "reply")
+    path = ROOT / "server/core" / f"{name}.py"
+    assert not forbidden(path, tuple(f"server.core.{module}" for module in above))
+
+
+@pytest.mark.parametrize("path", below("server/core"), ids=name_of)
+def test_settings_stop_before_the_core(path: Path) -> None:
+    assert not forbidden(path, ("server.config", "server.services", "server.protocol"))
+
+
+def test_no_module_of_the_server_hides_one_of_the_standard_library() -> None:
+    assert not {path.stem for path in (ROOT / "server").glob("*.py")} & sys.stdlib_module_names

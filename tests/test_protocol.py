@@ -1,0 +1,616 @@
+"""What requests may say, and how those that may not are told: 400, a sentence, the field."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from server.core.classifier import Classification
+from server.core.tasks import Label
+from server.errors import InvalidRequestError
+from server.protocol import (
+    MAX_INPUTS,
+    MAX_STOP_STRINGS,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+    ChatCompletionRequest,
+    ClassifyRequest,
+    Request,
+    classification,
+    new_id,
+    usage,
+)
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def parse_chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest.parse(_json({"model": "m", "messages": HI} | fields))
+
+
+def parse_classify(**fields: Any) -> ClassifyRequest:
+    return ClassifyRequest.parse(_json({"input": "Hi"} | fields))
+
+
+def refused(kind: type[Request], body: bytes | Mapping[str, Any]) -> InvalidRequestError:
+    """The error of a body that must not be accepted, its shape checked."""
+    with pytest.raises(InvalidRequestError) as caught:
+        kind.parse(body if isinstance(body, bytes) else _json(body))
+    error = caught.value
+    assert error.status == 400
+    assert error.body() == {
+        "error": {
+            "message": error.message,
+            "type": "invalid_request_error",
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+    assert error.message.endswith(".") and "\n" not in error.message
+    json.dumps(error.body(), ensure_ascii=False).encode()
+    return error
+
+
+def refused_chat(**fields: Any) -> InvalidRequestError:
+    return refused(ChatCompletionRequest, {"model": "m", "messages": HI} | fields)
+
+
+def refused_classify(**fields: Any) -> InvalidRequestError:
+    return refused(ClassifyRequest, {"input": "Hi"} | fields)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+# --- what is accepted -----------------------------------------------------------------
+
+
+def test_the_least_request_takes_the_defaults() -> None:
+    body = parse_chat()
+    assert body.model == "m"
+    assert [message.for_template() for message in body.messages] == HI
+    assert body.stream is False and body.sentiment is True and body.stop == []
+    assert body.stream_options is None
+    for name in ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed"):
+        assert getattr(body, name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 1),
+        ("max_completion_tokens", 10**9),
+        ("temperature", 0),
+        ("temperature", 2),
+        ("temperature", 0.7),
+        ("top_p", 1),
+        ("top_p", 1e-9),
+        ("top_k", -1),
+        ("top_k", 0),
+        ("top_k", 10**6),
+        ("seed", -(2**63)),
+        ("seed", 2**63 - 1),
+        ("stream", True),
+        ("sentiment", False),
+        ("stop", ["a", "b", "c", "d"]),
+        ("stop", []),
+    ],
+)
+def test_values_within_their_range_are_kept(name: str, value: Any) -> None:
+    body = parse_chat(**{name: value})
+    assert getattr(body, name) == value
+
+
+def test_a_single_stop_string_is_a_list_of_one() -> None:
+    assert parse_chat(stop="\n").stop == ["\n"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "stop",
+        "sentiment",
+        *UNSUPPORTED,
+        *WITHOUT_EFFECT,
+        "something_new",
+    ],
+)
+def test_null_counts_as_absent(name: str) -> None:
+    assert parse_chat(**{name: None}) == parse_chat()
+
+
+def test_null_counts_as_absent_inside_stream_options() -> None:
+    body = parse_chat(stream=True, stream_options={"include_usage": None})
+    assert body.stream_options is not None and body.stream_options.include_usage is False
+
+
+@pytest.mark.parametrize("name", ["task", "instructions", "labels", "model", "something_new"])
+def test_null_counts_as_absent_in_a_classify_request(name: str) -> None:
+    assert parse_classify(**{name: None}) == parse_classify()
+
+
+@pytest.mark.parametrize("value", [0, "", [], {}, False, "x", [1, {"a": None}], float("nan")])
+@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "something_new", "__class__", "", "模型"])
+def test_parameters_without_effect_and_unknown_ones_are_accepted_whatever_they_say(
+    name: str, value: Any
+) -> None:
+    body = parse_chat(**{name: value})
+    assert body.messages == parse_chat().messages
+    assert body.temperature is None and body.stop == [] and body.model == "m"
+
+
+# --- parameters that are not supported ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in UNSUPPORTED.items() for value in values]
+)
+def test_an_unsupported_parameter_is_accepted_at_its_neutral_value(name: str, value: Any) -> None:
+    assert parse_chat(**{name: value}).messages == parse_chat().messages
+
+
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty", "n", "min_p"])
+def test_a_neutral_number_may_be_a_float(name: str) -> None:
+    parse_chat(**{name: float(UNSUPPORTED[name][0])})
+
+
+def not_neutral(name: str) -> list[Any]:
+    # False == 0 and True == 1 in Python, not for a client.
+    candidates = [7, -0.5, True, False, 0, 1, "x", ["x"], {"type": "x"}, float("nan")]
+    neutral = [(type(x) is bool, x) for x in UNSUPPORTED[name]]
+    return [x for x in candidates if (type(x) is bool, x) not in neutral]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in UNSUPPORTED for value in not_neutral(name)]
+)
+def test_an_unsupported_parameter_is_refused_at_any_other_value(name: str, value: Any) -> None:
+    error = refused_chat(**{name: value})
+    assert error.param == name
+    assert error.code == "unsupported_parameter"
+    assert f"'{name}'" in error.message
+
+
+def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
+    assert {"n", "logprobs", "tools", "tool_choice", "response_format", "logit_bias"} <= set(
+        UNSUPPORTED
+    )
+    assert {"user", "metadata", "store", "service_tier"} <= set(WITHOUT_EFFECT)
+    own = set(ChatCompletionRequest.model_fields)
+    assert not (set(UNSUPPORTED) & set(WITHOUT_EFFECT)) and not own & set(UNSUPPORTED)
+
+
+# --- fields out of range --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model", 5),
+        ("model", ["m"]),
+        ("messages", []),
+        ("messages", "Hi"),
+        ("messages", {"role": "user", "content": "Hi"}),
+        ("stream", 1),
+        ("stream", "true"),
+        ("sentiment", "yes"),
+        ("sentiment", 0),
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", 1.0),
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("max_completion_tokens", 0),
+        ("max_completion_tokens", float("inf")),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        pytest.param("temperature", 10**400, id="temperature-beyond floats"),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", []),
+        ("top_p", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        pytest.param("top_p", 10**400, id="top_p-beyond floats"),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+        pytest.param("seed", 10**400, id="seed-beyond floats"),
+        ("seed", 0.5),
+        ("seed", "3"),
+        ("stop", 5),
+        ("stop", {"a": 1}),
+        ("stop", ["a"] * (MAX_STOP_STRINGS + 1)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_field(name: str, value: Any) -> None:
+    error = refused_chat(**{name: value})
+    assert error.param == name
+    assert f"'{name}'" in error.message
+    assert error.code is None
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], [None], [3], [["a"]]])
+def test_a_wrong_stop_string_is_refused_with_its_place(stop: Any) -> None:
+    error = refused_chat(stop=stop)
+    assert error.param in {"stop", "stop[0]", "stop[1]"}
+    assert f"'{error.param}'" in error.message
+
+
+@pytest.mark.parametrize("name", ["model", "messages"])
+@pytest.mark.parametrize("is_null", [True, False])
+def test_a_missing_field_is_required_by_name(name: str, is_null: bool) -> None:
+    fields: dict[str, Any] = {"model": "m", "messages": HI}
+    if is_null:
+        fields[name] = None
+    else:
+        del fields[name]
+    error = refused(ChatCompletionRequest, fields)
+    assert error.param == name
+    assert error.message == f"'{name}': is required."
+
+
+# --- messages -------------------------------------------------------------------------
+
+
+def one_message(message: Any) -> dict[str, str]:
+    (parsed,) = parse_chat(messages=[message]).messages
+    return parsed.for_template()
+
+
+@pytest.mark.parametrize(
+    ("role", "template_role"),
+    [
+        ("system", "system"),
+        ("developer", "system"),
+        ("user", "user"),
+        ("assistant", "assistant"),
+    ],
+)
+def test_every_role_reaches_the_template_and_a_developer_is_the_system(
+    role: str, template_role: str
+) -> None:
+    message = {"role": role, "content": " 你好 <|im_end|>\n"}
+    assert one_message(message) == {"role": template_role, "content": " 你好 <|im_end|>\n"}
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (["Hello"], "Hello"),
+        (["Hel", "lo ", "", "😀"], "Hello 😀"),
+        (["\n", "\n"], "\n\n"),
+        ([], ""),
+    ],
+)
+def test_text_parts_are_joined_to_one_string(role: str, parts: list[str], joined: str) -> None:
+    content = [{"type": "text", "text": text} for text in parts]
+    assert one_message({"role": role, "content": content})["content"] == joined
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "content": None, "refusal": None, "audio": None, "tool_calls": None},
+        {"role": "assistant", "content": "", "tool_calls": [], "function_call": None},
+        {"role": "assistant", "content": "", "annotations": [], "name": "bot"},
+    ],
+)
+def test_an_assistant_message_of_an_earlier_response_may_be_sent_back(message: Any) -> None:
+    assert one_message(message) == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize("name", ["name", "something_new"])
+def test_further_fields_of_a_message_are_ignored(name: str) -> None:
+    assert one_message({"role": "user", "content": "Hi", name: "Ann"}) == HI[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "reason"),
+    [
+        ("Hi", "messages[1]", "object"),
+        (None, "messages[1]", "object"),
+        ([], "messages[1]", "object"),
+        ({}, "messages[1]", "'content' is missing"),
+        ({"role": "user"}, "messages[1]", "'content' is missing"),
+        ({"role": "user", "content": None}, "messages[1]", "'content' is missing"),
+        ({"role": "system", "content": None}, "messages[1]", "'content' is missing"),
+        ({"content": "Hi"}, "messages[1].role", "required"),
+        ({"role": "tool", "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": "User", "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": None, "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": ["user"], "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": "user", "content": 5}, "messages[1].content", "string"),
+        ({"role": "user", "content": {"type": "text"}}, "messages[1].content", "string"),
+        ({"role": "user", "content": ["Hi"]}, "messages[1].content", "'Hi'"),
+        ({"role": "user", "content": [None]}, "messages[1].content", "None"),
+        ({"role": "user", "content": [{"text": "Hi"}]}, "messages[1].content", "None"),
+        ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content", "'text'"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": 5}]},
+            "messages[1].content",
+            "'text'",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]},
+            "messages[1].content",
+            "'image_url'",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[1]", "tool calls"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "tool calls"),
+    ],
+)
+def test_a_wrong_message_is_refused_with_its_place_and_the_reason(
+    message: Any, param: str, reason: str
+) -> None:
+    error = refused_chat(messages=[*HI, message])
+    assert error.param == param
+    assert f"'{param}'" in error.message
+    assert reason in error.message
+
+
+def test_the_first_of_several_mistakes_is_named() -> None:
+    error = refused_chat(messages=[*HI, {"role": "user", "content": 1}, 5], temperature=9)
+    assert error.param == "messages[1].content"
+
+
+# --- bodies that are no request -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionRequest, ClassifyRequest])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"{'model': 'm'}",
+        b'{"model": "m",}',
+        b'{"model": "m"} trailing',
+        b"hello",
+        b"\xff\xfe\x00",
+        b'{"model": "\xff"}',
+        b'{"seed": ' + b"1" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"model": "m", "messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:20]) if isinstance(body, bytes) else None,
+)
+def test_a_body_that_is_no_json_is_refused_as_such(kind: type[Request], body: bytes) -> None:
+    error = refused(kind, body)
+    assert error.message.startswith("The request body is not valid JSON")
+    assert error.param is None
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionRequest, ClassifyRequest])
+@pytest.mark.parametrize("body", [b"[]", b"3", b"null", b'"text"', b"true", b"NaN", b"[{}]"])
+def test_a_body_that_is_no_object_is_refused_as_such(kind: type[Request], body: bytes) -> None:
+    error = refused(kind, body)
+    assert error.message == "The request body must be a JSON object."
+    assert error.param is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"model": "m", "messages": [{"role": "user", "content": "\ud800"}]}',
+        rb'{"model": "m", "messages": [{"role": "user", "content": "a\udc00b"}]}',
+        rb'{"model": "m", "messages": [{"role": "user", "content": "\ude00\ud83d"}]}',
+        rb'{"model": "\ud800", "messages": [{"role": "user", "content": "Hi"}]}',
+        rb'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "\ud800": 1}',
+        rb'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "x": ["\ud800"]}',
+        b'{"model": "m", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
+        rb'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stop": "\ud800"}',
+    ],
+)
+def test_a_lone_surrogate_is_refused_wherever_it_stands(body: bytes) -> None:
+    error = refused(ChatCompletionRequest, body)
+    assert "lone surrogate" in error.message and "\\ud" in error.message
+
+
+def test_a_lone_surrogate_is_refused_in_a_text_to_classify() -> None:
+    assert "lone surrogate" in refused(ClassifyRequest, rb'{"input": "\ud83d"}').message
+
+
+def test_a_pair_of_surrogates_is_a_character() -> None:
+    body = rb'{"model": "m", "messages": [{"role": "user", "content": "\ud83d\ude00"}]}'
+    assert ChatCompletionRequest.parse(body).messages[0].content == "😀"
+
+
+def test_deep_nesting_below_pythons_limit_is_no_accident_either() -> None:
+    deep: Any = "x"
+    for _ in range(300):
+        deep = [deep]
+    assert parse_chat(something_new=deep).messages == parse_chat().messages
+    assert refused_chat(messages=deep).param == "messages[0]"
+    assert refused_chat(tools=deep).param == "tools"
+    assert refused_chat(stop=deep).param == "stop[0]"
+    assert refused_classify(input=deep).param == "input"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_what_is_no_finite_number_is_refused_with_the_field(name: str, number: str) -> None:
+    body = f'{{"model": "m", "messages": [{{"role": "user", "content": ""}}], "{name}": {number}}}'
+    error = refused(ChatCompletionRequest, body.encode())
+    assert error.param == name
+
+
+# --- combinations ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"include_usage": True}, {"include_usage": False}])
+@pytest.mark.parametrize("more", [{}, {"stream": False}, {"stream": None}])
+def test_stream_options_without_stream_are_refused(
+    options: dict[str, bool], more: dict[str, Any]
+) -> None:
+    error = refused_chat(stream_options=options, **more)
+    assert error.param == "stream_options"
+    assert "'stream'" in error.message
+
+
+@pytest.mark.parametrize(
+    ("options", "include_usage"),
+    [
+        ({}, False),
+        ({"include_usage": True}, True),
+        ({"include_usage": False, "include_obfuscation": True}, False),
+    ],
+)
+def test_stream_options_with_stream_are_read(options: dict[str, bool], include_usage: bool) -> None:
+    body = parse_chat(stream=True, stream_options=options)
+    assert body.stream_options is not None
+    assert body.stream_options.include_usage is include_usage
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ("usage", "stream_options"),
+        ([], "stream_options"),
+        (True, "stream_options"),
+        ({"include_usage": 1}, "stream_options.include_usage"),
+        ({"include_usage": "true"}, "stream_options.include_usage"),
+    ],
+)
+def test_wrong_stream_options_are_refused_with_the_field(options: Any, param: str) -> None:
+    assert refused_chat(stream=True, stream_options=options).param == param
+
+
+# --- classify -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [("Hi", ["Hi"]), (["Hi"], ["Hi"]), (["a", "b"], ["a", "b"]), (["x"] * MAX_INPUTS, None)],
+)
+def test_one_text_or_several_are_a_list(given: Any, texts: list[str] | None) -> None:
+    assert parse_classify(input=given).texts == (texts or given)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        (None, "input"),
+        (5, "input"),
+        ([], "input"),
+        ([5], "input"),
+        ([["a"]], "input"),
+        ({"text": "a"}, "input"),
+        ("", "input"),
+        (" \n\u3000", "input"),
+        ([""], "input[0]"),
+        (["a", "\t"], "input[1]"),
+        (["x"] * (MAX_INPUTS + 1), "input"),
+    ],
+)
+def test_inputs_that_are_no_texts_are_refused(given: Any, param: str) -> None:
+    error = refused_classify(input=given)
+    assert error.param == param
+    assert f"'{param}'" in error.message
+
+
+def test_a_named_task_stands_alone() -> None:
+    body = parse_classify(task="intent")
+    assert (body.task, body.instructions, body.labels) == ("intent", None, None)
+
+
+def test_a_task_of_ones_own_has_instructions_and_labels() -> None:
+    body = parse_classify(instructions="Spam?", labels=["yes", "no"])
+    assert (body.task, body.instructions, body.labels) == (None, "Spam?", ["yes", "no"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"instructions": "Spam?"}, "labels"),
+        ({"instructions": "Spam?", "labels": None}, "labels"),
+        ({"labels": ["yes", "no"]}, "instructions"),
+        ({"task": "intent", "instructions": "Spam?"}, "labels"),
+        ({"task": "intent", "labels": ["yes", "no"]}, "instructions"),
+        ({"task": "intent", "instructions": "Spam?", "labels": ["yes", "no"]}, "task"),
+        ({"instructions": "", "labels": ["yes", "no"]}, "instructions"),
+        ({"instructions": 5, "labels": ["yes", "no"]}, "instructions"),
+        ({"instructions": "Spam?", "labels": []}, "labels"),
+        ({"instructions": "Spam?", "labels": ["yes"]}, "labels"),
+        ({"instructions": "Spam?", "labels": ["yes", "yes"]}, "labels"),
+        ({"instructions": "Spam?", "labels": "yes"}, "labels"),
+        ({"instructions": "Spam?", "labels": ["yes", ""]}, "labels[1]"),
+        ({"instructions": "Spam?", "labels": [1, "no"]}, "labels[0]"),
+        ({"instructions": "Spam?", "labels": ["yes", None]}, "labels[1]"),
+        ({"instructions": "Spam?", "labels": [str(i) for i in range(256)]}, "labels"),
+        ({"task": 5}, "task"),
+        ({"model": 5}, "model"),
+    ],
+)
+def test_a_wrong_description_of_a_task_is_refused_with_the_field(
+    fields: dict[str, Any], param: str
+) -> None:
+    error = refused_classify(**fields)
+    assert error.param == param
+    assert f"'{param}'" in error.message
+
+
+def test_255_labels_are_still_fine() -> None:
+    labels = [str(i) for i in range(255)]
+    assert parse_classify(instructions="Which?", labels=labels).labels == labels
+
+
+def test_unknown_fields_of_a_classify_request_are_accepted() -> None:
+    assert parse_classify(something_new=[1], texts=["x"]).texts == ["Hi"]
+
+
+# --- responses ------------------------------------------------------------------------
+
+
+def test_a_classification_is_an_object_of_its_label_and_all_probabilities() -> None:
+    up, down = Label(value="up", text="good", emoji="😄"), Label(value="down", text="bad")
+    result = Classification(up, 2 / 3, ((up, 2 / 3), (down, 1 / 3)), 9, 4, is_cached=True)
+    assert classification(result) == {
+        "label": "up",
+        "text": "good",
+        "emoji": "😄",
+        "confidence": 0.666667,
+        "probabilities": [
+            {"value": "up", "probability": 0.666667},
+            {"value": "down", "probability": 0.333333},
+        ],
+        "cached": True,
+    }
+
+
+def test_no_classification_is_null() -> None:
+    assert classification(None) is None
+
+
+def test_usage_adds_up() -> None:
+    assert usage(5, 7, 4) == {
+        "prompt_tokens": 5,
+        "completion_tokens": 7,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+
+
+def test_ids_have_their_prefix_and_are_never_the_same() -> None:
+    ids = {new_id("chatcmpl") for _ in range(100)}
+    assert len(ids) == 100
+    assert all(response_id.startswith("chatcmpl-") for response_id in ids)
