@@ -112,10 +112,12 @@ async def settle() -> None:
 
 
 @pytest.fixture
-async def complaints() -> list[dict[str, Any]]:
+async def complaints() -> list[str]:
     """What the event loop has to complain about: errors that reach nobody else."""
-    heard: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    heard: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: heard.append(f"{context['message']}: {context.get('exception')!r}")
+    )
     return heard
 
 
@@ -259,7 +261,7 @@ async def test_hits_and_misses_are_counted() -> None:
     assert (classifier.num_hits, classifier.num_misses) == (3, 3)
 
 
-async def test_cache_size_zero_keeps_nothing(complaints: list[dict[str, Any]]) -> None:
+async def test_cache_size_zero_keeps_nothing(complaints: list[str]) -> None:
     scorer = up()
     classifier = make(scorer, cache_size=0)
     results = [await classifier.classify(task(), "x") for _ in range(3)]
@@ -447,7 +449,7 @@ async def test_a_newcomer_does_not_join_a_pass_that_is_being_cancelled() -> None
 
 
 async def test_a_pass_that_fails_when_nobody_waits_any_more_makes_no_noise(
-    complaints: list[dict[str, Any]],
+    complaints: list[str],
 ) -> None:
     scorer = SlowToStop()
     scorer.last_words = ValueError("too late")
