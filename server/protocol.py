@@ -218,7 +218,7 @@ class ClassifyRequest(Request):
 
     model: StrictStr | None = None
     input: StrictStr | list[StrictStr]
-    task: StrictStr | None = None
+    task: Annotated[StrictStr, Field(min_length=1)] | None = None
     instructions: Annotated[StrictStr, Field(min_length=1)] | None = None
     labels: (
         Annotated[

@@ -241,13 +241,8 @@ def evaluate(
             best = max(range(len(values)), key=score.__getitem__)
             right[f"{row.lang}_three_way"].append(values[best] == row.label)
             if row.label != "neutral":
-                polar = max(
-                    values,
-                    key=lambda v: (
-                        score[values.index(v)] * (v != "neutral") - 1e9 * (v == "neutral")
-                    ),
-                )
-                right[f"{row.lang}_polar"].append(polar == row.label)
+                is_positive = score[values.index("positive")] > score[values.index("negative")]
+                right[f"{row.lang}_polar"].append(is_positive == (row.label == "positive"))
     return {key: round(sum(hits) / len(hits), 4) for key, hits in right.items()}
 
 
@@ -277,6 +272,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, default=Path("server/models/qwen-mini"))
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
+    parser.add_argument("--init", type=Path, help="checkpoint folder to start from, not anew")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the whole run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -301,7 +297,10 @@ def main() -> None:
     check_rendering(renderer, tokenizer, task, texts, replies)
 
     bag = train_bag(texts, tokenizer, list(renderer.label_ids), args.run / "bag.pt")
-    model = new_model(tokenizer.vocab_size, renderer.end, bag).to(args.device)
+    model = new_model(tokenizer.vocab_size, renderer.end, bag)
+    if args.init is not None:
+        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(args.init).state_dict())
+    model.to(args.device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True

@@ -15,8 +15,8 @@ from cachetools import LRUCache
 
 from server.core.engine import Scores
 from server.core.tasks import Label, Task
-from server.core.tokenizer import ChatTokenizer
-from server.errors import ContextLengthError
+from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.errors import ContextLengthError, InvalidRequestError
 
 
 class Scorer(Protocol):
@@ -98,6 +98,7 @@ class Classifier:
             self.num_hits += 1
             return replace(result, is_cached=True)
         running = self._passes.get(key)
+        is_joined = running is not None
         if running is None:
             self.num_misses += 1
             running = _Pass(asyncio.create_task(self._compute(task, text)))
@@ -107,7 +108,7 @@ class Classifier:
             self.num_hits += 1
         running.num_waiters += 1
         try:
-            return await asyncio.shield(running.task)
+            return replace(await asyncio.shield(running.task), is_cached=is_joined)
         finally:
             running.num_waiters -= 1
             if running.num_waiters == 0 and not running.task.done():
@@ -125,9 +126,15 @@ class Classifier:
         return (task.name, task.version, normalise(text)) in self._results
 
     async def _compute(self, task: Task, text: str) -> Classification:
-        prompt_ids = self._tokenizer.encode_chat(task.messages(text))
+        try:
+            prompt_ids = self._tokenizer.encode_chat(task.messages(text))
+        except ChatTemplateError as error:
+            raise InvalidRequestError(
+                f"The model's chat template refuses this input: {error}.", param="input"
+            ) from error
         label_ids = [self._tokenizer.encode_text(label.text) for label in task.labels]
-        num_tokens = len(prompt_ids) + max(map(len, label_ids)) - 1
+        # All labels are laid behind the prompt in one forward.
+        num_tokens = len(prompt_ids) + sum(map(len, label_ids))
         if num_tokens >= self._max_context:
             raise ContextLengthError(num_tokens, self._max_context, "input")
         scores = await self._scorer.score(

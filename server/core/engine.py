@@ -240,10 +240,16 @@ class Engine:
                     self._end(sequence, AbortedEvent())
 
     def _admit(self, sequence: Sequence) -> None:
-        sequence.num_cached = sequence.num_computed = self._runner.admit(sequence)
+        try:
+            sequence.num_cached = sequence.num_computed = self._runner.admit(sequence)
+        except Exception as error:
+            logger.exception("a sequence could not be admitted")
+            self._end(sequence, FailedEvent(error))
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
+        if not chunks:
+            return  # whoever was admitted has failed
         try:
             results = self._runner.step(chunks)
         except Exception as error:
@@ -281,7 +287,11 @@ class Engine:
     def _end(self, sequence: Sequence, event: Event) -> None:
         """The one way out: frees the slot and delivers exactly one terminal event."""
         if self._scheduler.remove(sequence):
-            self._runner.release(sequence, is_sound=not isinstance(event, FailedEvent))
+            try:
+                self._runner.release(sequence, is_sound=not isinstance(event, FailedEvent))
+            except Exception:
+                # Only what others could have reused is lost.
+                logger.exception("a sequence was not released in order")
             sequence.deliver(event)
 
 

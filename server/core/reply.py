@@ -134,7 +134,8 @@ class Replier:
         prefill = asyncio.create_task(self._generator.prefill(plain_ids))
         try:
             sentiment = await self._classifier.classify(self._task, text)
-            await prefill
+            # If it fails, the engine has logged it, and the reply computes everything itself.
+            await asyncio.wait([prefill])
             return sentiment
         finally:
             prefill.cancel()

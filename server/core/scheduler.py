@@ -68,7 +68,7 @@ class Scheduler:
         prefill_left = self._max_prefill_tokens
         for sequence in self.running:
             num_tokens = sequence.num_uncomputed
-            if num_tokens > 1:
+            if sequence.num_computed < len(sequence.prompt_ids):
                 num_tokens = min(num_tokens, prefill_left)
                 prefill_left -= num_tokens
             if num_tokens:

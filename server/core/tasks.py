@@ -4,6 +4,7 @@ Reads TOML; knows neither tokens nor the model.
 """
 
 import hashlib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,10 +79,7 @@ class Task(_Frozen):
         """What the reply role is told about `label`, or None if this task has no cue."""
         if self.cue is None:
             return None
-        cue = self.cue
-        for field in ("value", "text", "emoji"):
-            cue = cue.replace("{" + field + "}", getattr(label, field))
-        return cue
+        return re.sub(r"\{(value|text|emoji)\}", lambda m: str(getattr(label, m[1])), self.cue)
 
 
 def inline_task(instructions: str, labels: Sequence[str]) -> Task:
@@ -110,12 +108,12 @@ def load_tasks(extra: Path | None = None) -> Mapping[str, Task]:
 def _read(path: Path) -> dict[str, Task]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise TaskFileError(f"cannot read the task file {path}: {error}") from error
     try:
         return TypeAdapter(dict[str, Task]).validate_python(
             {
-                name: {"name": name, **table} if isinstance(table, dict) else table
+                name: {**table, "name": name} if isinstance(table, dict) else table
                 for name, table in tables.items()
             }
         )

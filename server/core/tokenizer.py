@@ -54,7 +54,12 @@ class ChatTokenizer:
                 f"{folder} has no chat template; use a checkpoint made for chat (...-Chat, "
                 "...-Instruct)"
             )
-        return cls(tokenizer)
+        loaded = cls(tokenizer)
+        try:
+            loaded.encode_chat([{"role": "user", "content": "a"}])
+        except ChatTemplateError as error:
+            raise CheckpointError(f"{folder}: the chat template is broken: {error}") from error
+        return loaded
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._template = tokenizer

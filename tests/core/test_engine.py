@@ -681,3 +681,51 @@ async def test_an_abort_behind_the_closing_command_ends_nothing_a_second_time(
         assert events[-1] == AbortedEvent()
         assert events.count(AbortedEvent()) == 1
         assert len(runner.released) == 1
+
+
+async def test_a_sequence_that_cannot_be_admitted_fails_alone(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = MemoryError("no room")
+
+    def admit(sequence: Sequence) -> int:
+        if sequence.prompt_ids == [2]:
+            raise error
+        return 0
+
+    monkeypatch.setattr(runner, "admit", admit)
+    async with running(runner) as engine:
+        streams = [engine.submit([i], SamplingParams(max_tokens=2)) for i in (1, 2, 3)]
+        assert await tokens_of(streams[0]) == [100, 101]
+        with pytest.raises(MemoryError):
+            await tokens_of(streams[1])
+        assert await tokens_of(streams[2]) == [100, 101]
+        assert engine.is_alive
+
+
+async def test_a_release_that_fails_still_ends_its_sequence(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def release(sequence: Sequence, *, is_sound: bool) -> None:
+        raise MemoryError("no room to remember it")
+
+    monkeypatch.setattr(runner, "release", release)
+    async with running(runner) as engine:
+        for _ in range(2):
+            stream = engine.submit([1], SamplingParams(max_tokens=1))
+            assert await tokens_of(stream) == [100]
+
+
+async def test_an_engine_that_breaks_down_ends_every_sequence_and_takes_no_more(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(runner) as engine:
+        monkeypatch.setattr(engine._scheduler, "schedule", lambda: 1 / 0)
+        streams = [engine.submit([i], ENDLESS) for i in (1, 2)]
+        for stream in streams:
+            with pytest.raises((ZeroDivisionError, EngineClosedError)):
+                await tokens_of(stream)
+        engine._thread.join(BOUND_S)
+        assert not engine.is_alive
+        with pytest.raises(EngineClosedError):
+            engine.submit([3], ENDLESS)

@@ -305,3 +305,33 @@ def test_255_inline_labels_are_still_fine() -> None:
 def test_an_inline_task_that_cannot_work_is_refused(instructions: str, labels: list[str]) -> None:
     with pytest.raises(ValidationError):
         inline_task(instructions, labels)
+
+
+def test_a_table_is_known_by_its_own_name_only(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.toml"
+    path.write_text(
+        """
+        [mood]
+        name = "sentiment"
+        instructions = "How?"
+        labels = [{value = "a", text = "a"}, {value = "b", text = "b"}]
+        """
+    )
+    assert load_tasks(path)["mood"].name == "mood"
+
+
+def test_toml_nested_too_deep_is_a_task_file_error(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.toml"
+    path.write_text("x = " + "[" * 100_000)
+    with pytest.raises(TaskFileError):
+        load_tasks(path)
+
+
+def test_a_placeholder_in_a_label_is_not_filled_in_again() -> None:
+    task = Task(
+        name="t",
+        instructions="i",
+        labels=(Label(value="{text}", text="{emoji}", emoji="x"), Label(value="b", text="b")),
+        cue="{value} {text}",
+    )
+    assert task.render_cue(task.labels[0]) == "{text} {emoji}"

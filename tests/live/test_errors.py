@@ -125,6 +125,19 @@ def test_a_text_too_long_to_classify_is_refused(tiny: LiveServer) -> None:
     assert_error(response, 400, "invalid_request_error", "input", "context_length_exceeded")
 
 
+def test_labels_that_do_not_fit_together_are_refused(tiny: LiveServer) -> None:
+    labels = [f"{i} and a good many more words " * 5 for i in range(200)]
+    body = {"input": "x", "instructions": "which?", "labels": labels}
+    response = httpx.post(f"{tiny.base_url}/classify", json=body)
+    assert_error(response, 400, "invalid_request_error", "input", "context_length_exceeded")
+
+
+def test_a_text_of_every_private_use_character_is_no_500(tiny: LiveServer) -> None:
+    body = {"input": "".join(map(chr, range(0xE000, 0xF900)))}
+    response = httpx.post(f"{tiny.base_url}/classify", json=body)
+    assert_error(response, 400, "invalid_request_error", "input")
+
+
 @pytest.mark.parametrize(
     ("request_body", "param"),
     [

@@ -61,6 +61,10 @@ def drop_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
+def break_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}")
+
+
 def drop_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
@@ -88,6 +92,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (drop_tokenizer, "has no tokenizer"),
     (damage_tokenizer, "tokenizer is not readable"),
     (drop_template, "no chat template"),
+    (break_template, "chat template is broken"),
     (drop_config, "config.json"),
     (damage_index, "index.json is not readable"),
 ]

@@ -87,3 +87,9 @@ def test_logits_are_not_modified() -> None:
     logits = LOGITS.clone()
     sampler([1], temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.3).sample(logits)
     assert torch.equal(logits, LOGITS)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    chooser = sampler(temperature=temperature, seed=6)
+    assert {chooser.sample(LOGITS) for _ in range(50)} == {0}

@@ -29,14 +29,15 @@ class Sampler:
             ValueError: the logits are not numbers.
         """
         params = self._params
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite")
         if params.repetition_penalty != 1.0:
             logits = self._penalise(logits, params.repetition_penalty)
         if params.temperature == 0.0:
             token_id = int(logits.argmax())
         else:
-            token_id = self._draw(logits / params.temperature)
-        if not logits[token_id].isfinite():
-            raise ValueError("the model's logits are not finite")
+            # The likeliest at 0, so that the smallest temperature cannot overflow.
+            token_id = self._draw((logits - logits.max()) / params.temperature)
         self._is_seen[token_id] = True
         return token_id
 
@@ -47,8 +48,6 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         kept, ids = self._candidates(logits)
-        if not kept.isfinite().all():
-            raise ValueError("the model's logits are not finite")
         return int(ids[torch.multinomial(kept.softmax(0), 1, generator=self._generator)])
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
