@@ -7,7 +7,7 @@ import asyncio
 
 from openai import AsyncOpenAI
 
-from openai_examples.connection import clear_connection_errors, connect_async
+from openai_examples.connection import clear_errors, connect_async
 
 QUESTIONS = [
     "我升职了！",
@@ -35,7 +35,7 @@ async def ask_all() -> list[str]:
 
 def main() -> None:
     """Prints the answers."""
-    with clear_connection_errors():
+    with clear_errors():
         for line in asyncio.run(ask_all()):
             print(line)
 

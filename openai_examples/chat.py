@@ -5,13 +5,13 @@ python -m openai_examples.chat "今天终于下班了，好累"
 
 import sys
 
-from openai_examples.connection import clear_connection_errors, connect, served_model
+from openai_examples.connection import clear_errors, connect, served_model
 
 
 def main() -> None:
     """Asks the words of the command line, or a default."""
-    text = " ".join(sys.argv[1:]) or "我今天考试通过了，好开心！"
-    with clear_connection_errors():
+    text = " ".join(sys.argv[1:]).strip() or "我今天考试通过了，好开心！"
+    with clear_errors():
         client = connect()
         reply = client.chat.completions.create(
             model=served_model(client), messages=[{"role": "user", "content": text}]

@@ -7,7 +7,11 @@ from typing import Any
 
 from openai import OpenAI
 
-from openai_examples.connection import clear_connection_errors, connect
+from openai_examples.connection import clear_errors, connect
+
+REVIEW = "The food was wonderful."
+REVIEWS = ["味道不错，下次还来。", "等了两个小时，气死我了。", "明天下午三点开会。"]
+TICKET = "电脑打不开了，客户正在等我！"
 
 
 def classify(client: OpenAI, **body: Any) -> list[dict[str, Any]]:
@@ -17,23 +21,25 @@ def classify(client: OpenAI, **body: Any) -> list[dict[str, Any]]:
     return data
 
 
+def show(title: str, texts: list[str], data: list[dict[str, Any]]) -> None:
+    """A line for every text; the results come in the order of the texts."""
+    for text, item in zip(texts, data, strict=True):
+        print(f"{title:10} {item['label']:8} {item['confidence']:.2f}  {text}")
+
+
 def main() -> None:
-    """Prints a line for every text."""
-    with clear_connection_errors():
+    """Asks three times."""
+    with clear_errors():
         client = connect()
-        one = classify(client, input="The food was wonderful.")
-        batch = classify(
-            client, input=["味道不错，下次还来。", "等了两个小时，气死我了。", "明天下午三点开会。"]
-        )
+        show("one", [REVIEW], classify(client, input=REVIEW))
+        show("batch", REVIEWS, classify(client, input=REVIEWS, task="sentiment"))
         own = classify(
             client,
-            input="电脑打不开了，客户正在等我！",
+            input=TICKET,
             instructions="判断这条工单的紧急程度，只回答一个词：加急、普通或可以等。",
             labels=["加急", "普通", "可以等"],
         )
-    for title, data in (("one", one), ("batch", batch), ("own labels", own)):
-        for item in data:
-            print(f"{title:10} {item['index']} {item['label']} {item['confidence']:.2f}")
+        show("own labels", [TICKET], own)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from openai import APIConnectionError, AsyncOpenAI, OpenAI
+from openai import APIConnectionError, APIError, AsyncOpenAI, OpenAI
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000/v1"
 
 
 def base_url() -> str:
     """The server's address: OPENAI_BASE_URL, or this machine."""
-    return os.environ.get("OPENAI_BASE_URL", DEFAULT_BASE_URL)
+    return os.environ.get("OPENAI_BASE_URL") or DEFAULT_BASE_URL
 
 
 def api_key() -> str:
     """OPENAI_API_KEY; the client insists on one, the server only if it was started with keys."""
-    return os.environ.get("OPENAI_API_KEY", "unused")
+    return os.environ.get("OPENAI_API_KEY") or "unused"
 
 
 def connect() -> OpenAI:
@@ -36,9 +36,11 @@ def served_model(client: OpenAI) -> str:
 
 
 @contextmanager
-def clear_connection_errors() -> Iterator[None]:
-    """Ends the program with one sentence if there is no server."""
+def clear_errors() -> Iterator[None]:
+    """Ends the program with one sentence if there is no server, or with the server's own."""
     try:
         yield
     except APIConnectionError:
         sys.exit(f"No server answers at {base_url()}. Start one with: make serve")
+    except APIError as error:
+        sys.exit(error.message)

@@ -3,12 +3,12 @@
 python -m openai_examples.read_sentiment
 """
 
-from openai_examples.connection import clear_connection_errors, connect, served_model
+from openai_examples.connection import clear_errors, connect, served_model
 
 
 def main() -> None:
     """Reads the same object three times."""
-    with clear_connection_errors():
+    with clear_errors():
         client = connect()
         response = client.chat.completions.with_raw_response.create(
             model=served_model(client),

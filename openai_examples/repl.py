@@ -3,24 +3,40 @@
 python -m openai_examples.repl        # ends with `exit`, Ctrl-D or Ctrl-C
 """
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from openai_examples.connection import clear_connection_errors, connect, served_model
+from openai_examples.connection import clear_errors, connect, served_model
 
 
 def answer(client: OpenAI, model: str, conversation: list[ChatCompletionMessageParam]) -> str:
     """Streams the answer to the terminal and returns it whole."""
     text = ""
     stream = client.chat.completions.create(model=model, messages=conversation, stream=True)
-    for chunk in stream:
-        if sentiment := (chunk.model_extra or {}).get("sentiment"):
-            print(sentiment["emoji"], end=" ", flush=True)
-        piece = chunk.choices[0].delta.content or ""
-        print(piece, end="", flush=True)
-        text += piece
-    print()
+    try:
+        for chunk in stream:
+            if sentiment := (chunk.model_extra or {}).get("sentiment"):
+                print(sentiment["emoji"], end=" ", flush=True)
+            piece = chunk.choices[0].delta.content or ""
+            print(piece, end="", flush=True)
+            text += piece
+    finally:
+        print()  # an answer that is cut off ends its line, too
     return text
+
+
+def answer_what_fits(
+    client: OpenAI, model: str, conversation: list[ChatCompletionMessageParam]
+) -> str:
+    """Forgets the oldest turns until the conversation fits into the model's context."""
+    while True:
+        try:
+            return answer(client, model, conversation)
+        except BadRequestError as error:
+            if error.code != "context_length_exceeded" or len(conversation) == 1:
+                raise
+            print("(forgetting our oldest turn)")
+            del conversation[:2]
 
 
 def converse() -> None:
@@ -32,14 +48,14 @@ def converse() -> None:
     while (line := input("> ").strip()) != "exit":
         if line:
             conversation.append({"role": "user", "content": line})
-            reply = answer(client, model, conversation)
+            reply = answer_what_fits(client, model, conversation)
             conversation.append({"role": "assistant", "content": reply})
 
 
 def main() -> None:
     """Ends quietly on Ctrl-D and Ctrl-C."""
     try:
-        with clear_connection_errors():
+        with clear_errors():
             converse()
     except (EOFError, KeyboardInterrupt):
         print()

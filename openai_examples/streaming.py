@@ -3,12 +3,12 @@
 python -m openai_examples.streaming
 """
 
-from openai_examples.connection import clear_connection_errors, connect, served_model
+from openai_examples.connection import clear_errors, connect, served_model
 
 
 def main() -> None:
     """Prints the emoji at once and the text as it comes."""
-    with clear_connection_errors():
+    with clear_errors():
         client = connect()
         stream = client.chat.completions.create(
             model=served_model(client),
@@ -16,13 +16,12 @@ def main() -> None:
             stream=True,
             stream_options={"include_usage": True},
         )
+        sentiment = (next(stream).model_extra or {})["sentiment"]
+        print(sentiment["emoji"], end=" ", flush=True)
         for chunk in stream:
-            extra = chunk.model_extra or {}
-            if sentiment := extra.get("sentiment"):
-                print(sentiment["emoji"], end=" ", flush=True)
             if chunk.choices:
                 print(chunk.choices[0].delta.content or "", end="", flush=True)
-            if chunk.usage:
+            if chunk.usage:  # the last chunk, which has no choices
                 print(f"\n({chunk.usage.completion_tokens} tokens)")
 
 

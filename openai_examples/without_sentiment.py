@@ -5,14 +5,14 @@ python -m openai_examples.without_sentiment
 
 from openai.types.chat import ChatCompletionUserMessageParam
 
-from openai_examples.connection import clear_connection_errors, connect, served_model
+from openai_examples.connection import clear_errors, connect, served_model
 
 MESSAGE: ChatCompletionUserMessageParam = {"role": "user", "content": "你好！"}
 
 
 def main() -> None:
     """Both give an answer without a pass, a cue or a persona."""
-    with clear_connection_errors():
+    with clear_errors():
         client = connect()
         model = served_model(client)
         by_field = client.chat.completions.create(
