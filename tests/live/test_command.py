@@ -1,5 +1,6 @@
 """`python -m server` as a process: what it prints, where models come from, how it fails."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from server.__main__ import main
+from server.__main__ import _bind, main
 from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
 from tests.conftest import run_app
 
@@ -262,6 +263,23 @@ def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
         other.listen()
         port = str(other.getsockname()[1])
         assert f"127.0.0.1:{port}" in in_process(monkeypatch, "--model", "mini", "--port", port)
+
+
+async def test_small_packets_are_sent_at_once() -> None:
+    no_delay = asyncio.Event()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted = writer.get_extra_info("socket")
+        if accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY):
+            no_delay.set()
+        writer.close()
+
+    with _bind("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        async with await asyncio.start_server(connected, sock=listener):
+            _, writer = await asyncio.open_connection(*address)
+            await asyncio.wait_for(no_delay.wait(), 10)
+            writer.close()
 
 
 @pytest.mark.parametrize(
