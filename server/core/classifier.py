@@ -133,8 +133,8 @@ class Classifier:
                 f"The model's chat template refuses this input: {error}.", param="input"
             ) from error
         label_ids = [self._tokenizer.encode_text(label.text) for label in task.labels]
-        # All labels are laid behind the prompt in one forward.
-        num_tokens = len(prompt_ids) + sum(map(len, label_ids))
+        # All labels but their last tokens are laid behind the prompt in one forward.
+        num_tokens = len(prompt_ids) + sum(len(ids) - 1 for ids in label_ids)
         if num_tokens >= self._max_context:
             raise ContextLengthError(num_tokens, self._max_context, "input")
         scores = await self._scorer.score(

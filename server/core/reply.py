@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from server.core.classifier import Classification, Classifier
 from server.core.detokenizer import Detokenizer
-from server.core.engine import TokenStream
+from server.core.engine import EngineClosedError, TokenStream
 from server.core.sequence import SamplingParams
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
@@ -126,6 +126,8 @@ class Replier:
             if self._classifier.is_known(self._task, text):
                 return await self._classifier.classify(self._task, text)
             return await self._judge_while_prefilling(text, plain_ids)
+        except EngineClosedError:
+            raise  # there will be no answer either
         except Exception:
             logger.exception("the sentiment pass failed; answering without it")
             return None

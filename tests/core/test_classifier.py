@@ -486,10 +486,10 @@ async def test_a_failing_pass_reaches_everybody_who_waits_and_is_not_cached() ->
 
 @pytest.mark.parametrize(
     ("max_context", "fits"),
-    # "Judge.|xyz" has 10 tokens and "good" 4, of which the last is only looked at.
-    [(1000, True), (14, True), (13, False), (10, False), (1, False)],
+    # "Judge.|xyz" has 10 tokens, "good" 4 and "bad" 3, of which the last are only looked at.
+    [(1000, True), (18, True), (17, False), (10, False), (1, False)],
 )
-async def test_a_text_that_leaves_no_room_for_the_longest_label_is_refused_unscored(
+async def test_a_text_that_leaves_no_room_for_the_labels_is_refused_unscored(
     max_context: int, fits: bool
 ) -> None:
     scorer = up()
@@ -506,7 +506,7 @@ async def test_a_text_that_leaves_no_room_for_the_longest_label_is_refused_unsco
 
 
 async def test_a_text_too_long_is_refused_every_time() -> None:
-    classifier = make(up(), max_context=13)
+    classifier = make(up(), max_context=17)
     for _ in range(2):
         with pytest.raises(ContextLengthError):
             await classifier.classify(task(), "xyz")

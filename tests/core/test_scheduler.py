@@ -89,7 +89,7 @@ def test_what_the_first_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
     scheduler = make(a, b, c, max_prefill_tokens=5)
     assert sizes(step(scheduler), a, b, c) == [3, 2, 0]
     assert sizes(step(scheduler), a, b, c) == [1, 5, 0]
-    assert sizes(step(scheduler), a, b, c) == [1, 1, 5]
+    assert sizes(step(scheduler), a, b, c) == [1, 1, 4]
     assert sizes(step(scheduler), a, b, c) == [1, 1, 1]
 
 

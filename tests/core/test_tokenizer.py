@@ -330,10 +330,12 @@ def test_the_template_is_told_not_to_think_aloud(copy_with: Callable[..., Path])
 
 
 def test_a_template_that_refuses_a_conversation_says_why(copy_with: Callable[..., Path]) -> None:
-    template = "{{ raise_exception('roles must alternate') }}"
+    template = (
+        "{% if messages | length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    )
     tokenizer = ChatTokenizer.from_folder(copy_with(template=template))
     with pytest.raises(ChatTemplateError, match=r"^roles must alternate$"):
-        tokenizer.encode_chat(chat("user: Hi"))
+        tokenizer.encode_chat(chat("user: Hi", "user: Hi"))
 
 
 def test_a_template_that_drops_the_message_to_be_continued_refuses_it(

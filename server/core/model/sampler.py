@@ -7,6 +7,8 @@ from server.core.sequence import SamplingParams
 
 # Nuclei are nearly always smaller than this; sorting the whole vocabulary costs 50 times more.
 _SMALL_NUCLEUS = 256
+# Below this the likeliest token has all the probability, and the division may overflow.
+_MIN_TEMPERATURE = 1e-5
 
 
 class Sampler:
@@ -33,11 +35,10 @@ class Sampler:
             raise ValueError("the model's logits are not finite")
         if params.repetition_penalty != 1.0:
             logits = self._penalise(logits, params.repetition_penalty)
-        if params.temperature == 0.0:
+        if params.temperature < _MIN_TEMPERATURE:
             token_id = int(logits.argmax())
         else:
-            # The likeliest at 0, so that the smallest temperature cannot overflow.
-            token_id = self._draw((logits - logits.max()) / params.temperature)
+            token_id = self._draw(logits / params.temperature)
         self._is_seen[token_id] = True
         return token_id
 
