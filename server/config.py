@@ -36,20 +36,24 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of weights and computation; 'auto' takes what is faster here"
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+        "auto",
+        description="type of the weights; 'auto': int8 for a large model, float32 for a small one",
     )
     num_threads: PositiveInt | None = Field(
         None, description="CPU threads of the model; default: the physical cores"
     )
     max_context: PositiveInt | None = Field(
-        None, description="context length in tokens; default and limit: the model's own"
+        None, description="context length in tokens; default: what the model and --max-kv-mib allow"
     )
     max_num_seqs: PositiveInt = Field(
         16, description="sequences computed together; more wait their turn"
     )
     max_prefill_tokens: PositiveInt = Field(
         256, description="prompt tokens computed in one step, between two tokens of the streams"
+    )
+    max_kv_mib: PositiveInt = Field(
+        2048, description="memory for the tokens of running sequences, in MiB; the others wait"
     )
     max_prefix_mib: Annotated[int, Field(ge=0)] = Field(
         256, description="memory for computed prompts that later ones may begin with, in MiB"

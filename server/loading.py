@@ -31,20 +31,27 @@ def load_services(settings: Settings) -> Services:
             f"only {config.vocab_size}; they are of different checkpoints"
         )
     defaults = read_generation_defaults(checkpoint.folder)
+    max_kv_tokens = settings.max_kv_mib * 2**20 // config.kv_bytes_per_token
+    # Not set: as long as the model and the memory allow.
+    max_context = min(settings.max_context or max_kv_tokens, config.max_position_embeddings)
+    if max_context > max_kv_tokens:
+        raise CheckpointError(
+            f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
+            f"which holds {max_kv_tokens}; raise it or lower --max-context"
+        )
     runner = load_runner(
         checkpoint.folder,
         config,
         dtype=settings.dtype,
         num_threads=settings.num_threads,
+        max_kv_tokens=max_kv_tokens,
+        max_context=max_context,
         max_prefix_bytes=settings.max_prefix_mib * 2**20,
     )
     engine = Engine(
         runner,
         max_num_seqs=settings.max_num_seqs,
         max_prefill_tokens=settings.max_prefill_tokens,
-    )
-    max_context = min(
-        settings.max_context or config.max_position_embeddings, config.max_position_embeddings
     )
     classifier = Classifier(
         engine,

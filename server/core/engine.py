@@ -62,8 +62,17 @@ class Runner(Protocol):
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         """Computes the chunks; a result, or what went wrong, for every finished prompt."""
 
-    def admit(self, sequence: Sequence) -> int:
-        """Makes room for the sequence; returns how many of its tokens are known already."""
+    def admit(self, sequence: Sequence) -> int | None:
+        """Makes room for the sequence; returns how many of its tokens are known already.
+
+        None: there is no room now.
+        """
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Makes room for an admitted sequence's next tokens, if there is any."""
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Gives the sequence's room to others; admitting it again goes on where it was."""
 
     def release(self, sequence: Sequence, *, is_sound: bool) -> None:
         """Frees what the sequence held; what it computed may be reused if it is sound.
@@ -108,7 +117,7 @@ class Engine:
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_prefill_tokens: int) -> None:
         self._runner = runner
-        self._scheduler = Scheduler(max_num_seqs, max_prefill_tokens, self._admit)
+        self._scheduler = Scheduler(max_num_seqs, max_prefill_tokens, _Memory(runner, self._end))
         # A sequence to add, a sequence to abort, or None to close.
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no sequence may slip in behind the closing command
@@ -194,7 +203,7 @@ class Engine:
             num_shared,
             is_pinned,
         )
-        stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached)
+        stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached or 0)
         with self._lock:
             if self._is_closed:
                 raise EngineClosedError("the engine is closed")
@@ -239,17 +248,10 @@ class Engine:
                 case (_, sequence):
                     self._end(sequence, AbortedEvent())
 
-    def _admit(self, sequence: Sequence) -> None:
-        try:
-            sequence.num_cached = sequence.num_computed = self._runner.admit(sequence)
-        except Exception as error:
-            logger.exception("a sequence could not be admitted")
-            self._end(sequence, FailedEvent(error))
-
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
         if not chunks:
-            return  # whoever was admitted has failed
+            return  # whoever was to run has failed
         try:
             results = self._runner.step(chunks)
         except Exception as error:
@@ -293,6 +295,43 @@ class Engine:
                 # Only what others could have reused is lost.
                 logger.exception("a sequence was not released in order")
             sequence.deliver(event)
+
+
+class _Memory:
+    """The runner's memory as the scheduler sees it: who breaks it is ended."""
+
+    def __init__(self, runner: Runner, end: Callable[[Sequence, Event], None]) -> None:
+        self._runner, self._end = runner, end
+
+    def admit(self, sequence: Sequence) -> bool:
+        try:
+            num_known = self._runner.admit(sequence)
+        except Exception as error:
+            return self._failed(sequence, error)
+        if num_known is None:
+            return False
+        sequence.num_computed = num_known
+        if sequence.num_cached is None:
+            sequence.num_cached = num_known
+        return True
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        try:
+            return self._runner.reserve(sequence, num_tokens)
+        except Exception as error:
+            return self._failed(sequence, error)
+
+    def suspend(self, sequence: Sequence) -> None:
+        try:
+            self._runner.suspend(sequence)
+        except Exception as error:
+            self._failed(sequence, error)
+        sequence.num_computed = 0
+
+    def _failed(self, sequence: Sequence, error: Exception) -> bool:
+        logger.error("no memory could be had for a sequence", exc_info=error)
+        self._end(sequence, FailedEvent(error))
+        return False
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, stream: TokenStream, event: Event) -> None:

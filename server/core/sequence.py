@@ -84,9 +84,9 @@ class Sequence:
     is_pinned: bool = False  # the shared tokens are never evicted
     completion_ids: list[int] = field(default_factory=list)
     # Tokens whose keys and values are in the KV cache, and how many of these were there
-    # before the sequence ran.
+    # before the sequence ran: None until it is admitted.
     num_computed: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -97,3 +97,8 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens the model has not seen yet: 1 in decode, more in prefill."""
         return len(self.prompt_ids) + len(self.completion_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the token sampled last is left to compute."""
+        return bool(self.completion_ids) and self.num_uncomputed == 1

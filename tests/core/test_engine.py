@@ -62,8 +62,14 @@ class FakeRunner:
         self.before_step(len(self.steps))
         return {chunk.sequence: self._answer(chunk.sequence) for chunk in chunks if chunk.is_last}
 
-    def admit(self, sequence: Sequence) -> int:
+    def admit(self, sequence: Sequence) -> int | None:
         return 0
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        return True
+
+    def suspend(self, sequence: Sequence) -> None:
+        raise AssertionError("there is room for all")
 
     def release(self, sequence: Sequence, *, is_sound: bool) -> None:
         self.thread_ids.add(threading.get_ident())
@@ -701,6 +707,65 @@ async def test_a_sequence_that_cannot_be_admitted_fails_alone(
             await tokens_of(streams[1])
         assert await tokens_of(streams[2]) == [100, 101]
         assert engine.is_alive
+
+
+@pytest.mark.parametrize("broken", ["reserve", "suspend"])
+async def test_a_sequence_whose_memory_breaks_fails_alone(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    is_broken = False
+
+    def reserve(sequence: Sequence, num_tokens: int) -> bool:
+        nonlocal is_broken
+        if sequence.prompt_ids == [2] and len(sequence.completion_ids) == 1 and not is_broken:
+            is_broken = broken == "reserve"
+            if is_broken:
+                raise MemoryError("no room")
+            return len(engine._scheduler.running) == 2
+        return True
+
+    def suspend(sequence: Sequence) -> None:
+        assert sequence.prompt_ids == [3]  # who came last
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(runner, "reserve", reserve)
+    monkeypatch.setattr(runner, "suspend", suspend)
+    async with running(runner) as engine:
+        streams = [engine.submit([i], SamplingParams(max_tokens=3)) for i in (1, 2, 3)]
+        for i, stream in enumerate(streams, start=1):
+            if i == (2 if broken == "reserve" else 3):
+                with pytest.raises(MemoryError):
+                    await tokens_of(stream)
+            else:
+                assert await tokens_of(stream) == [100, 101, 102]
+        assert engine.is_alive
+
+
+async def test_sequences_that_do_not_fit_wait_and_lose_nothing(runner: FakeRunner) -> None:
+    room = 6
+    held: dict[Sequence, int] = {}
+
+    def reserve(sequence: Sequence, num_tokens: int) -> bool:
+        needed = sequence.num_computed + num_tokens
+        if sum(held.values()) - held.get(sequence, 0) + needed > room:
+            return False
+        held[sequence] = needed
+        return True
+
+    def admit(sequence: Sequence) -> int | None:
+        return 0 if reserve(sequence, len(sequence.token_ids)) else None
+
+    def free(sequence: Sequence, is_sound: bool = True) -> None:
+        held.pop(sequence, None)
+
+    runner.admit, runner.reserve = admit, reserve  # type: ignore[method-assign]
+    runner.suspend, runner.release = free, free  # type: ignore[method-assign]
+    async with running(runner) as engine:
+        streams = [engine.submit([i], SamplingParams(max_tokens=5)) for i in range(1, 5)]
+        for stream in streams:
+            assert await tokens_of(stream) == [100, 101, 102, 103, 104]
+            assert stream.num_cached == 0
+    assert not held
 
 
 async def test_a_release_that_fails_still_ends_its_sequence(

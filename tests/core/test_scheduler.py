@@ -1,6 +1,8 @@
 """Who runs in a step, told by token counts alone: nothing here computes anything."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.core.scheduler import ScheduledChunk, Scheduler
 from server.core.sequence import SamplingParams, Sequence
@@ -10,8 +12,38 @@ def prompt(num_tokens: int) -> Sequence:
     return Sequence([7] * num_tokens, SamplingParams(max_tokens=100), [], lambda event: None)
 
 
-def make(*sequences: Sequence, max_num_seqs: int = 8, max_prefill_tokens: int = 100) -> Scheduler:
-    scheduler = Scheduler(max_num_seqs, max_prefill_tokens)
+class FakeMemory:
+    """Room for a number of tokens; remembers who holds how many."""
+
+    def __init__(self, num_tokens: int = 10**9) -> None:
+        self.num_tokens = num_tokens
+        self.held: dict[Sequence, int] = {}
+
+    def admit(self, sequence: Sequence) -> bool:
+        assert sequence not in self.held
+        return self._take(sequence, len(sequence.token_ids))
+
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        assert sequence in self.held, "not admitted"
+        return self._take(sequence, sequence.num_computed + num_tokens)
+
+    def suspend(self, sequence: Sequence) -> None:
+        del self.held[sequence]
+        sequence.num_computed = 0
+
+    def _take(self, sequence: Sequence, num_tokens: int) -> bool:
+        others = sum(self.held.values()) - self.held.get(sequence, 0)
+        if others + num_tokens > self.num_tokens:
+            return False
+        self.held[sequence] = max(num_tokens, self.held.get(sequence, 0))
+        return True
+
+
+def make(
+    *sequences: Sequence, max_num_seqs: int = 8, max_prefill_tokens: int = 100,
+    memory: FakeMemory | None = None,
+) -> Scheduler:  # fmt: skip
+    scheduler = Scheduler(max_num_seqs, max_prefill_tokens, memory or FakeMemory())
     for sequence in sequences:
         scheduler.add(sequence)
     return scheduler
@@ -232,4 +264,96 @@ def test_limits_that_let_nothing_run_are_a_mistake_of_the_caller(
     max_num_seqs: int, max_prefill_tokens: int
 ) -> None:
     with pytest.raises(AssertionError):
-        Scheduler(max_num_seqs, max_prefill_tokens)
+        Scheduler(max_num_seqs, max_prefill_tokens, FakeMemory())
+
+
+# --- when memory is short -------------------------------------------------------------
+
+
+def test_a_prompt_that_does_not_fit_waits_and_keeps_its_turn() -> None:
+    a, b, c = prompt(6), prompt(6), prompt(1)
+    memory = FakeMemory(10)
+    scheduler = make(a, b, c, memory=memory)
+    assert sizes(step(scheduler), a, b, c) == [6, 0, 0]
+    assert list(scheduler.waiting) == [b, c]
+    scheduler.remove(a)
+    del memory.held[a]
+    assert sizes(step(scheduler), a, b, c) == [0, 6, 1]
+
+
+def test_who_came_last_gives_way_and_computes_all_of_it_again() -> None:
+    a, b = prompt(4), prompt(4)
+    memory = FakeMemory(9)
+    scheduler = make(a, b, memory=memory)
+    assert sizes(step(scheduler), a, b) == [4, 4]
+    assert sizes(step(scheduler), a, b) == [1, 0]  # the ninth token; b has to go
+    assert scheduler.running == [a]
+    assert list(scheduler.waiting) == [b]
+    scheduler.remove(a)
+    del memory.held[a]
+    assert sizes(step(scheduler), a, b) == [0, 5]  # its prompt and the token it had sampled
+    assert len(b.completion_ids) == 2
+
+
+def test_who_has_to_give_way_itself_does_not_run() -> None:
+    a, b = prompt(4), prompt(4)
+    scheduler = make(a, b, memory=FakeMemory(8))
+    assert sizes(step(scheduler), a, b) == [4, 4]
+    assert sizes(step(scheduler), a, b) == [1, 0]
+    assert sizes(step(scheduler), a, b) == [1, 0]
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 30),  # the step before which it comes
+        st.integers(1, 40),  # tokens of its prompt
+        st.integers(1, 20),  # tokens it wants
+        st.none() | st.integers(0, 40),  # the step before which it is aborted
+    ),
+    max_size=12,
+)
+
+
+@given(arrivals, st.integers(1, 5), st.integers(1, 30), st.integers(60, 120))
+def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
+    arrivals: list[tuple[int, int, int, int | None]],
+    max_num_seqs: int,
+    max_prefill_tokens: int,
+    room: int,
+) -> None:
+    memory = FakeMemory(room)
+    scheduler = Scheduler(max_num_seqs, max_prefill_tokens, memory)
+    sequences = [
+        Sequence([7] * size, SamplingParams(max_tokens=wanted), [], lambda event: None)
+        for _, size, wanted, _ in arrivals
+    ]
+    open_ones = set(sequences)
+
+    def end(sequence: Sequence) -> None:
+        open_ones.discard(sequence)
+        memory.held.pop(sequence, None)
+        scheduler.remove(sequence)
+
+    # A sequence that had to give way computes its tokens again; the first one never does.
+    bound = 40 + sum((size + wanted) * (wanted + 1) for _, size, wanted, _ in arrivals)
+    for number in range(bound):
+        for sequence, (arrives, _, _, aborted) in zip(sequences, arrivals, strict=True):
+            if arrives == number:
+                scheduler.add(sequence)
+            if aborted == number and arrives <= number:
+                end(sequence)
+        chunks = step(scheduler)
+        prefilled = [c.num_tokens for c in chunks if c.num_tokens > 1]
+        assert sum(prefilled) <= max_prefill_tokens
+        assert len(scheduler.running) <= max_num_seqs
+        assert sum(memory.held.values()) <= room
+        assert set(memory.held) == set(scheduler.running), "memory held by who does not run"
+        for sequence in list(scheduler.running):
+            assert sequence.params is not None
+            if len(sequence.completion_ids) == sequence.params.max_tokens:
+                end(sequence)
+        if number > 40 and scheduler.is_idle:
+            break
+    assert scheduler.is_idle
+    assert not open_ones
+    assert not memory.held

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
+from server.core.model.attention import Segment
 from server.core.model.config import read_model_config
-from server.core.model.qwen import Segment, load_qwen
+from server.core.model.kv_cache import KVCache
+from server.core.model.qwen import QwenModel, load_qwen
 from server.loading import load_services
 
 
@@ -111,12 +114,29 @@ def test_a_damaged_checkpoint_is_one_clear_sentence(
 
 
 def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
-    whole = load_qwen(copy, read_model_config(copy), torch.float32)
+    whole = load_qwen(copy, read_model_config(copy), "float32")
     model = AutoModelForCausalLM.from_pretrained(copy)
     drop_weights(copy)
     model.save_pretrained(copy, max_shard_size="200KB")
     assert (copy / "model.safetensors.index.json").exists()
-    sharded = load_qwen(copy, read_model_config(copy), torch.float32)
-    with torch.inference_mode():
-        hidden = [m.forward([Segment([5, 6], [0, 1], m.new_cache())]) for m in (whole, sharded)]
-    assert torch.equal(*hidden)
+    sharded = load_qwen(copy, read_model_config(copy), "float32")
+
+    def hidden(model: QwenModel) -> Tensor:
+        cache = KVCache()
+        assert model.new_memory(max_tokens=128, max_context=128).reserve(cache, 2)
+        with torch.inference_mode():
+            return model.forward([Segment([5, 6], [0, 1], cache)])[0]
+
+    assert torch.equal(hidden(whole), hidden(sharded))
+
+
+def test_a_context_that_memory_cannot_hold_is_one_clear_sentence(tiny_checkpoint: Path) -> None:
+    settings = Settings(model=str(tiny_checkpoint), max_context=512, max_kv_mib=1)
+    load_services(settings).engine.close()
+    with pytest.raises(CheckpointError, match="a context of 512 tokens does not fit --max-kv-mib"):
+        load_services(settings.model_copy(update={"max_kv_mib": 0}))
+
+
+def test_int4_refuses_matrices_it_cannot_group(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="use --dtype int8"):
+        load_services(Settings(model=str(tiny_checkpoint), dtype="int4"))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.core.model.attention import Segment
 from server.core.model.config import read_model_config
-from server.core.model.kv_cache import KVCache
+from server.core.model.kv_cache import KVCache, KVMemory, KVPrefix
 from server.core.model.prefix_cache import PrefixCache
-from server.core.model.qwen import QwenModel, Segment, load_qwen
+from server.core.model.qwen import QwenModel, load_qwen
 from server.core.model.runner import ModelRunner
 from server.core.sequence import SamplingParams, Sequence
 from tests.model.test_runner import CONTINUATIONS, run_all
@@ -20,94 +21,119 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def model(checkpoint: Path) -> QwenModel:
-    return load_qwen(checkpoint, read_model_config(checkpoint), torch.float32)
+    return load_qwen(checkpoint, read_model_config(checkpoint), "float32")
+
+
+@pytest.fixture
+def memory(model: QwenModel) -> KVMemory:
+    return model.new_memory(max_tokens=4096, max_context=256)
+
+
+def new_runner(model: QwenModel, max_prefix_bytes: int = 0) -> ModelRunner:
+    return ModelRunner(
+        model, max_kv_tokens=4096, max_context=256, max_prefix_bytes=max_prefix_bytes
+    )
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(3, 300), k=length)
 
 
-def compute(model: QwenModel, ids: list[int], cache: KVCache) -> Tensor:
+def compute(model: QwenModel, memory: KVMemory, ids: list[int], cache: KVCache) -> Tensor:
+    """Logits (V,) of the last of the tokens behind those in the cache."""
+    assert memory.reserve(cache, len(ids))
     positions = range(cache.length, cache.length + len(ids))
     with torch.inference_mode():
-        return model.logits(model.forward([Segment(ids, positions, cache)]))[-1]
+        [hidden] = model.forward([Segment(ids, positions, cache)])
+        return model.logits(hidden)[-1]
 
 
-def computed(model: QwenModel, ids: list[int]) -> KVCache:
-    cache = model.new_cache()
-    compute(model, ids, cache)
+def computed(model: QwenModel, memory: KVMemory, ids: list[int]) -> KVCache:
+    cache = KVCache()
+    compute(model, memory, ids, cache)
     return cache
 
 
+def filled(memory: KVMemory, prefix: KVPrefix | None) -> KVCache:
+    assert prefix is not None
+    cache = KVCache()
+    assert memory.reserve(cache, prefix.length)
+    memory.fill(cache, prefix)
+    return cache
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("num_common", [1, 10, 39])
-def test_a_hit_equals_a_cold_start(model: QwenModel, num_common: int) -> None:
+def test_a_hit_equals_a_cold_start(model: QwenModel, memory: KVMemory, num_common: int) -> None:
     known = random_ids(40)
     ids = known[:num_common] + random_ids(15, seed=9)
     prefixes = PrefixCache(2**30)
-    prefixes.store(known, computed(model, known))
-    cache = prefixes.lookup(ids)
-    assert cache is not None
+    prefixes.store(known, computed(model, memory, known))
+    cache = filled(memory, prefixes.lookup(ids))
     assert cache.length >= num_common
-    warm = compute(model, ids[cache.length :], cache)
-    torch.testing.assert_close(warm, compute(model, ids, model.new_cache()), rtol=0, atol=TOLERANCE)
+    warm = compute(model, memory, ids[cache.length :], cache)
+    assert_close(warm, compute(model, memory, ids, KVCache()))
 
 
-def test_a_hit_leaves_one_token_to_compute(model: QwenModel) -> None:
+def test_a_hit_leaves_one_token_to_compute(model: QwenModel, memory: KVMemory) -> None:
     ids = random_ids(12)
     prefixes = PrefixCache(2**30)
-    prefixes.store(ids, computed(model, ids))
-    cache = prefixes.lookup(ids)
-    assert cache is not None
-    assert cache.length == 11
+    prefixes.store(ids, computed(model, memory, ids))
+    prefix = prefixes.lookup(ids)
+    assert prefix is not None
+    assert prefix.length == 11
 
 
-def test_what_is_taken_out_can_be_changed_without_harm(model: QwenModel) -> None:
+def test_what_goes_on_from_a_hit_leaves_it_as_it_was(model: QwenModel, memory: KVMemory) -> None:
     ids = random_ids(20)
     prefixes = PrefixCache(2**30)
-    prefixes.store(ids, computed(model, ids))
-    first = prefixes.lookup(ids)
-    assert first is not None
-    compute(model, random_ids(30, seed=3), first)
-    second = prefixes.lookup(ids)
-    assert second is not None
-    again = compute(model, ids[-1:], second)
-    torch.testing.assert_close(
-        again, compute(model, ids, model.new_cache()), rtol=0, atol=TOLERANCE
-    )
+    prefixes.store(ids, computed(model, memory, ids))
+    first = filled(memory, prefixes.lookup(ids))
+    compute(model, memory, random_ids(30, seed=3), first)
+    second = filled(memory, prefixes.lookup(ids))
+    again = compute(model, memory, ids[-1:], second)
+    assert_close(again, compute(model, memory, ids, KVCache()))
 
 
-def test_a_longer_conversation_replaces_the_one_it_continues(model: QwenModel) -> None:
+def test_a_longer_conversation_replaces_the_one_it_continues(
+    model: QwenModel, memory: KVMemory
+) -> None:
     ids = random_ids(30)
-    cache = computed(model, ids)
+    cache = computed(model, memory, ids)
     prefixes = PrefixCache(2**30)
     prefixes.store(ids[:10], cache)
     prefixes.store(ids, cache)
     only_longer = prefixes.num_bytes
     prefixes.store(ids[:20], cache)
-    assert prefixes.num_bytes == only_longer == cache.copy(30).num_bytes
+    assert prefixes.num_bytes == only_longer == cache.snapshot(30).num_bytes
 
 
-def test_the_least_recently_used_go_first_and_pinned_ones_never(model: QwenModel) -> None:
+def test_the_least_recently_used_go_first_and_pinned_ones_never(
+    model: QwenModel, memory: KVMemory
+) -> None:
     prompts = [[3 + i, *random_ids(19)] for i in range(5)]
-    size = computed(model, prompts[0]).copy(20).num_bytes
+    size = computed(model, memory, prompts[0]).snapshot(20).num_bytes
     prefixes = PrefixCache(3 * size)
-    prefixes.store(prompts[0], computed(model, prompts[0]), is_pinned=True)
+    prefixes.store(prompts[0], computed(model, memory, prompts[0]), is_pinned=True)
     for ids in prompts[1:3]:
-        prefixes.store(ids, computed(model, ids))
+        prefixes.store(ids, computed(model, memory, ids))
     assert prefixes.lookup(prompts[1]) is not None  # now 2 is the least recently used
-    prefixes.store(prompts[3], computed(model, prompts[3]))
+    prefixes.store(prompts[3], computed(model, memory, prompts[3]))
     assert prefixes.num_bytes <= 3 * size
     found = [prefixes.lookup(ids) is not None for ids in prompts]
     assert found == [True, True, False, True, False]
 
 
-def test_pinning_twice_takes_no_more_memory(model: QwenModel) -> None:
+def test_pinning_twice_takes_no_more_memory(model: QwenModel, memory: KVMemory) -> None:
     ids = random_ids(10)
-    cache = computed(model, ids)
+    cache = computed(model, memory, ids)
     prefixes = PrefixCache(0)
     for _ in range(3):
         prefixes.store(ids, cache, is_pinned=True)
-    assert prefixes.num_bytes == cache.copy(10).num_bytes
+    assert prefixes.num_bytes == cache.snapshot(10).num_bytes
 
 
 def to_score(prompt: list[int], num_shared: int) -> Sequence:
@@ -120,8 +146,8 @@ def test_scores_are_the_same_with_a_shared_instruction(model: QwenModel) -> None
     instruction = random_ids(25)
     prompts = [instruction + random_ids(n, seed=n) for n in (4, 9)]
     cold = [to_score(prompt, 0) for prompt in prompts]
-    expected = run_all(ModelRunner(model), cold)
-    runner = ModelRunner(model)
+    expected = run_all(new_runner(model), cold)
+    runner = new_runner(model)
     for prompt, sequence in zip(prompts, cold, strict=True):
         warm = to_score(prompt, len(instruction))
         result = run_all(runner, [warm])[warm][0]
@@ -130,7 +156,7 @@ def test_scores_are_the_same_with_a_shared_instruction(model: QwenModel) -> None
 
 
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model: QwenModel) -> None:
-    runner = ModelRunner(model, max_prefix_bytes=2**30)
+    runner = new_runner(model, max_prefix_bytes=2**30)
     params = SamplingParams(max_tokens=12, temperature=0.0)
     first = Sequence(random_ids(20), params, [], lambda event: None)
     run_all(runner, [first])
@@ -141,7 +167,7 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model: QwenMo
 
 
 def test_nothing_of_a_broken_sequence_is_reused(model: QwenModel) -> None:
-    runner = ModelRunner(model, max_prefix_bytes=2**30)
+    runner = new_runner(model, max_prefix_bytes=2**30)
     sequence = Sequence(random_ids(20), SamplingParams(max_tokens=1), [], lambda event: None)
     runner.admit(sequence)
     sequence.num_computed = 20

@@ -19,7 +19,27 @@ CONTINUATIONS = [[7], [8, 9], [8, 10, 11], [7, 12]]
 
 @pytest.fixture
 def runner(checkpoint: Path) -> ModelRunner:
-    return ModelRunner(load_qwen(checkpoint, read_model_config(checkpoint), torch.float32))
+    model = load_qwen(checkpoint, read_model_config(checkpoint), "float32")
+    return ModelRunner(model, max_kv_tokens=4096, max_context=256)
+
+
+class Memory:
+    """The runner's memory as the scheduler sees it."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self.reserve = runner.reserve
+        self.num_suspended = 0
+
+    def admit(self, sequence: Sequence) -> bool:
+        num_known = self._runner.admit(sequence)
+        sequence.num_computed = num_known or 0
+        return num_known is not None
+
+    def suspend(self, sequence: Sequence) -> None:
+        self._runner.suspend(sequence)
+        sequence.num_computed = 0
+        self.num_suspended += 1
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
@@ -35,14 +55,11 @@ def to_score(prompt: list[int]) -> Sequence:
 
 
 def run_all(
-    runner: ModelRunner, sequences: list[Sequence], max_prefill_tokens: int = 1000
-) -> dict[Sequence, list[StepResult]]:
+    runner: ModelRunner, sequences: list[Sequence], max_prefill_tokens: int = 1000,
+    memory: Memory | None = None,
+) -> dict[Sequence, list[StepResult]]:  # fmt: skip
     """Steps until every sequence has its scores or twelve tokens."""
-
-    def admit(sequence: Sequence) -> None:
-        sequence.num_computed = runner.admit(sequence)
-
-    scheduler = Scheduler(16, max_prefill_tokens, admit)
+    scheduler = Scheduler(16, max_prefill_tokens, memory or Memory(runner))
     for sequence in sequences:
         scheduler.add(sequence)
     results: dict[Sequence, list[StepResult]] = {sequence: [] for sequence in sequences}
@@ -112,18 +129,38 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(runner: ModelR
     assert again.completion_ids == alone.completion_ids
 
 
+def test_a_sequence_that_had_to_wait_halfway_gets_the_same_tokens(checkpoint: Path) -> None:
+    model = load_qwen(checkpoint, read_model_config(checkpoint), "float32")
+    roomy = ModelRunner(model, max_kv_tokens=4096, max_context=256)
+    prompts = [random_ids(n, seed=n) for n in (120, 125, 122)]
+
+    def sequences() -> list[Sequence]:
+        return [to_generate(ids, seed=i, temperature=0.9) for i, ids in enumerate(prompts)]
+
+    expected = sequences()
+    run_all(roomy, expected)
+    # Three slots of 128 tokens fit, but none of 256 beside them.
+    tight = ModelRunner(model, max_kv_tokens=3 * 128, max_context=256)
+    memory, waiting = Memory(tight), sequences()
+    run_all(tight, waiting, memory=memory)
+    assert memory.num_suspended > 0
+    assert [s.completion_ids for s in waiting] == [s.completion_ids for s in expected]
+    assert tight.num_sequences == 0
+
+
 def test_released_sequences_hold_no_memory(runner: ModelRunner) -> None:
     run_all(runner, [to_generate(random_ids(5)), to_score(random_ids(6))])
     assert runner.num_sequences == 0
+    assert runner._memory.num_tokens == 0
 
 
 def test_logits_that_are_not_finite_fail_their_sequence_only(runner: ModelRunner) -> None:
     broken, healthy = to_generate(random_ids(5)), to_generate(random_ids(7))
     model = runner._model
     plain_logits = model.logits
-    calls = iter([float("nan"), 1.0])
-    model.logits = lambda hidden: plain_logits(hidden) * next(calls)  # type: ignore[method-assign]
-    scheduler = Scheduler(4, 100, lambda sequence: runner.admit(sequence) and None)
+    factors = torch.tensor([[float("nan")], [1.0]])
+    model.logits = lambda hidden: plain_logits(hidden) * factors  # type: ignore[method-assign]
+    scheduler = Scheduler(4, 100, Memory(runner))
     scheduler.add(broken)
     scheduler.add(healthy)
     results = runner.step(scheduler.schedule())

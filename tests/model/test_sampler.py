@@ -93,3 +93,14 @@ def test_logits_are_not_modified() -> None:
 def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
     chooser = sampler(temperature=temperature, seed=6)
     assert {chooser.sample(LOGITS) for _ in range(50)} == {0}
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 63, 64, 65, 300, 1000])
+def test_greedy_takes_the_first_of_the_largest_wherever_it_is(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    greedy = Sampler(SamplingParams(max_tokens=1, temperature=0.0), [], vocab_size)
+    for _ in range(50):
+        # Few different values, so that there are ties.
+        logits = torch.randint(0, 8, (vocab_size,), generator=generator).float()
+        expected = logits.tolist().index(max(logits.tolist()))
+        assert greedy.sample(logits) == expected

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import torch
 
+from server.core.checkpoint import CheckpointError
 from server.core.model.config import ModelConfig, read_model_config
+from server.core.model.linear import INT4_GROUP_SIZE, Int8Linear
 from server.core.model.qwen import load_qwen
 from server.core.model.runner import ModelRunner
 
 __all__ = ["ModelConfig", "load_runner", "read_model_config"]
 
-# Below this size the float32 weights fit the CPU's caches and bfloat16 gains nothing.
+# Below this size the float32 weights fit the CPU's caches and fewer bits gain little.
 _SMALL_MODEL = 100_000_000
 
 
@@ -20,20 +22,43 @@ def load_runner(
     *,
     dtype: str,
     num_threads: int | None,
+    max_kv_tokens: int,
+    max_context: int,
     max_prefix_bytes: int,
 ) -> ModelRunner:
     """Loads the checkpoint in `folder`, ready to run.
 
-    dtype: "float32", "bfloat16", or "auto" for whichever is faster here.
-    max_prefix_bytes: memory for prefixes of earlier prompts.
+    dtype: "float32", "bfloat16", "int8", "int4", or "auto" for what is best here.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
+    max_kv_tokens: room for the tokens of all running sequences together.
+    max_prefix_bytes: memory for prefixes of earlier prompts.
 
     Raises:
-        CheckpointError: the weights do not fit the configuration, or cannot be read.
+        CheckpointError: the weights do not fit the configuration, or cannot be read; or the
+            processor has no arithmetic for `dtype`.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if dtype == "auto":
-        is_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtype = "bfloat16" if is_fast and config.num_parameters > _SMALL_MODEL else "float32"
-    return ModelRunner(load_qwen(folder, config, getattr(torch, dtype)), max_prefix_bytes)
+        dtype = _best_dtype(config)
+    if dtype == "int8" and not Int8Linear.is_supported():
+        raise CheckpointError("int8 needs an x86 processor; use --dtype bfloat16 or float32 here")
+    if dtype == "int4" and (config.hidden_size | config.intermediate_size) % INT4_GROUP_SIZE:
+        raise CheckpointError(
+            f"{folder}: int4 needs matrices of a multiple of {INT4_GROUP_SIZE} columns; "
+            "use --dtype int8"
+        )
+    return ModelRunner(
+        load_qwen(folder, config, dtype),
+        max_kv_tokens=max_kv_tokens,
+        max_context=max_context,
+        max_prefix_bytes=max_prefix_bytes,
+    )
+
+
+def _best_dtype(config: ModelConfig) -> str:
+    if config.num_parameters < _SMALL_MODEL:
+        return "float32"
+    if Int8Linear.is_supported():
+        return "int8"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"

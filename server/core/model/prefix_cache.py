@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.core.model.kv_cache import KVCache
+from server.core.model.kv_cache import KVCache, KVPrefix
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
     token_ids: Tensor  # (S,)
-    cache: KVCache
+    prefix: KVPrefix
     is_pinned: bool
 
 
@@ -29,10 +29,10 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Memory of all entries."""
-        return sum(entry.cache.num_bytes for entry in self._entries)
+        return sum(entry.prefix.num_bytes for entry in self._entries)
 
-    def lookup(self, token_ids: Sequence[int]) -> KVCache | None:
-        """A copy of the longest known prefix, always shorter than `token_ids`.
+    def lookup(self, token_ids: Sequence[int]) -> KVPrefix | None:
+        """The longest known prefix, always shorter than `token_ids`; not to be changed.
 
         One token at least stays to be computed, or there would be no logits.
         """
@@ -42,7 +42,7 @@ class PrefixCache:
             return None
         entry = self._entries.pop(lengths.index(longest))
         self._entries.append(entry)
-        return entry.cache.copy(longest)
+        return entry.prefix.first(longest)
 
     def store(self, token_ids: Sequence[int], cache: KVCache, *, is_pinned: bool = False) -> None:
         """Remembers the tokens, which are the first of `cache`; it is copied, not kept.
@@ -59,7 +59,7 @@ class PrefixCache:
             for entry, length in zip(self._entries, common, strict=True)
             if entry.is_pinned or length < len(entry.token_ids)
         ]
-        self._entries.append(_Entry(new, cache.copy(len(new)), is_pinned))
+        self._entries.append(_Entry(new, cache.snapshot(len(new)), is_pinned))
         self._evict()
 
     def _evict(self) -> None:
@@ -67,7 +67,7 @@ class PrefixCache:
         kept = []
         for entry in self._entries:
             if surplus > 0 and not entry.is_pinned:
-                surplus -= entry.cache.num_bytes
+                surplus -= entry.prefix.num_bytes
             else:
                 kept.append(entry)
         self._entries = kept

@@ -1,9 +1,11 @@
 """The forward of a dense Qwen2 or Qwen3, over sequences of different lengths at once.
 
 All new tokens of all sequences lie behind one another in one (N, C) matrix, so every linear
-layer runs once per step; only attention looks at sequences one by one.
+layer runs once per step. What can be computed once is folded into the weights as they are
+read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,179 +14,165 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.core.model.attention import Segment, StepAttention, step_order
 from server.core.model.config import ModelConfig
-from server.core.model.kv_cache import KVCache
+from server.core.model.kv_cache import KVMemory
+from server.core.model.linear import FloatLinear, Linear, LinearFactory, linear_factory
 from server.core.model.weights import WeightReader
 
 
 @dataclass(frozen=True)
-class Segment:
-    """New tokens of one sequence.
-
-    positions: of each token in its sequence, T of them.
-    mask: (T, cache.length + T), True where a token may look; None means causal.
-    """
-
-    token_ids: Sequence[int]
-    positions: Sequence[int]
-    cache: KVCache
-    mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class _Layer:
-    input_norm: Tensor  # (C,)
-    qkv: Tensor  # ((H + 2 H_kv) D, C): one product instead of three
-    qkv_bias: Tensor | None
-    query_norm: Tensor | None  # (D,), Qwen3
-    key_norm: Tensor | None
-    out: Tensor  # (C, H D)
-    out_bias: Tensor | None  # only Qwen3 with attention_bias has one
-    post_norm: Tensor
-    gate_up: Tensor  # (2 I, C)
-    down: Tensor  # (C, I)
+    qkv: Linear  # C -> (H + 2 H_kv) D: one product instead of three
+    head_norms: Tensor | None  # (H + H_kv, D): of queries and keys, Qwen3
+    out: Linear  # H D -> C
+    gate_up: Linear  # C -> 2 I
+    down: Linear  # I -> C
 
 
 class QwenModel:
     """Weights and forward pass. Holds no state between calls; that is in the KV caches."""
 
-    def __init__(self, config: ModelConfig, reader: WeightReader) -> None:
+    def __init__(self, config: ModelConfig, reader: WeightReader, make: LinearFactory) -> None:
         self.config = config
         c = config
-        vocabulary = (c.vocab_size, c.hidden_size)
-        self._embeddings = reader.read("model.embed_tokens.weight", vocabulary)
-        self._layers = [_read_layer(c, reader, i) for i in range(c.num_layers)]
-        self._norm = reader.read("model.norm.weight", (c.hidden_size,))
-        self._head = self._embeddings if c.is_tied else reader.read("lm_head.weight", vocabulary)
-        # Source of the formula: RoFormer (arXiv 2104.09864), the half-split form of Llama.
+        # The largest matrix first: quantizing it takes twice its size for a moment.
+        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
+        self._head = make(reader.blocks(head, (c.vocab_size, c.hidden_size)))
+        if c.is_tied and isinstance(self._head, FloatLinear):
+            self._embeddings = self._head.weight
+        else:
+            # Stays in the file: few rows are looked up, and the file has them in full.
+            self._embeddings = reader.mapped(
+                "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
+            )
+        self._layers = [_read_layer(c, reader, make, i) for i in range(c.num_layers)]
+        self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
+        self._epsilons = {
+            size: torch.tensor(math.sqrt(size * c.rms_norm_eps))
+            for size in (c.hidden_size, c.head_dim)
+        }
+        # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._embeddings.dtype
-
-    def new_cache(self) -> KVCache:
-        """An empty KV cache for one sequence."""
+    def new_memory(self, max_tokens: int, max_context: int) -> KVMemory:
+        """Room for the KV caches of running sequences."""
         c = self.config
-        return KVCache(c.num_layers, c.num_kv_heads, c.head_dim, self.dtype)
+        return KVMemory(
+            c.num_layers, c.num_kv_heads, c.head_dim, max_tokens=max_tokens, max_context=max_context
+        )
 
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Computes the segments and appends them to their caches.
+    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Computes the segments and appends them to their caches, which have room.
 
-        Returns the final hidden states, segment behind segment: (N, C).
+        Returns the final hidden states of each segment: (T, C).
         """
-        ids = torch.tensor([i for s in segments for i in s.token_ids])
-        positions = torch.tensor([p for s in segments for p in s.positions])
-        cos, sin = self._rotations(positions)
-        masks = [_mask(s) for s in segments]
-        for segment in segments:
-            segment.cache.reserve(len(segment.token_ids))
-        hidden = F.embedding(ids, self._embeddings)
+        order = step_order(segments)
+        ordered = [segments[i] for i in order]
+        attend = StepAttention(ordered)
+        rotations = self._rotations([p for s in ordered for p in s.positions])
+        ids = torch.tensor([i for s in ordered for i in s.token_ids])
+        hidden = F.embedding(ids, self._embeddings).float()
         for i, layer in enumerate(self._layers):
-            normed = self._rms_norm(hidden, layer.input_norm)
-            hidden = hidden + self._attend(i, layer, normed, segments, masks, cos, sin)
-            normed = self._rms_norm(hidden, layer.post_norm)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            layer.out.add_to(hidden, self._attention(i, layer, hidden, attend, rotations))
+            gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
+            layer.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
         for segment in segments:
             segment.cache.length += len(segment.token_ids)
-        return self._rms_norm(hidden, self._norm)
+        parts = torch.split(hidden, [len(s.token_ids) for s in ordered])
+        return [parts[order.index(i)] for i in range(len(segments))]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32."""
-        return F.linear(hidden, self._head).float()
+        return self._head(self._normalised(hidden) * self._norm)
 
-    def _attend(
-        self, index: int, layer: _Layer, normed: Tensor, segments: Sequence[Segment],
-        masks: Sequence[Tensor | None], cos: Tensor, sin: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def _attention(
+        self, index: int, layer: _Layer, hidden: Tensor, attend: StepAttention, rotations: Tensor
+    ) -> Tensor:
+        """The heads' mixed values, before the last projection: (N, H D)."""
         c = self.config
+        qkv = layer.qkv(self._normalised(hidden)).view(len(hidden), -1, c.head_dim)
+        if layer.head_norms is not None:
+            rotated = qkv[:, : len(layer.head_norms)]
+            rotated.copy_(self._normalised(rotated) * layer.head_norms)
+        # RoPE turns pairs of numbers, which is a product of complex ones.
+        pairs = torch.view_as_complex(qkv.view(*qkv.shape[:2], -1, 2))
+        pairs[:, : c.num_heads + c.num_kv_heads].mul_(rotations)
         num_heads = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, c.head_dim)
         queries, keys, values = torch.split(qkv, num_heads, dim=1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            queries = self._rms_norm(queries, layer.query_norm)
-            keys = self._rms_norm(keys, layer.key_norm)
-        queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
-        mixed, begin = [], 0
-        for segment, mask in zip(segments, masks, strict=True):
-            rows = slice(begin, begin + len(segment.token_ids))
-            begin = rows.stop
-            all_keys, all_values = segment.cache.write(
-                index, keys[rows].transpose(0, 1), values[rows].transpose(0, 1)
-            )
-            attended = F.scaled_dot_product_attention(
-                queries[rows].transpose(0, 1)[None],
-                all_keys[None],
-                all_values[None],
-                attn_mask=mask,
-                enable_gqa=c.num_heads != c.num_kv_heads,
-            )
-            mixed.append(attended[0].transpose(0, 1).flatten(1))
-        return F.linear(torch.cat(mixed), layer.out, layer.out_bias)
+        return attend(index, queries, keys, values)
 
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+    def _normalised(self, x: Tensor) -> Tensor:
+        """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
 
-    def _rotations(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines: (N, 1, D) each."""
-        angles = positions[:, None].float() * self._inverse_frequencies
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        The square root is in the weights. hypot adds epsilon under the root, in one kernel.
+        """
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / norms.hypot(self._epsilons[x.shape[-1]])
+
+    def _rotations(self, positions: Sequence[int]) -> Tensor:
+        """Each position as unit complex numbers, one for each pair: (N, 1, D / 2)."""
+        angles = torch.tensor(positions, dtype=torch.float32)[:, None] * self._inverse_frequencies
+        return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
-def load_qwen(folder: Path, config: ModelConfig, dtype: torch.dtype) -> QwenModel:
-    """Reads the checkpoint in `folder`.
+def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
+    """Reads the checkpoint in `folder`; dtype: "float32", "bfloat16", "int8" or "int4".
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or cannot be read.
     """
-    with WeightReader(folder, dtype) as reader:
-        return QwenModel(config, reader)
+    return QwenModel(config, WeightReader(folder), linear_factory(dtype))
 
 
-def _read_layer(c: ModelConfig, reader: WeightReader, index: int) -> _Layer:
+def _read_layer(c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int) -> _Layer:
     prefix = f"model.layers.{index}."
+    num_rotated = c.num_heads + c.num_kv_heads
     query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     parts = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
+    pairs = _paired(c.head_dim)
 
     def read(name: str, *shape: int) -> Tensor:
         return reader.read(prefix + name, shape)
 
-    def read_qkv(kind: str, *columns: int) -> Tensor:
-        return torch.cat([read(f"self_attn.{p}.{kind}", rows, *columns) for p, rows in parts])
+    def norm(name: str, size: int) -> Tensor:
+        return read(name, size) * math.sqrt(size)
 
+    def read_qkv(kind: str, *columns: int) -> Tensor:
+        rows = torch.cat([read(f"self_attn.{p}.{kind}", rows, *columns) for p, rows in parts])
+        heads = rows.view(-1, c.head_dim, *columns)
+        if not c.has_qk_norm:
+            heads[: c.num_heads] *= c.head_dim**-0.5
+        return torch.cat((heads[:num_rotated, pairs], heads[num_rotated:])).flatten(0, 1)
+
+    head_norms = None
+    if c.has_qk_norm:
+        norms = [norm(f"self_attn.{p}_norm.weight", c.head_dim)[pairs] for p in ("q", "k")]
+        norms[0] *= c.head_dim**-0.5
+        head_norms = torch.stack([norms[0]] * c.num_heads + [norms[1]] * c.num_kv_heads)
+    input_norm = norm("input_layernorm.weight", c.hidden_size)
+    post_norm = norm("post_attention_layernorm.weight", c.hidden_size)
+    size, inner = c.hidden_size, c.intermediate_size
     return _Layer(
-        input_norm=read("input_layernorm.weight", c.hidden_size),
-        qkv=read_qkv("weight", c.hidden_size),
-        qkv_bias=read_qkv("bias") if c.has_qkv_bias else None,
-        query_norm=read("self_attn.q_norm.weight", c.head_dim) if c.has_qk_norm else None,
-        key_norm=read("self_attn.k_norm.weight", c.head_dim) if c.has_qk_norm else None,
-        out=read("self_attn.o_proj.weight", c.hidden_size, query_rows),
-        out_bias=read("self_attn.o_proj.bias", c.hidden_size) if c.has_out_bias else None,
-        post_norm=read("post_attention_layernorm.weight", c.hidden_size),
-        gate_up=torch.cat(
-            [
-                read(f"mlp.{p}_proj.weight", c.intermediate_size, c.hidden_size)
-                for p in ("gate", "up")
-            ]
+        qkv=make(
+            [read_qkv("weight", size) * input_norm], read_qkv("bias") if c.has_qkv_bias else None
         ),
-        down=read("mlp.down_proj.weight", c.hidden_size, c.intermediate_size),
+        head_norms=head_norms,
+        out=make(
+            [read("self_attn.o_proj.weight", size, query_rows)],
+            read("self_attn.o_proj.bias", size) if c.has_out_bias else None,
+        ),
+        gate_up=make(read(f"mlp.{p}_proj.weight", inner, size) * post_norm for p in ("gate", "up")),
+        down=make([read("mlp.down_proj.weight", size, inner)]),
     )
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (N, H, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+def _paired(head_dim: int) -> Tensor:
+    """Order of a head's dimensions in which those that RoPE turns together are neighbours.
 
-
-def _mask(segment: Segment) -> Tensor | None:
-    """The segment's own mask, or a causal one; None where every token may look everywhere."""
-    if segment.mask is not None:
-        return segment.mask
-    num_new, num_cached = len(segment.token_ids), segment.cache.length
-    if num_new == 1:
-        return None
-    return torch.ones(num_new, num_cached + num_new, dtype=torch.bool).tril(num_cached)
+    Checkpoints hold them half a head apart. Queries and keys change alike, so their products
+    stay the same.
+    """
+    half = head_dim // 2
+    return torch.arange(head_dim).view(2, half).T.flatten()

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from server.core.engine import StepResult
+from server.core.model.attention import Segment
 from server.core.model.kv_cache import KVCache
 from server.core.model.prefix_cache import PrefixCache
-from server.core.model.qwen import QwenModel, Segment
+from server.core.model.qwen import QwenModel
 from server.core.model.sampler import Sampler
 from server.core.scheduler import ScheduledChunk
 from server.core.sequence import Sequence
@@ -23,11 +24,17 @@ class _State:
 
 
 class ModelRunner:
-    """Keeps the KV cache and the sampler of every running sequence."""
+    """Keeps the KV cache and the sampler of every sequence that was admitted."""
 
-    def __init__(self, model: QwenModel, max_prefix_bytes: int = 0) -> None:
-        """max_prefix_bytes: memory for what finished sequences computed, for others to reuse."""
+    def __init__(
+        self, model: QwenModel, *, max_kv_tokens: int, max_context: int, max_prefix_bytes: int = 0
+    ) -> None:
+        """max_kv_tokens: room for all running sequences together, one of max_context at least.
+
+        max_prefix_bytes: memory for what finished sequences computed, for others to reuse.
+        """
         self._model = model
+        self._memory = model.new_memory(max_kv_tokens, max_context)
         self._prefixes = PrefixCache(max_prefix_bytes)
         self._states: dict[Sequence, _State] = {}
 
@@ -39,44 +46,81 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         """One forward over all chunks; a result for each whose prompt is now complete."""
-        segments = [self._segment(chunk) for chunk in chunks]
-        hidden = self._model.forward(segments)
+        hidden = self._model.forward([self._segment(chunk) for chunk in chunks])
         results: dict[Sequence, StepResult | Exception] = {}
-        begin = 0
-        for chunk, segment in zip(chunks, segments, strict=True):
-            end = begin + len(segment.token_ids)
-            if chunk.is_last:
+        rows: dict[Sequence, Tensor] = {}
+        for chunk, states in zip(chunks, hidden, strict=True):
+            sequence = chunk.sequence
+            if not chunk.is_last:
+                continue
+            if sequence.params is None and not sequence.continuations:
+                results[sequence] = StepResult()
+            else:
                 # From the last prompt token on, so that continuations are included.
-                rows = hidden[begin + chunk.num_tokens - 1 : end]
+                rows[sequence] = states[chunk.num_tokens - 1 :]
+        if rows:
+            logits = self._model.logits(torch.cat(list(rows.values())))
+            parts = torch.split(logits, [len(part) for part in rows.values()])
+            for sequence, part in zip(rows, parts, strict=True):
                 try:
-                    results[chunk.sequence] = self._result(chunk.sequence, rows)
+                    results[sequence] = self._result(sequence, part)
                 except Exception as error:
-                    results[chunk.sequence] = error
-            begin = end
+                    results[sequence] = error
         return results
 
     @torch.inference_mode()
-    def admit(self, sequence: Sequence) -> int:
-        """Gives the sequence a KV cache, filled with the longest prefix that is known."""
-        cache = self._prefixes.lookup(sequence.prompt_ids) or self._model.new_cache()
+    def admit(self, sequence: Sequence) -> int | None:
+        """Gives the sequence room for its prompt, filled with the longest prefix that is known.
+
+        Returns how many tokens that are; None if memory is short.
+        """
+        state = self._states.get(sequence) or self._new_state(sequence)
+        if not self._memory.reserve(state.cache, len(sequence.token_ids) + _num_extra(sequence)):
+            return None
+        self._states[sequence] = state
+        prefix = self._prefixes.lookup(sequence.token_ids)
+        if prefix is not None:
+            self._memory.fill(state.cache, prefix)
+        return state.cache.length
+
+    @torch.inference_mode()
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Makes room for the sequence's next tokens; False if memory is short."""
+        cache = self._states[sequence].cache
+        return self._memory.reserve(cache, num_tokens + _num_extra(sequence))
+
+    @torch.inference_mode()
+    def suspend(self, sequence: Sequence) -> None:
+        """Gives the sequence's room to others; admitting it again goes on where it was."""
+        self._remember(sequence)
+        self._memory.free(self._states[sequence].cache)
+
+    @torch.inference_mode()
+    def release(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Frees all the sequence holds; what others may begin with is kept, if it is sound."""
+        if sequence not in self._states:
+            return
+        try:
+            if is_sound:
+                self._remember(sequence)
+        finally:
+            self._memory.free(self._states.pop(sequence).cache, is_sound=is_sound)
+
+    def _new_state(self, sequence: Sequence) -> _State:
         sampler = None
         if sequence.params is not None:
             vocab_size = self._model.config.vocab_size
             sampler = Sampler(sequence.params, sequence.prompt_ids, vocab_size)
-        self._states[sequence] = _State(cache, sampler)
-        return cache.length
+        return _State(KVCache(), sampler)
 
-    @torch.inference_mode()
-    def release(self, sequence: Sequence, *, is_sound: bool) -> None:
-        """Frees the sequence's KV cache; what others may begin with is kept, if it is sound."""
-        state = self._states.pop(sequence, None)
-        if state is None or not is_sound:
-            return
+    def _remember(self, sequence: Sequence) -> None:
         is_scored = bool(sequence.continuations)
         length = min(sequence.num_computed, sequence.num_shared if is_scored else sys.maxsize)
         if length:
             self._prefixes.store(
-                sequence.token_ids[:length], state.cache, is_pinned=sequence.is_pinned
+                sequence.token_ids[:length],
+                self._states[sequence].cache,
+                is_pinned=sequence.is_pinned,
             )
 
     def _segment(self, chunk: ScheduledChunk) -> Segment:
@@ -89,14 +133,17 @@ class ModelRunner:
             return Segment(token_ids, positions, cache)
         return _with_continuations(token_ids, positions, cache, sequence.continuations)
 
-    def _result(self, sequence: Sequence, rows: Tensor) -> StepResult:
-        if not sequence.continuations and sequence.params is None:
-            return StepResult()
-        logits = self._model.logits(rows)
+    def _result(self, sequence: Sequence, logits: Tensor) -> StepResult:
+        """logits: (1, V) to sample from, or a row for each token that `_score` needs."""
         sampler = self._states[sequence].sampler
         if sampler is not None:
-            return StepResult(token_id=sampler.sample(logits[-1]))
+            return StepResult(token_id=sampler.sample(logits[0]))
         return StepResult(logprobs=_score(logits.log_softmax(-1), sequence.continuations))
+
+
+def _num_extra(sequence: Sequence) -> int:
+    """Tokens that are computed behind the prompt in its last step."""
+    return sum(len(continuation) - 1 for continuation in sequence.continuations)
 
 
 def _with_continuations(

@@ -1,10 +1,9 @@
 """Reads a checkpoint's safetensors, tensor by tensor."""
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,61 +14,81 @@ from server.core.checkpoint import CheckpointError, first_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BLOCK_ROWS = 8192
 
 
 class WeightReader:
-    """The tensors of a checkpoint folder by name, in one file or many; nothing is read early."""
+    """The tensors of a checkpoint folder by name, in one file or many; nothing is read early.
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._folder, self._dtype = folder, dtype
-        self._stack = ExitStack()
-        self._by_name: dict[str, Any] = {}
+    A file is mapped for one block at a time, so that what has been read does not stay in
+    memory beside what was made of it.
 
-    def __enter__(self) -> "WeightReader":
-        try:
-            for path in _weight_files(self._folder):
-                opened = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._by_name.update(dict.fromkeys(opened.keys(), opened))
-        except (OSError, SafetensorError) as error:
-            self._stack.close()
-            raise CheckpointError(
-                f"{self._folder}: the weights are damaged or incomplete ({first_line(error)}); "
-                "copy or download them again"
-            ) from error
-        except CheckpointError:
-            self._stack.close()
-            raise
-        return self
+    Raises:
+        CheckpointError: a file is missing, damaged or incomplete.
+    """
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._by_name.clear()
-        self._stack.close()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: dict[str, Path] = {}
+        for path in _weight_files(folder):
+            with _reading(folder, path) as opened:
+                self._paths.update(dict.fromkeys(opened.keys(), path))
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor `name`, converted to the reader's dtype.
+        """The tensor `name` in float32.
 
         Raises:
             CheckpointError: it is missing, damaged or of another shape.
         """
-        if name not in self._by_name:
+        with self._slices(name, shape) as rows:
+            tensor: Tensor = rows[:]
+            return tensor.to(torch.float32, copy=True)
+
+    def blocks(self, name: str, shape: Sequence[int]) -> Iterator[Tensor]:
+        """The tensor `name` in float32, some rows at a time.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another shape.
+        """
+        for begin in range(0, shape[0], BLOCK_ROWS):
+            with self._slices(name, shape) as rows:
+                block: Tensor = rows[begin : begin + BLOCK_ROWS]
+                yield block.to(torch.float32, copy=True)
+
+    def mapped(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The tensor `name` as it lies in the file: its pages come to memory when used.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of another shape.
+        """
+        with self._slices(name, shape), _reading(self._folder, self._paths[name]) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    @contextmanager
+    def _slices(self, name: str, shape: Sequence[int]) -> Iterator[Any]:
+        if name not in self._paths:
             raise CheckpointError(f"{self._folder}: the weights lack {name!r}")
-        try:
-            tensor: Tensor = self._by_name[name].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self._folder}: {name!r} is not readable: {first_line(error)}"
-            ) from error
-        if list(tensor.shape) != list(shape):
-            raise CheckpointError(
-                f"{self._folder}: {name!r} has shape {list(tensor.shape)}, but config.json "
-                f"asks for {list(shape)}"
-            )
-        return tensor.to(self._dtype)
+        with _reading(self._folder, self._paths[name]) as opened:
+            rows = opened.get_slice(name)
+            if list(rows.get_shape()) != list(shape):
+                raise CheckpointError(
+                    f"{self._folder}: {name!r} has shape {rows.get_shape()}, but config.json "
+                    f"asks for {list(shape)}"
+                )
+            yield rows
+
+
+@contextmanager
+def _reading(folder: Path, path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the weights are damaged or incomplete ({first_line(error)}); "
+            "copy or download them again"
+        ) from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
