@@ -1,0 +1,51 @@
+"""Makes a checkpoint of Qwen1.5-0.5B's exact shape with random weights: speed is the same.
+
+python -m benchmarks.checkpoint --out benchmarks/cache/qwen-random
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from server.core.checkpoint import BUNDLED_FOLDER
+
+# The real tokenizer, where it is at hand; otherwise the bundled one, whose ids are fewer.
+TOKENIZER_FOLDERS = (Path("../shared/qwen1.5-0.5b-chat"), BUNDLED_FOLDER)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+DEFAULT_FOLDER = Path("benchmarks/cache/qwen-random")
+
+
+def qwen_shape() -> Qwen2Config:
+    """The configuration of Qwen/Qwen1.5-0.5B-Chat."""
+    return Qwen2Config(
+        vocab_size=151_936, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=32_768,
+        rms_norm_eps=1e-6, rope_theta=1_000_000.0, tie_word_embeddings=True,
+        bos_token_id=151_643, eos_token_id=151_645, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def make_checkpoint(folder: Path = DEFAULT_FOLDER) -> Path:
+    """Writes the checkpoint unless it is there; 930 MB."""
+    if (folder / "model.safetensors").exists():
+        return folder
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(qwen_shape()).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[151_645, 151_643])
+    model.save_pretrained(folder)
+    source = next(path for path in TOKENIZER_FOLDERS if path.is_dir())
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copy(source / name, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    print(make_checkpoint(parser.parse_args().out))

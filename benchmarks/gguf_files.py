@@ -1,0 +1,74 @@
+"""The random checkpoint as llama.cpp reads it: BF16, and quantized by llama.cpp itself."""
+
+import json
+from pathlib import Path
+
+import gguf
+import llama_cpp
+import torch
+from safetensors import safe_open
+from transformers import Qwen2Config
+
+FILE_TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
+
+
+def gguf_file(checkpoint: Path, kind: str) -> Path:
+    """The checkpoint as a GGUF of `kind` ("bf16", "q8_0" or "q4_0"), made unless it is there."""
+    path = checkpoint / f"model-{kind}.gguf"
+    if path.exists():
+        return path
+    if kind == "bf16":
+        _write_bf16(checkpoint, path)
+        return path
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = FILE_TYPES[kind]
+    source = gguf_file(checkpoint, "bf16")
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
+    return path
+
+
+def _write_bf16(checkpoint: Path, path: Path) -> None:
+    config = Qwen2Config.from_pretrained(checkpoint)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    _add_tokenizer(writer, checkpoint, config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            tensor = tensors.get_tensor(name)
+            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if tensor.ndim == 1:
+                writer.add_tensor(target, tensor.float().numpy())
+            else:
+                writer.add_tensor(
+                    target,
+                    tensor.contiguous().view(torch.uint8).numpy(),
+                    raw_dtype=gguf.GGMLQuantizationType.BF16,
+                )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int) -> None:
+    """Token ids are fed as they are, so only their number matters."""
+    model = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = [f"[unused{i}]" for i in range(vocab_size)]
+    for token, token_id in model["vocab"].items():
+        tokens[token_id] = token
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    writer.add_token_types([gguf.TokenType.NORMAL] * vocab_size)
