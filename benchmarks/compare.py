@@ -9,17 +9,17 @@ for people and, last, one line of JSON.
 
 import argparse
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import DEFAULT_FOLDER, make_checkpoint
 from benchmarks.engines import ENGINES
-from benchmarks.latency import summary
+from benchmarks.figures import print_table, summary
+from benchmarks.worker import Worker
 
 Figures = dict[tuple[str, str], list[float]]
+TOKEN_ENGINES = [name for name in ENGINES if name != "bert-base"]
 
 # Name, request, tokens of one answer. Tokens per second is what is reported.
 CASES: list[tuple[str, dict[str, Any], int]] = [
@@ -48,37 +48,8 @@ GOALS = [
 ]  # fmt: skip
 
 
-class Worker:
-    """An engine in a process of its own."""
-
-    def __init__(self, name: str, checkpoint: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.engines", name, str(checkpoint)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.ready_s: float = self._answer()["ready_s"]
-
-    def ask(self, request: dict[str, Any]) -> dict[str, float]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args} has died")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-
 def can(engine: str, request: dict[str, Any]) -> bool:
-    """transformers' generate has no continuous batches, and its float32 is slow to wait for."""
+    """transformers' generate is measured as people use it: one stream, a short chat."""
     if not engine.startswith("transformers"):
         return True
     return request.get("num_streams", 1) == 1 and request.get("num_cached", 0) <= 100
@@ -97,45 +68,44 @@ def measure(workers: dict[str, Worker], rounds: int) -> Figures:
     return figures
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_FOLDER)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    checkpoint = make_checkpoint(args.checkpoint)
+def run(checkpoint: Path, engines: list[str], rounds: int) -> dict[str, Any]:
+    """Measures, prints the table, and returns all figures."""
     workers: dict[str, Worker] = {}
     try:
-        for name in args.engines:
+        for name in engines:
             workers[name] = Worker(name, checkpoint)
-        figures = measure(workers, args.rounds)
+        figures = measure(workers, rounds)
         memory = {n: round(w.ask({"case": "memory"})["peak_mib"]) for n, w in workers.items()}
         ready = {n: round(w.ready_s, 1) for n, w in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
-    report(figures, memory, ready, args.rounds)
+    return report(figures, memory, ready)
 
 
-def report(figures: Figures, memory: dict[str, int], ready: dict[str, float], rounds: int) -> None:
-    """Prints the tables and the JSON line."""
-    print(f"{'tokens per second':52} {'min':>9} {'median':>9} {'max':>9}")
+def report(figures: Figures, memory: dict[str, int], ready: dict[str, float]) -> dict[str, Any]:
+    """Prints the tables; returns what is in them."""
     rows = {f"{name}: {case}": summary(values) for (name, case), values in figures.items()}
     ratios = {}
     for ours, theirs, goal in GOALS:
         if ours in figures and theirs in figures:
             pairs = zip(figures[ours], figures[theirs], strict=True)
-            ratios[f"{ours[0]} / {theirs[0]}: {ours[1]}"] = {
-                **summary([a / b for a, b in pairs]),
-                "goal": goal,
-            }
-    for name, row in {**rows, **ratios}.items():
-        goal = f"  to reach: {row['goal']}" if row.get("goal") else ""
-        print(f"{name:52} {row['min']:>9} {row['median']:>9} {row['max']:>9}{goal}")
+            name = f"{ours[0]} / {theirs[0]}: {ours[1]}"
+            ratios[name] = {**summary([a / b for a, b in pairs]), "goal": goal}
+    print_table("tokens per second, engines alone", rows)
+    print_table("ratios, round by round", ratios)
     for name in memory:
         print(f"{name:30} peak memory {memory[name]:>6} MiB, ready after {ready[name]:>5} s")
-    everything = {"rounds": rounds, **rows, **ratios, "peak_mib": memory, "ready_s": ready}
-    print(json.dumps(everything))
+    return {**rows, **ratios, "peak_mib": memory, "ready_s": ready}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_FOLDER)
+    parser.add_argument("--engines", nargs="+", choices=TOKEN_ENGINES, default=TOKEN_ENGINES)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(json.dumps(run(make_checkpoint(args.checkpoint), args.engines, args.rounds)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ talks to several of these in turns.
 
     {"case": "prefill", "num_tokens": 128}                      -> {"seconds": ...}
     {"case": "decode", "num_streams": 8, "num_cached": 100}     -> {"seconds": ...} for a step
+    {"case": "classify", "num_texts": 64, "num_tokens": 30}     -> {"seconds": ...}, BERT only
+    {"case": "memory"}                                          -> {"peak_mib": ...}
 """
 
 import itertools
@@ -197,7 +199,26 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, shape=(self._num_vocab,)).argmax())
 
 
-ENGINES: dict[str, Callable[[Path], EngineUnderTest]] = {
+class Bert:
+    """The classifier this server replaces: BERT-base in float32, one padded batch."""
+
+    def __init__(self) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        torch.set_num_threads(NUM_THREADS)
+        torch.manual_seed(0)
+        self._model = BertForSequenceClassification(BertConfig(num_labels=3)).eval()
+
+    def classify(self, num_texts: int, num_tokens: int) -> float:
+        """Seconds for texts of equal length."""
+        ids = torch.randint(1000, 20_000, (num_texts, num_tokens))
+        with torch.inference_mode():
+            begin = time.perf_counter()
+            self._model(ids, attention_mask=torch.ones_like(ids))
+            return time.perf_counter() - begin
+
+
+ENGINES: dict[str, Callable[[Path], EngineUnderTest | Bert]] = {
     "ours-float32": lambda path: Ours(path, "float32"),
     "ours-bfloat16": lambda path: Ours(path, "bfloat16"),
     "ours-int8": lambda path: Ours(path, "int8"),
@@ -207,6 +228,7 @@ ENGINES: dict[str, Callable[[Path], EngineUnderTest]] = {
     "llama.cpp-q8_0": lambda path: LlamaCpp(path, "q8_0"),
     "llama.cpp-q4_0": lambda path: LlamaCpp(path, "q4_0"),
     "llama.cpp-bf16": lambda path: LlamaCpp(path, "bf16"),
+    "bert-base": lambda path: Bert(),
 }
 
 

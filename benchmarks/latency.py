@@ -1,8 +1,9 @@
 """What a client waits for: time to first token, tokens per second, texts per second, over HTTP.
 
-Starts a server of its own, measures every case in turn for several rounds, and prints
-minimum, median and maximum; ratios are taken round by round, because absolute numbers of a
-shared machine are noisy. Prints a table for people and, last, one line of JSON.
+Starts a server of its own and, with --peers, `transformers serve` on the same checkpoint and
+a BERT-base classifier; measures every case in turns for several rounds. Ratios are taken
+round by round, because absolute numbers of a shared machine are noisy. Prints a table for
+people and, last, one line of JSON.
 
     python -m benchmarks.latency --model mini --rounds 7
 """
@@ -12,24 +13,44 @@ import asyncio
 import itertools
 import json
 import re
-import statistics
+import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import httpx
 from openai import AsyncOpenAI
+
+from benchmarks.figures import print_table, summary
+from benchmarks.worker import Worker
 
 NUM_STREAMS = 8
 NUM_TEXTS = 64
+NUM_TEXT_TOKENS = 30
 MAX_TOKENS = 64
+START_S = 120
 START = re.compile(r"Serving (\S+) on (http://\S+)")
+Figures = dict[tuple[str, str], list[float]]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server that speaks OpenAI's protocol."""
+
+    name: str
+    model: str
+    base_url: str
 
 
 @contextmanager
-def server(model: str) -> Iterator[tuple[str, str]]:
-    """Model id and base URL of a fresh server process."""
+def our_server(model: str) -> Iterator[Server]:
+    """A fresh process of ours."""
     command = [sys.executable, "-m", "server", "--port", "0", "--model", model]
     process = subprocess.Popen(
         [*command, "--log-level", "error"], stdout=subprocess.PIPE, text=True
@@ -38,9 +59,36 @@ def server(model: str) -> Iterator[tuple[str, str]]:
         assert process.stdout is not None
         for line in process.stdout:
             if found := START.search(line):
-                yield found[1], f"{found[2]}/v1"
+                yield Server(OURS, found[1], f"{found[2]}/v1")
                 return
         raise RuntimeError("the server did not start")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def transformers_server(model: str) -> Iterator[Server]:
+    """A fresh process of `transformers serve`, with the model loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", model]
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                httpx.get(f"{url}/health")
+            except httpx.TransportError:
+                time.sleep(0.5)
+            else:
+                yield Server(SERVE, model, f"{url}/v1")
+                return
+        raise RuntimeError("transformers serve did not start")
     finally:
         process.terminate()
         process.wait()
@@ -49,8 +97,10 @@ def server(model: str) -> Iterator[tuple[str, str]]:
 class Cases:
     """Each method is one measurement; texts never repeat unless that is the point."""
 
-    def __init__(self, client: AsyncOpenAI, model: str) -> None:
-        self._client, self._model = client, model
+    def __init__(self, server: Server) -> None:
+        self._client = AsyncOpenAI(base_url=server.base_url, api_key="unused", timeout=600)
+        self._model = server.model
+        self._plain = f"{server.model}:plain" if server.name == OURS else server.model
         self._numbers = itertools.count()
 
     def _fresh_text(self) -> str:
@@ -58,14 +108,13 @@ class Cases:
             f"今天的第{next(self._numbers)}件事终于做完了，可是我一点也高兴不起来，只想早点回家。"
         )
 
-    async def _ttft_ms(self, text: str, **options: object) -> float:
+    async def _ttft_ms(self, text: str, model: str) -> float:
         begin = time.perf_counter()
         stream = await self._client.chat.completions.create(
-            model=self._model,
+            model=model,
             messages=[{"role": "user", "content": text}],
             max_tokens=8,
             stream=True,
-            **options,
         )
         first = None
         async for chunk in stream:
@@ -74,20 +123,20 @@ class Cases:
         return ((first or time.perf_counter()) - begin) * 1000
 
     async def ttft_plain_ms(self) -> float:
-        return await self._ttft_ms(self._fresh_text(), extra_body={"sentiment": False})
+        return await self._ttft_ms(self._fresh_text(), self._plain)
 
     async def ttft_fresh_sentiment_ms(self) -> float:
-        return await self._ttft_ms(self._fresh_text())
+        return await self._ttft_ms(self._fresh_text(), self._model)
 
     async def ttft_cached_label_ms(self) -> float:
         text = self._fresh_text()
         await self._client.post("/classify", cast_to=object, body={"input": text})
-        return await self._ttft_ms(text)
+        return await self._ttft_ms(text, self._model)
 
     async def _tokens_per_s(self, num_streams: int) -> float:
         async def run() -> int:
             reply = await self._client.chat.completions.create(
-                model=f"{self._model}:plain",
+                model=self._plain,
                 messages=[{"role": "user", "content": self._fresh_text()}],
                 max_tokens=MAX_TOKENS,
                 temperature=1.5,
@@ -111,7 +160,7 @@ class Cases:
         return NUM_TEXTS / (time.perf_counter() - begin)
 
 
-CASES = [
+OUR_CASES = [
     "ttft_plain_ms",
     "ttft_fresh_sentiment_ms",
     "ttft_cached_label_ms",
@@ -119,47 +168,68 @@ CASES = [
     "tokens_per_s_8_streams",
     "classify_texts_per_s",
 ]
+SERVE_CASES = ["ttft_plain_ms", "tokens_per_s_1_stream", "tokens_per_s_8_streams"]
+OURS, SERVE, BERT = "ours", "transformers serve", "bert-base"
+# Above, below, what to reach (at most for latencies, at least for the others).
 RATIOS = [
-    ("ttft_fresh_sentiment_ms", "ttft_plain_ms"),
-    ("ttft_cached_label_ms", "ttft_plain_ms"),
-    ("tokens_per_s_8_streams", "tokens_per_s_1_stream"),
+    ((OURS, "ttft_fresh_sentiment_ms"), (OURS, "ttft_plain_ms"), 1.4),
+    ((OURS, "ttft_cached_label_ms"), (OURS, "ttft_plain_ms"), 1.05),
+    ((OURS, "tokens_per_s_8_streams"), (OURS, "tokens_per_s_1_stream"), 4.0),
+    ((OURS, "classify_texts_per_s"), (BERT, "classify_texts_per_s"), 1.3),
+    ((OURS, "ttft_plain_ms"), (SERVE, "ttft_plain_ms"), None),
+    ((OURS, "tokens_per_s_1_stream"), (SERVE, "tokens_per_s_1_stream"), None),
+    ((OURS, "tokens_per_s_8_streams"), (SERVE, "tokens_per_s_8_streams"), None),
 ]
 
 
-async def measure(model: str, base_url: str, rounds: int) -> dict[str, list[float]]:
-    """Every case once a round, after a round to warm up."""
-    async with AsyncOpenAI(base_url=base_url, api_key="unused", timeout=600) as client:
-        cases = Cases(client, model)
-        figures: dict[str, list[float]] = {name: [] for name in CASES}
-        for i in range(rounds + 1):
-            for name in CASES:
-                figure = await getattr(cases, name)()
-                if i:
-                    figures[name].append(figure)
+async def measure(servers: list[Server], bert: Worker | None, rounds: int) -> Figures:
+    """Every case of everyone once a round, after a round to warm up."""
+    figures: Figures = defaultdict(list)
+    cases = {server.name: Cases(server) for server in servers}
+    for number in range(rounds + 1):
+        for case in OUR_CASES:
+            for server in servers:
+                if server.name == OURS or case in SERVE_CASES:
+                    figure = await getattr(cases[server.name], case)()
+                    if number:
+                        figures[server.name, case].append(figure)
+        if bert is not None:
+            request = {"case": "classify", "num_texts": NUM_TEXTS, "num_tokens": NUM_TEXT_TOKENS}
+            figure = NUM_TEXTS / bert.ask(request)["seconds"]
+            if number:
+                figures[BERT, "classify_texts_per_s"].append(figure)
     return figures
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    """Minimum, median and maximum."""
-    triple = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in triple.items()}
+def run(model: str, rounds: int, *, with_peers: bool) -> dict[str, Any]:
+    """Measures, prints the table, and returns all figures."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(our_server(model))]
+        bert = None
+        if with_peers:
+            servers.append(stack.enter_context(transformers_server(model)))
+            bert = Worker(BERT, Path(model))
+            stack.callback(bert.close)
+        figures = asyncio.run(measure(servers, bert, rounds))
+    rows = {f"{name}: {case}": summary(values) for (name, case), values in figures.items()}
+    ratios = {}
+    for above, below, goal in RATIOS:
+        if above in figures and below in figures:
+            pairs = zip(figures[above], figures[below], strict=True)
+            name = f"{above[0]} {above[1]} / {below[0]} {below[1]}"
+            ratios[name] = {**summary([a / b for a, b in pairs]), "goal": goal}
+    print_table("over HTTP", rows)
+    print_table("ratios, round by round", ratios)
+    return {**rows, **ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="needs a checkpoint folder")
     args = parser.parse_args()
-    with server(args.model) as (model, base_url):
-        figures = asyncio.run(measure(model, base_url, args.rounds))
-    rows = {name: summary(values) for name, values in figures.items()}
-    for above, below in RATIOS:
-        pairs = zip(figures[above], figures[below], strict=True)
-        rows[f"{above} / {below}"] = summary([a / b for a, b in pairs])
-    print(f"{'':52} {'min':>9} {'median':>9} {'max':>9}")
-    for name, row in rows.items():
-        print(f"{name:52} {row['min']:>9} {row['median']:>9} {row['max']:>9}")
-    print(json.dumps({"model": model, "rounds": args.rounds, **rows}))
+    print(json.dumps(run(args.model, args.rounds, with_peers=args.peers)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""Talks to an engine in a process of its own (`benchmarks.engines`)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, checkpoint: Path) -> None:
+        command = [sys.executable, "-m", "benchmarks.engines", name, str(checkpoint)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ready_s: float = self._answer()["ready_s"]
+
+    def ask(self, request: dict[str, Any]) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._process.args} has died")
+        answer: dict[str, float] = json.loads(line)
+        return answer
