@@ -73,6 +73,7 @@ def load_services(settings: Settings) -> Services:
         warning=checkpoint.warning,
         created=int(time.time()),
         max_context=max_context,
+        vocab_size=config.vocab_size,
         defaults=defaults,
         tasks=tasks,
         engine=engine,

@@ -33,18 +33,13 @@ MAX_INPUTS = 256
 # send those by habit; any other value would be silently ignored, so it is refused.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
-    "min_p": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "n": (1,),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -189,6 +184,11 @@ class ChatCompletionRequest(Request):
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] = {}
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         list[Annotated[StrictStr, Field(min_length=1)]],
@@ -196,6 +196,14 @@ class ChatCompletionRequest(Request):
         BeforeValidator(_stop_list),
     ] = []
     sentiment: StrictBool = True
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
+        for token_id in logit_bias:
+            if not (token_id.isascii() and token_id.isdigit()):
+                raise ValueError(f"{token_id!r} is no token id")
+        return logit_bias
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

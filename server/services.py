@@ -20,6 +20,7 @@ class Services:
     warning: str | None
     created: int
     max_context: int
+    vocab_size: int
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
     engine: Engine

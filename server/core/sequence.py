@@ -20,7 +20,11 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
+    min_p: float = 0.0  # 0: no limit
     repetition_penalty: float = 1.0  # 1: none
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
 

@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message as ASGIMessage
 
-from server.core.generation_config import GenerationDefaults, or_default
+from server.core.generation_config import or_default
 from server.core.reply import Reply
 from server.core.sequence import SamplingParams
-from server.errors import APIError, InternalError
+from server.errors import APIError, InternalError, InvalidRequestError
 from server.protocol import ChatCompletionRequest, classification, new_id, now, usage
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.services import Services
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ async def chat_completions(request: Request) -> Response:
     async def begin() -> Reply:
         return await services.replier.reply(
             [message.for_template() for message in body.messages],
-            _sampling_params(body, services.defaults, services.max_context),
+            _sampling_params(body, services),
             body.stop,
             with_sentiment=body.sentiment and not is_plain,
         )
@@ -50,17 +51,32 @@ async def chat_completions(request: Request) -> Response:
     return _whole(body, reply, text)
 
 
-def _sampling_params(
-    body: ChatCompletionRequest, defaults: GenerationDefaults, max_context: int
-) -> SamplingParams:
-    """The request's parameters over the checkpoint's own."""
+def _sampling_params(body: ChatCompletionRequest, services: Services) -> SamplingParams:
+    """The request's parameters over the checkpoint's own.
+
+    Raises:
+        InvalidRequestError: a token id is beyond the model's vocabulary.
+    """
+    defaults = services.defaults
     max_tokens = or_default(body.max_completion_tokens, body.max_tokens)
+    logit_bias = tuple((int(token_id), bias) for token_id, bias in body.logit_bias.items())
+    for token_id, _ in logit_bias:
+        if token_id >= services.vocab_size:
+            raise InvalidRequestError(
+                f"'logit_bias': the model has no token {token_id}, only 0 to "
+                f"{services.vocab_size - 1}.",
+                param="logit_bias",
+            )
     return SamplingParams(
-        max_tokens=or_default(max_tokens, max_context),
+        max_tokens=or_default(max_tokens, services.max_context),
         temperature=float(or_default(body.temperature, defaults.temperature)),
         top_p=float(or_default(body.top_p, defaults.top_p)),
         top_k=max(0, or_default(body.top_k, defaults.top_k)),
-        repetition_penalty=defaults.repetition_penalty,
+        min_p=float(or_default(body.min_p, 0.0)),
+        repetition_penalty=float(or_default(body.repetition_penalty, defaults.repetition_penalty)),
+        frequency_penalty=float(or_default(body.frequency_penalty, 0.0)),
+        presence_penalty=float(or_default(body.presence_penalty, 0.0)),
+        logit_bias=logit_bias,
         seed=body.seed,
         stop_token_ids=defaults.eos_token_ids,
     )

@@ -130,6 +130,35 @@ def test_top_k_one_and_a_tiny_top_p_are_greedy(tiny: LiveServer) -> None:
     assert text() != greedy
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"min_p": 1.0},
+        {"logit_bias": {"100": 100}},
+        {"presence_penalty": 2.0, "temperature": 0},
+        {"frequency_penalty": 2.0, "temperature": 0},
+        {"repetition_penalty": 2.0, "temperature": 0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_sampling_parameter_changes_the_text(
+    tiny: LiveServer, changes: dict[str, Any]
+) -> None:
+    def text(**more: Any) -> str:
+        content: str = post(tiny, **more).json()["choices"][0]["message"]["content"]
+        return content
+
+    without = {key: value for key, value in changes.items() if key == "temperature"}
+    assert text(**changes) != text(**without)
+    assert text(**changes) == text(**changes)
+
+
+def test_a_bias_on_a_token_the_model_does_not_have_is_refused(tiny: LiveServer) -> None:
+    error = post(tiny, logit_bias={"999999": 1}).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert "999999" in error["message"]
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_both_names_of_the_token_limit_are_honoured(tiny: LiveServer, name: str) -> None:
     request = body(tiny)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ LOGITS = torch.tensor([math.log(p) for p in PROBS])
 DRAWS = 3000
 
 
-def sampler(prompt: list[int] | None = None, **params: float) -> Sampler:
-    return Sampler(SamplingParams(max_tokens=1, **params), prompt or [], len(PROBS))  # type: ignore[arg-type]
+def sampler(prompt: list[int] | None = None, **params: Any) -> Sampler:
+    return Sampler(SamplingParams(max_tokens=1, **params), prompt or [], len(PROBS))
 
 
 def frequencies(chooser: Sampler, logits: torch.Tensor = LOGITS) -> list[float]:
@@ -66,6 +67,48 @@ def test_repetition_penalty_lowers_tokens_of_prompt_and_answer() -> None:
     assert [chooser.sample(logits) for _ in range(2)] == [1, 0]
     negative = torch.tensor([-1.0, -1.2, -9.0, -9.0, -9.0])
     assert sampler([0], temperature=0.0, repetition_penalty=1.5).sample(negative) == 1
+
+
+def test_frequency_penalty_counts_every_sampled_token_and_none_of_the_prompt() -> None:
+    logits = torch.tensor([2.0, 1.5, 0.8, -9.0, -9.0])
+    chooser = sampler([0, 0, 0, 0], temperature=0.0, frequency_penalty=0.55)
+    # 0 goes 2, 1.45, 0.9, 0.35; 1 goes 1.5, 0.95, 0.4; 2 stays at 0.8.
+    assert [chooser.sample(logits) for _ in range(6)] == [0, 1, 0, 1, 0, 2]
+
+
+def test_presence_penalty_counts_once_however_often_a_token_came() -> None:
+    logits = torch.tensor([2.0, 1.5, -9.0, -9.0, -9.0])
+    chooser = sampler([0], temperature=0.0, presence_penalty=1.0)
+    # Once both have been there, both are lowered by one for good.
+    assert [chooser.sample(logits) for _ in range(5)] == [0, 1, 0, 0, 0]
+
+
+def test_negative_penalties_favour_what_was_said() -> None:
+    logits = torch.tensor([1.0, 0.9, -9.0, -9.0, -9.0])
+    chooser = sampler(temperature=0.0, frequency_penalty=-2.0)
+    assert [chooser.sample(logits) for _ in range(3)] == [0, 0, 0]
+
+
+def test_logit_bias_is_added_after_the_penalties() -> None:
+    bias = ((4, 100.0), (0, -100.0))
+    assert sampler(temperature=0.0, logit_bias=bias).sample(LOGITS) == 4
+    expected = (LOGITS + torch.tensor([0.0, 0.0, 2.0, 0.0, 0.0])).softmax(0).tolist()
+    assert frequencies(sampler(logit_bias=((2, 2.0),), seed=4)) == pytest.approx(expected, abs=0.03)
+    # The repetition penalty would have divided the bias, too.
+    chooser = sampler([1], temperature=0.0, repetition_penalty=2.0, logit_bias=((1, 3.0),))
+    assert chooser.sample(torch.tensor([2.4, 0.1, 0.0, 0.0, 0.0])) == 1
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(1.0, 1), (0.4, 2), (0.2, 3), (0.1, 4), (0.01, 5)])
+def test_min_p_keeps_tokens_of_that_share_of_the_likeliest(min_p: float, kept: int) -> None:
+    expected = [p / sum(PROBS[:kept]) for p in PROBS[:kept]] + [0.0] * (len(PROBS) - kept)
+    assert frequencies(sampler(min_p=min_p, seed=5)) == pytest.approx(expected, abs=0.03)
+
+
+def test_min_p_counts_after_temperature() -> None:
+    # At temperature 2 the ratios are square roots: 0.25 / 0.5 becomes 0.71.
+    assert frequencies(sampler(min_p=0.6, temperature=2.0, seed=5))[1] > 0
+    assert frequencies(sampler(min_p=0.6, temperature=1.0, seed=5))[1] == 0
 
 
 def test_the_same_seed_draws_the_same_tokens() -> None:

@@ -1,5 +1,8 @@
 """Chooses the next token of one sequence from its logits."""
 
+import math
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,11 @@ _BLOCK = 64
 
 
 class Sampler:
-    """The random state and the penalised tokens of one sequence."""
+    """The random state and the penalised tokens of one sequence.
+
+    Logits pass, in this order: repetition penalty, frequency and presence penalty, logit
+    bias, temperature, top_k, top_p, min_p. What is left is drawn from.
+    """
 
     def __init__(self, params: SamplingParams, prompt_ids: list[int], vocab_size: int) -> None:
         self._params = params
@@ -24,6 +31,9 @@ class Sampler:
             self._generator.manual_seed(params.seed)
         self._is_seen = torch.zeros(vocab_size, dtype=torch.bool)
         self._is_seen[prompt_ids] = True
+        self._counts: Counter[int] = Counter()  # of the tokens sampled
+        self._biased = torch.tensor([token_id for token_id, _ in params.logit_bias])
+        self._biases = torch.tensor([bias for _, bias in params.logit_bias])
 
     def sample(self, logits: Tensor) -> int:
         """logits: (V,) in float32, not modified.
@@ -31,30 +41,57 @@ class Sampler:
         Raises:
             ValueError: the logits are not numbers.
         """
-        params = self._params
         # A NaN is its own maximum; looking at every logit takes ten times longer.
         if not logits.max().isfinite():
             raise ValueError("the model's logits are not finite")
-        if params.repetition_penalty != 1.0:
-            logits = self._penalise(logits, params.repetition_penalty)
-        if params.temperature < _MIN_TEMPERATURE:
+        logits = self._penalised(logits)
+        temperature = self._params.temperature
+        if temperature < _MIN_TEMPERATURE:
             token_id = _argmax(logits)
         else:
-            token_id = self._draw(logits / params.temperature)
+            token_id = self._draw(logits / temperature)
         self._is_seen[token_id] = True
+        self._counts[token_id] += 1
         return token_id
 
-    def _penalise(self, logits: Tensor, penalty: float) -> Tensor:
-        """Divides positive and multiplies negative logits of seen tokens (arXiv 1909.05858)."""
-        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-        return torch.where(self._is_seen, penalised, logits)
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """The logits after penalties and bias; the same tensor if there are none.
+
+        The repetition penalty divides positive and multiplies negative logits of all tokens
+        seen, prompt included (arXiv 1909.05858). The other two count sampled tokens only, as
+        OpenAI's reference defines them: minus count * frequency, minus presence once.
+        """
+        params = self._params
+        if params.repetition_penalty != 1.0:
+            penalty = params.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._is_seen, penalised, logits)
+        if self._counts and (params.frequency_penalty or params.presence_penalty):
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            amounts = counts * params.frequency_penalty + params.presence_penalty
+            logits = logits.index_add(0, torch.tensor(list(self._counts)), -amounts)
+        if len(self._biased):
+            logits = logits.index_add(0, self._biased, self._biases)
+        return logits
 
     def _draw(self, logits: Tensor) -> int:
         kept, ids = self._candidates(logits)
         return int(ids[torch.multinomial(kept.softmax(0), 1, generator=self._generator)])
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits left by top_k, then top_p, and their token ids, likeliest first.
+        """The logits left by top_k, top_p and min_p, and their token ids.
+
+        min_p keeps tokens of at least that share of the likeliest one's probability
+        (arXiv 2407.01082).
+        """
+        logits, ids = self._nucleus(logits)
+        if self._params.min_p > 0:
+            is_kept = logits >= logits.max() + math.log(self._params.min_p)
+            logits, ids = logits[is_kept], ids[is_kept]
+        return logits, ids
+
+    def _nucleus(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits left by top_k, then top_p, and their token ids.
 
         top_p keeps the smallest set of likeliest tokens that reaches that probability
         (arXiv 1904.09751), counted among those top_k has left.
