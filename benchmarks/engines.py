@@ -47,8 +47,9 @@ class Ours:
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         from server.core.model import load_runner, read_model_config
 
+        config = read_model_config(checkpoint)
         self._runner = load_runner(
-            checkpoint, read_model_config(checkpoint), dtype=dtype, num_threads=NUM_THREADS,
+            checkpoint, config, dtype=dtype, vocab_size=config.vocab_size, num_threads=NUM_THREADS,
             max_kv_tokens=16 * MAX_CONTEXT, max_context=MAX_CONTEXT, max_prefix_bytes=0,
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond O
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,10 +24,15 @@ from pydantic import (
 )
 
 from server.core.classifier import Classification
+from server.core.sequence import TokenEvent
 from server.errors import InvalidRequestError
 
 MAX_STOP_STRINGS = 4
 MAX_INPUTS = 256
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+# What stands in JSON for a probability of zero, as in OpenAI's reference.
+MIN_LOGPROB = -9999.0
 
 # Known parameters this server does not implement, with the values that mean "off". Clients
 # send those by habit; any other value would be silently ignored, so it is refused.
@@ -35,15 +40,12 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -195,6 +197,9 @@ class ChatCompletionRequest(Request):
         Field(max_length=MAX_STOP_STRINGS),
         BeforeValidator(_stop_list),
     ] = []
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+    logprobs: StrictBool = False
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     sentiment: StrictBool = True
 
     @field_validator("logit_bias")
@@ -210,6 +215,10 @@ class ChatCompletionRequest(Request):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(
+                "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs"
             )
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED and not _is_neutral(value, UNSUPPORTED[name]):
@@ -303,6 +312,27 @@ def classification(result: Classification | None) -> dict[str, Any] | None:
         ],
         "cached": result.is_cached,
     }
+
+
+def logprobs_content(
+    tokens: Sequence[TokenEvent], token_bytes: Sequence[bytes]
+) -> list[dict[str, Any]]:
+    """`logprobs.content`: the tokens with their log-probabilities and UTF-8 bytes."""
+
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        assert logprob is not None
+        data = token_bytes[token_id]
+        return {
+            "token": data.decode(errors="replace"),  # a token may be half a character
+            "logprob": max(logprob, MIN_LOGPROB),
+            "bytes": list(data),
+        }
+
+    return [
+        entry(token.token_id, token.logprob)
+        | {"top_logprobs": [entry(*alternative) for alternative in token.top_logprobs]}
+        for token in tokens
+    ]
 
 
 def new_id(prefix: str) -> str:

@@ -8,6 +8,7 @@ from server.core.engine import Engine
 from server.core.generation_config import GenerationDefaults
 from server.core.reply import Replier
 from server.core.tasks import Task
+from server.core.tokenizer import ChatTokenizer
 
 PLAIN_SUFFIX = ":plain"
 
@@ -20,7 +21,7 @@ class Services:
     warning: str | None
     created: int
     max_context: int
-    vocab_size: int
+    tokenizer: ChatTokenizer
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
     engine: Engine

@@ -10,8 +10,10 @@ from server.core.classifier import Classification
 from server.core.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol import (
+    MAX_CHOICES,
     MAX_INPUTS,
     MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     WITHOUT_EFFECT,
     ChatCompletionRequest,
@@ -127,6 +129,9 @@ def test_a_single_stop_string_is_a_list_of_one() -> None:
         "top_k",
         "seed",
         "stop",
+        "n",
+        "logprobs",
+        "top_logprobs",
         "sentiment",
         *UNSUPPORTED,
         *WITHOUT_EFFECT,
@@ -167,10 +172,6 @@ def test_an_unsupported_parameter_is_accepted_at_its_neutral_value(name: str, va
     assert parse_chat(**{name: value}).messages == parse_chat().messages
 
 
-def test_a_neutral_number_may_be_a_float() -> None:
-    parse_chat(n=1.0)
-
-
 def not_neutral(name: str) -> list[Any]:
     # False == 0 and True == 1 in Python, not for a client.
     candidates = [7, -0.5, True, False, 0, 1, "x", ["x"], {"type": "x"}, float("nan")]
@@ -189,7 +190,7 @@ def test_an_unsupported_parameter_is_refused_at_any_other_value(name: str, value
 
 
 def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
-    assert {"n", "logprobs", "tools", "tool_choice", "response_format"} <= set(UNSUPPORTED)
+    assert {"tools", "tool_choice", "response_format"} <= set(UNSUPPORTED)
     assert {"user", "metadata", "store", "service_tier"} <= set(WITHOUT_EFFECT)
     own = set(ChatCompletionRequest.model_fields)
     assert not (set(UNSUPPORTED) & set(WITHOUT_EFFECT)) and not own & set(UNSUPPORTED)
@@ -249,6 +250,15 @@ def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
         pytest.param("seed", 10**400, id="seed-beyond floats"),
         ("seed", 0.5),
         ("seed", "3"),
+        ("n", 0),
+        ("n", MAX_CHOICES + 1),
+        ("n", 1.0),
+        ("n", True),
+        ("logprobs", 1),
+        ("top_logprobs", -1),
+        ("top_logprobs", MAX_TOP_LOGPROBS + 1),
+        ("top_logprobs", True),
+        pytest.param("top_logprobs", 3, id="top_logprobs-without logprobs"),
         ("stop", 5),
         ("stop", {"a": 1}),
         ("stop", ["a"] * (MAX_STOP_STRINGS + 1)),

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from server.config import DEFAULT_PERSONA, Settings
+from server.protocol import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.routes import ROUTES
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,17 @@ def settings_table() -> str:
 
 def test_the_settings_table_is_complete_and_true() -> None:
     assert settings_table() in README, f"README.md should contain\n\n{settings_table()}"
+
+
+def test_the_parameter_table_says_what_happens_to_each() -> None:
+    told: dict[str, list[str]] = {"honoured": [], "refused": [], "without effect": []}
+    for names, what in re.findall(
+        r"^\| (`.*`) \| (honoured|refused|without effect) \|", README, re.M
+    ):
+        told[what] += re.findall(r"`(\w+)`", names)
+    assert sorted(told["honoured"]) == sorted(ChatCompletionRequest.model_fields)
+    assert sorted(told["refused"]) == sorted(UNSUPPORTED)
+    assert sorted(told["without effect"]) == sorted(WITHOUT_EFFECT)
 
 
 def test_every_route_is_named() -> None:

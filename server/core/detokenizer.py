@@ -13,7 +13,7 @@ class Detokenizer:
     def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
         """token_bytes: by token id; stop: non-empty strings that end the text."""
         assert all(stop)
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._stop = stop
         self._held = ""
@@ -23,7 +23,7 @@ class Detokenizer:
         """The text that became certain. Once `is_stopped`, nothing more comes."""
         if self.is_stopped:
             return ""
-        self._held += self._decoder.decode(self._token_bytes[token_id])
+        self._held += self._decoder.decode(self.token_bytes[token_id])
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             # The one that is complete first, so that token borders do not matter.

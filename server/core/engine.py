@@ -37,15 +37,9 @@ class SequenceAbortedError(Exception):
     """The sequence was aborted before it was done."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one sequence got out of a step: a sampled token, or the scores it asked for.
-
-    Neither, if its prompt was only to be computed.
-    """
-
-    token_id: int | None = None
-    logprobs: list[float] | None = None
+# What one sequence got out of a step: a sampled token, the scores it asked for, or only
+# the news that its prompt is computed.
+StepResult = TokenEvent | ScoredEvent | PrefilledEvent
 
 
 @dataclass(frozen=True)
@@ -100,11 +94,11 @@ class TokenStream:
         """Prompt tokens that needed no computing; known once a first event has come."""
         return self._count_cached()
 
-    async def __aiter__(self) -> AsyncIterator[int]:
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         while True:
             match await self.events.get():
-                case TokenEvent(token_id):
-                    yield token_id
+                case TokenEvent() as token:
+                    yield token
                 case FinishedEvent(reason):
                     self.finish_reason = reason
                     return
@@ -160,17 +154,19 @@ class Engine:
             raise _as_error(end)
         return Scores(end.logprobs, stream.num_cached)
 
-    async def prefill(self, prompt_ids: list[int]) -> None:
+    async def prefill(self, prompt_ids: list[int]) -> int:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
 
-        A cancelled call frees its slot.
+        Returns how many of its tokens were known already. A cancelled call frees its slot.
 
         Raises:
             EngineClosedError: the engine is closing.
         """
-        end = await _last_event(self._start(prompt_ids, None))
+        stream = self._start(prompt_ids, None)
+        end = await _last_event(stream)
         if not isinstance(end, PrefilledEvent):
             raise _as_error(end)
+        return stream.num_cached
 
     @property
     def is_alive(self) -> bool:
@@ -270,19 +266,16 @@ class Engine:
             logger.error("a sequence failed", exc_info=result)
             self._end(sequence, FailedEvent(result))
             return
-        if result.logprobs is not None:
-            self._end(sequence, ScoredEvent(result.logprobs))
+        if not isinstance(result, TokenEvent):
+            self._end(sequence, result)
             return
-        params, token_id = sequence.params, result.token_id
-        if params is None:
-            self._end(sequence, PrefilledEvent())
-            return
-        assert token_id is not None
-        if token_id in params.stop_token_ids:
+        params = sequence.params
+        assert params is not None
+        if result.token_id in params.stop_token_ids:
             self._end(sequence, FinishedEvent(FinishReason.STOP))
             return
-        sequence.completion_ids.append(token_id)
-        sequence.deliver(TokenEvent(token_id))
+        sequence.completion_ids.append(result.token_id)
+        sequence.deliver(result)
         if len(sequence.completion_ids) >= params.max_tokens:
             self._end(sequence, FinishedEvent(FinishReason.LENGTH))
 

@@ -26,14 +26,21 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added
     seed: int | None = None
+    num_logprobs: int | None = None  # likeliest tokens told with each; None: not even its own
     stop_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One sampled token; the stop token itself is never delivered."""
+    """One sampled token; the stop token itself is never delivered.
+
+    logprob (nats) and those of the likeliest tokens, if they were asked for, are of the
+    distribution before temperature and what cuts it off (top_k, top_p, min_p).
+    """
 
     token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

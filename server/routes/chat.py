@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from sse_starlette import EventSourceResponse
@@ -11,10 +11,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message as ASGIMessage
 
 from server.core.generation_config import or_default
-from server.core.reply import Reply
+from server.core.reply import Piece, Reply
 from server.core.sequence import SamplingParams
 from server.errors import APIError, InternalError, InvalidRequestError
-from server.protocol import ChatCompletionRequest, classification, new_id, now, usage
+from server.protocol import (
+    ChatCompletionRequest,
+    classification,
+    logprobs_content,
+    new_id,
+    now,
+    usage,
+)
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
 from server.services import Services
 
@@ -38,17 +45,21 @@ async def chat_completions(request: Request) -> Response:
             _sampling_params(body, services),
             body.stop,
             with_sentiment=body.sentiment and not is_plain,
+            num_choices=body.n,
         )
 
     if body.stream:
-        return _stream(body, await unless_disconnected(request, begin()))
+        return _stream(body, services, await unless_disconnected(request, begin()))
 
-    async def complete() -> tuple[Reply, str]:
+    async def complete() -> tuple[Reply, list[list[Piece]]]:
         reply = await begin()
-        return reply, "".join([piece async for piece in reply.pieces()])
+        pieces: list[list[Piece]] = [[] for _ in reply.choices]
+        async for index, piece in reply.pieces():
+            if piece is not None:
+                pieces[index].append(piece)
+        return reply, pieces
 
-    reply, text = await unless_disconnected(request, complete())
-    return _whole(body, reply, text)
+    return _whole(body, services, *await unless_disconnected(request, complete()))
 
 
 def _sampling_params(body: ChatCompletionRequest, services: Services) -> SamplingParams:
@@ -61,10 +72,10 @@ def _sampling_params(body: ChatCompletionRequest, services: Services) -> Samplin
     max_tokens = or_default(body.max_completion_tokens, body.max_tokens)
     logit_bias = tuple((int(token_id), bias) for token_id, bias in body.logit_bias.items())
     for token_id, _ in logit_bias:
-        if token_id >= services.vocab_size:
+        if token_id >= services.tokenizer.vocab_size:
             raise InvalidRequestError(
                 f"'logit_bias': the model has no token {token_id}, only 0 to "
-                f"{services.vocab_size - 1}.",
+                f"{services.tokenizer.vocab_size - 1}.",
                 param="logit_bias",
             )
     return SamplingParams(
@@ -78,11 +89,14 @@ def _sampling_params(body: ChatCompletionRequest, services: Services) -> Samplin
         presence_penalty=float(or_default(body.presence_penalty, 0.0)),
         logit_bias=logit_bias,
         seed=body.seed,
+        num_logprobs=body.top_logprobs if body.logprobs else None,
         stop_token_ids=defaults.eos_token_ids,
     )
 
 
-def _whole(body: ChatCompletionRequest, reply: Reply, text: str) -> Response:
+def _whole(
+    body: ChatCompletionRequest, services: Services, reply: Reply, pieces: list[list[Piece]]
+) -> Response:
     content = {
         "id": new_id("chatcmpl"),
         "object": "chat.completion",
@@ -90,11 +104,16 @@ def _whole(body: ChatCompletionRequest, reply: Reply, text: str) -> Response:
         "model": body.model,
         "choices": [
             {
-                "index": 0,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": reply.finish_reason,
+                "index": index,
+                "message": {
+                    "role": "assistant",
+                    "content": "".join(piece.text for piece in pieces[index]),
+                    "refusal": None,
+                },
+                "logprobs": _logprobs(body, services, pieces[index]),
+                "finish_reason": choice.finish_reason,
             }
+            for index, choice in enumerate(reply.choices)
         ],
         "usage": _usage(reply),
         "sentiment": classification(reply.sentiment),
@@ -102,13 +121,13 @@ def _whole(body: ChatCompletionRequest, reply: Reply, text: str) -> Response:
     return JSONResponse(content, headers=_headers(reply))
 
 
-def _stream(body: ChatCompletionRequest, reply: Reply) -> Response:
+def _stream(body: ChatCompletionRequest, services: Services, reply: Reply) -> Response:
     async def on_close(_: ASGIMessage) -> None:
         # A generator suspended at `yield` may never run its `finally`.
         reply.abort()
 
     return EventSourceResponse(
-        _events(body, reply),
+        _events(body, services, reply),
         headers=_headers(reply),
         sep="\n",
         ping=PING_INTERVAL_S,
@@ -116,8 +135,10 @@ def _stream(body: ChatCompletionRequest, reply: Reply) -> Response:
     )
 
 
-async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Event]:
-    """The chunks: role and sentiment, text, finish reason, usage on request, [DONE]."""
+async def _events(
+    body: ChatCompletionRequest, services: Services, reply: Reply
+) -> AsyncIterator[Event]:
+    """The chunks: roles and sentiment, text, finish reasons, usage on request, [DONE]."""
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     base: dict[str, Any] = {
         "id": new_id("chatcmpl"),
@@ -126,21 +147,25 @@ async def _events(body: ChatCompletionRequest, reply: Reply) -> AsyncIterator[Ev
         "model": body.model,
     }
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> Event:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def chunk(index: int, delta: dict[str, str], **more: Any) -> Event:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        choice |= {key: more.pop(key) for key in choice.keys() & more.keys()}
         usage_key = {"usage": None} if include_usage else {}
         return _event({**base, "choices": [choice], **usage_key, **more})
 
     try:
-        # Clients keep an unknown field only if the first chunk has it.
-        sentiment = classification(reply.sentiment)
-        yield chunk({"role": "assistant", "content": ""}, sentiment=sentiment)
-        async for piece in reply.pieces():
-            yield chunk({"content": piece})
-        yield chunk({}, reply.finish_reason)
+        for index in range(len(reply.choices)):
+            # Clients keep an unknown field only if the first chunk has it.
+            first = {"sentiment": classification(reply.sentiment)} if index == 0 else {}
+            yield chunk(index, {"role": "assistant", "content": ""}, **first)
+        async for index, piece in reply.pieces():
+            if piece is None:
+                yield chunk(index, {}, finish_reason=reply.choices[index].finish_reason)
+            else:
+                logprobs = _logprobs(body, services, [piece])
+                yield chunk(index, {"content": piece.text}, logprobs=logprobs)
         if include_usage:
-            counts = _usage(reply)
-            yield _event({**base, "choices": [], "usage": counts})
+            yield _event({**base, "choices": [], "usage": _usage(reply)})
     except APIError as error:
         yield _event(error.body())
     except Exception:
@@ -155,8 +180,17 @@ def _event(content: dict[str, Any]) -> Event:
     return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
 
 
+def _logprobs(
+    body: ChatCompletionRequest, services: Services, pieces: Sequence[Piece]
+) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return {"content": logprobs_content(tokens, services.tokenizer.token_bytes), "refusal": None}
+
+
 def _usage(reply: Reply) -> dict[str, Any]:
-    return usage(reply.num_prompt_tokens, reply.num_completion_tokens, reply.tokens.num_cached)
+    return usage(reply.num_prompt_tokens, reply.num_completion_tokens, reply.num_cached_tokens)
 
 
 def _headers(reply: Reply) -> dict[str, str]:

@@ -86,8 +86,8 @@ class FakeRunner:
         if sequence.prompt_ids[0] in self.answers:
             return self.answers[sequence.prompt_ids[0]](sequence)
         if sequence.continuations:
-            return StepResult(logprobs=[-float(i) for i in range(len(sequence.continuations))])
-        return StepResult(token_id=100 + len(sequence.completion_ids))
+            return ScoredEvent([-float(i) for i in range(len(sequence.continuations))])
+        return TokenEvent(100 + len(sequence.completion_ids))
 
 
 class Hold:
@@ -135,7 +135,7 @@ async def bounded(awaitable: Awaitable[T]) -> T:
 
 async def tokens_of(stream: TokenStream) -> list[int]:
     async def read() -> list[int]:
-        return [token_id async for token_id in stream]
+        return [token.token_id async for token in stream]
 
     return await bounded(read())
 
@@ -396,7 +396,7 @@ async def test_a_sequence_that_fails_later_keeps_its_tokens_and_fails_once(
     error = ValueError("bad logits")
 
     def fail_at_third(sequence: Sequence) -> StepResult | Exception:
-        return error if len(sequence.completion_ids) == 2 else StepResult(token_id=5)
+        return error if len(sequence.completion_ids) == 2 else TokenEvent(5)
 
     runner.answers[1] = fail_at_third
     async with running(runner) as engine:
@@ -603,7 +603,7 @@ class Disturber:
 def fail_at_third_token(sequence: Sequence) -> StepResult | Exception:
     if sequence.continuations or len(sequence.completion_ids) == 2:
         return ValueError("this sequence")
-    return StepResult(token_id=5)
+    return TokenEvent(5)
 
 
 @pytest.mark.parametrize("seed", range(8))

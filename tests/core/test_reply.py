@@ -44,8 +44,9 @@ class FakeGenerator:
         self.num_aborts = 0
         self.prefilled: list[list[int]] = []
 
-    async def prefill(self, prompt_ids: list[int]) -> None:
+    async def prefill(self, prompt_ids: list[int]) -> int:
         self.prefilled.append(prompt_ids)
+        return 3
 
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
         self.submitted.append((prompt_ids, params))
@@ -160,7 +161,7 @@ async def ask(
 
 async def read(reply: Reply) -> list[str]:
     async def all_pieces() -> list[str]:
-        return [piece async for piece in reply.pieces()]
+        return [piece.text async for piece in reply.choices[0].pieces()]
 
     return await bounded(all_pieces())
 
@@ -272,6 +273,53 @@ async def test_without_sentiment_the_conversation_goes_to_the_model_as_it_is(
     assert generator.prompt_ids == tokenizer.encode_chat(messages)
     assert reply.sentiment is None
     assert classifier.asked == []
+
+
+async def test_the_conversation_is_computed_while_it_is_judged(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = says(tokenizer, "Hello!")
+    reply = await ask(make(generator), [user("Hi")])
+    (prefilled,) = generator.prefilled
+    assert prefilled == tokenizer.encode_chat([system(PERSONA), user("Hi")])
+    assert generator.prompt_ids[: len(prefilled) - 8] == prefilled[:-8]
+    # What was known before, not what the reply itself computed beside the pass.
+    assert reply.num_cached_tokens == 3
+
+
+async def test_several_choices_compute_the_prompt_once_and_differ_in_their_seed(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = says(tokenizer, "Hello!")
+    reply = await bounded(
+        make(generator).reply([user("Hi")], PARAMS, [], with_sentiment=False, num_choices=3)
+    )
+    prompt_ids = tokenizer.encode_chat([user("Hi")])
+    assert generator.prefilled == [prompt_ids]
+    assert [ids for ids, _ in generator.submitted] == [prompt_ids] * 3
+    assert [params.seed for _, params in generator.submitted] == [3, 4, 5]
+    texts = ["", "", ""]
+    ended = []
+    async for index, piece in reply.pieces():
+        if piece is None:
+            ended.append(index)
+        else:
+            texts[index] += piece.text
+    assert texts == ["Hello!"] * 3
+    assert sorted(ended) == [0, 1, 2]
+    assert reply.num_completion_tokens == 3 * len(tokenizer.encode_text("Hello!"))
+
+
+async def test_leaving_one_choice_aborts_them_all(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator(TokenEvent(tokenizer.encode_text("Hi")[0]))
+    reply = await bounded(
+        make(generator).reply([user("Hi")], PARAMS, [], with_sentiment=False, num_choices=2)
+    )
+    async with aclosing(reply.pieces()) as pieces:
+        await bounded(anext(pieces))
+    assert generator.num_aborts >= 2
 
 
 async def test_a_task_without_cue_judges_but_tells_the_reply_nothing(
@@ -488,12 +536,12 @@ async def test_the_pieces_joined_are_the_text_and_the_tokens_are_counted(
     text = "你好呀！😄 Nice to see you, 小明。"
     generator = says(tokenizer, text)
     reply = await ask(make(generator), [user("Hi")])
-    assert (reply.num_completion_tokens, reply.finish_reason) == (0, None)
+    assert (reply.num_completion_tokens, reply.choices[0].finish_reason) == (0, None)
     pieces = await read(reply)
     assert "".join(pieces) == text
     assert all(pieces), "an empty piece is no piece"
     assert reply.num_completion_tokens == len(tokenizer.encode_text(text))
-    assert reply.finish_reason == "stop"
+    assert reply.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -506,7 +554,7 @@ async def test_the_finish_reason_is_the_engines_in_openais_words(
         make(says(tokenizer, "Hello", FinishedEvent(reason))), [user("Hi")], stop=["!"]
     )
     assert "".join(await read(reply)) == "Hello"
-    assert reply.finish_reason == word
+    assert reply.choices[0].finish_reason == word
 
 
 async def test_an_empty_reply_has_no_pieces_and_ends_with_stop(
@@ -514,7 +562,7 @@ async def test_an_empty_reply_has_no_pieces_and_ends_with_stop(
 ) -> None:
     reply = await ask(make(FakeGenerator()), [user("Hi")])
     assert await read(reply) == []
-    assert (reply.finish_reason, reply.num_completion_tokens) == ("stop", 0)
+    assert (reply.choices[0].finish_reason, reply.num_completion_tokens) == ("stop", 0)
 
 
 @pytest.mark.parametrize(
@@ -537,7 +585,7 @@ async def test_a_stop_string_ends_the_reply_with_stop_and_aborts_the_rest(
     generator = says(tokenizer, text + " and so on", FinishedEvent(FinishReason.LENGTH))
     reply = await ask(make(generator), [user("Hi")], stop=stop)
     assert "".join(await read(reply)) == given
-    assert reply.finish_reason == "stop"
+    assert reply.choices[0].finish_reason == "stop"
     assert generator.num_aborts >= 1
     assert 0 < reply.num_completion_tokens < len(generator.events) - 1
 
@@ -547,7 +595,7 @@ async def test_what_only_resembles_a_stop_string_comes_at_the_end(
 ) -> None:
     reply = await ask(make(says(tokenizer, "Hello th")), [user("Hi")], stop=["there"])
     assert "".join(await read(reply)) == "Hello th"
-    assert reply.finish_reason == "stop"
+    assert reply.choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -564,7 +612,7 @@ async def test_a_sequence_that_fails_fails_the_reply_without_a_finish_reason(
     reply = await ask(make(generator), [user("Hi")])
     with pytest.raises(error):
         await read(reply)
-    assert reply.finish_reason is None
+    assert reply.choices[0].finish_reason is None
     assert generator.num_aborts >= 1
 
 
@@ -573,11 +621,11 @@ async def test_a_reader_that_stops_reading_aborts_the_sequence(
 ) -> None:
     generator = says(tokenizer, "Hello there, how are you?")
     reply = await ask(make(generator), [user("Hi")])
-    async with aclosing(cast(Any, reply.pieces())) as pieces:
+    async with aclosing(cast(Any, reply.choices[0].pieces())) as pieces:
         assert await bounded(anext(pieces))
         assert generator.num_aborts == 0
     assert generator.num_aborts == 1
-    assert reply.finish_reason is None
+    assert reply.choices[0].finish_reason is None
 
 
 async def test_an_unread_reply_can_be_aborted_any_number_of_times(

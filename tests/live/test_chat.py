@@ -273,15 +273,117 @@ def test_cached_tokens_tell_what_was_not_computed_again(tiny: LiveServer) -> Non
     assert cached(post(tiny, messages=longer, sentiment=False)) > prompt_tokens - 8
 
 
-def test_conversation_and_sentiment_are_computed_together(tiny: LiveServer) -> None:
-    messages = [{"role": "user", "content": "words that nobody has judged before " * 3}]
-    usage = post(tiny, messages=messages).json()["usage"]
-    # What is left for the reply are the cue and the header of the answer.
-    left = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
-    assert left < 25
+@pytest.mark.parametrize("n", [1, 2])
+def test_cached_tokens_are_those_of_earlier_requests_not_of_its_own_passes(
+    tiny: LiveServer, n: int
+) -> None:
+    words = f"words that nobody has judged before {n} " * 3
+    messages = [{"role": "user", "content": words}]
+
+    def num_left() -> int:
+        usage = post(tiny, messages=messages, n=n).json()["usage"]
+        return int(usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"])
+
+    num_text = len(tiny.services.tokenizer.encode_text(words))
+    assert num_left() > num_text
+    assert num_left() < 25  # the cue and the header of the answer at most
 
 
 def test_the_instruction_is_computed_once(tiny: LiveServer) -> None:
     response = httpx.post(f"{tiny.base_url}/classify", json={"input": ["one", "another"]})
     usage = response.json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] > usage["prompt_tokens"] * 0.7
+
+
+# --- several choices ------------------------------------------------------------------
+
+
+def test_several_choices_are_those_of_consecutive_seeds(tiny: LiveServer) -> None:
+    reply = post(tiny, n=3, seed=5).json()
+    assert [c["index"] for c in reply["choices"]] == [0, 1, 2]
+    alone = [post(tiny, seed=seed).json() for seed in (5, 6, 7)]
+    assert [c["message"]["content"] for c in reply["choices"]] == [
+        r["choices"][0]["message"]["content"] for r in alone
+    ]
+    assert reply["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
+    assert reply["usage"]["completion_tokens"] == sum(
+        r["usage"]["completion_tokens"] for r in alone
+    )
+
+
+def test_several_choices_without_a_seed_differ(tiny: LiveServer) -> None:
+    choices = post(tiny, n=4, seed=None).json()["choices"]
+    assert len({c["message"]["content"] for c in choices}) == 4
+
+
+def test_a_stream_of_several_choices_keeps_them_apart(tiny: LiveServer) -> None:
+    changes = {"n": 3, "stop": ["a", "的"], "stream_options": {"include_usage": True}}
+    chunks = chunks_of(post(tiny, stream=True, **changes))
+    *chunks, last = chunks
+    whole = post(tiny, **{**changes, "stream_options": None}).json()
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+    assert [("sentiment" in c) for c in chunks] == [True] + [False] * (len(chunks) - 1)
+    for expected in whole["choices"]:
+        [first, *middle, end] = [
+            c["choices"][0] for c in chunks if c["choices"][0]["index"] == expected["index"]
+        ]
+        assert first["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(c["delta"]["content"] for c in middle)
+        assert text == expected["message"]["content"]
+        assert (end["delta"], end["finish_reason"]) == ({}, expected["finish_reason"])
+        assert all(c["finish_reason"] is None for c in [first, *middle])
+
+
+def test_the_choices_are_written_side_by_side(tiny: LiveServer) -> None:
+    chunks = chunks_of(post(tiny, stream=True, n=2, logit_bias={"2": -100, "0": -100}))
+    order = [c["choices"][0]["index"] for c in chunks if c["choices"][0]["delta"].get("content")]
+    assert order != sorted(order), "the second came only after the first"
+
+
+# --- log-probabilities ----------------------------------------------------------------
+
+
+def test_logprobs_tell_every_token_with_its_bytes(tiny: LiveServer) -> None:
+    reply = post(tiny, logprobs=True, top_logprobs=3).json()
+    [choice] = reply["choices"]
+    entries = choice["logprobs"]["content"]
+    assert len(entries) == reply["usage"]["completion_tokens"]
+    data = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert data.decode(errors="ignore") == choice["message"]["content"]
+    for entry in entries:
+        assert entry["token"] == bytes(entry["bytes"]).decode(errors="replace")
+        assert entry["logprob"] <= 0
+        top = [alternative["logprob"] for alternative in entry["top_logprobs"]]
+        assert len(top) == 3 and top == sorted(top, reverse=True)
+
+
+def test_the_greedy_token_is_the_likeliest(tiny: LiveServer) -> None:
+    reply = post(tiny, logprobs=True, top_logprobs=1, temperature=0).json()
+    for entry in reply["choices"][0]["logprobs"]["content"]:
+        [best] = entry["top_logprobs"]
+        assert (best["token"], best["logprob"]) == (entry["token"], entry["logprob"])
+
+
+def test_logprobs_without_alternatives_list_none(tiny: LiveServer) -> None:
+    entries = post(tiny, logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    assert entries and all(entry["top_logprobs"] == [] for entry in entries)
+    assert post(tiny).json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("stop", [[], ["a", "e", "的", "是"]])
+def test_the_logprobs_of_a_stream_are_those_of_the_whole(
+    tiny: LiveServer, seed: int, stop: list[str]
+) -> None:
+    changes = {"logprobs": True, "top_logprobs": 2, "seed": seed, "stop": stop}
+    chunks = chunks_of(post(tiny, stream=True, **changes))
+    streamed = [
+        entry
+        for chunk in chunks
+        for entry in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    [choice] = post(tiny, **changes).json()["choices"]
+    assert streamed == choice["logprobs"]["content"]
+    text = b"".join(bytes(entry["bytes"]) for entry in streamed).decode(errors="ignore")
+    assert text.startswith(choice["message"]["content"])

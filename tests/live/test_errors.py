@@ -62,9 +62,9 @@ def test_a_wrong_value_is_named(tiny: LiveServer, changes: dict[str, Any], param
 
 def test_a_known_parameter_that_is_not_honoured_is_refused(tiny: LiveServer) -> None:
     message = assert_error(
-        chat(tiny, n=2), 400, "invalid_request_error", "n", "unsupported_parameter"
+        chat(tiny, tools=[{}]), 400, "invalid_request_error", "tools", "unsupported_parameter"
     )
-    assert "n" in message
+    assert "tools" in message
 
 
 def test_neutral_values_odd_fields_and_nulls_are_accepted(tiny: LiveServer) -> None:

@@ -72,7 +72,7 @@ def test_the_models_list_has_the_model_and_its_plain_twin(
     [
         ({"model": "nobody"}, openai.NotFoundError),
         ({"temperature": 9}, openai.BadRequestError),
-        ({"n": 3}, openai.BadRequestError),
+        ({"n": 0}, openai.BadRequestError),
     ],
 )
 def test_errors_become_the_clients_exceptions(

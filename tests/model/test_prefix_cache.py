@@ -31,7 +31,11 @@ def memory(model: QwenModel) -> KVMemory:
 
 def new_runner(model: QwenModel, max_prefix_bytes: int = 0) -> ModelRunner:
     return ModelRunner(
-        model, max_kv_tokens=4096, max_context=256, max_prefix_bytes=max_prefix_bytes
+        model,
+        vocab_size=model.config.vocab_size,
+        max_kv_tokens=4096,
+        max_context=256,
+        max_prefix_bytes=max_prefix_bytes,
     )
 
 

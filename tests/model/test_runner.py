@@ -12,7 +12,7 @@ from server.core.model.config import read_model_config
 from server.core.model.qwen import load_qwen
 from server.core.model.runner import ModelRunner
 from server.core.scheduler import Scheduler
-from server.core.sequence import SamplingParams, Sequence
+from server.core.sequence import SamplingParams, Sequence, TokenEvent
 
 CONTINUATIONS = [[7], [8, 9], [8, 10, 11], [7, 12]]
 
@@ -20,7 +20,9 @@ CONTINUATIONS = [[7], [8, 9], [8, 10, 11], [7, 12]]
 @pytest.fixture
 def runner(checkpoint: Path) -> ModelRunner:
     model = load_qwen(checkpoint, read_model_config(checkpoint), "float32")
-    return ModelRunner(model, max_kv_tokens=4096, max_context=256)
+    return ModelRunner(
+        model, vocab_size=model.config.vocab_size, max_kv_tokens=4096, max_context=256
+    )
 
 
 class Memory:
@@ -69,11 +71,11 @@ def run_all(
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
         for sequence, result in done.items():
-            assert isinstance(result, StepResult), result
+            assert not isinstance(result, Exception), result
             results[sequence].append(result)
-            if result.token_id is not None:
+            if isinstance(result, TokenEvent):
                 sequence.completion_ids.append(result.token_id)
-            if result.token_id is None or len(sequence.completion_ids) == 12:
+            if not isinstance(result, TokenEvent) or len(sequence.completion_ids) == 12:
                 scheduler.remove(sequence)
                 runner.release(sequence, is_sound=True)
     return results
@@ -131,7 +133,9 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(runner: ModelR
 
 def test_a_sequence_that_had_to_wait_halfway_gets_the_same_tokens(checkpoint: Path) -> None:
     model = load_qwen(checkpoint, read_model_config(checkpoint), "float32")
-    roomy = ModelRunner(model, max_kv_tokens=4096, max_context=256)
+    roomy = ModelRunner(
+        model, vocab_size=model.config.vocab_size, max_kv_tokens=4096, max_context=256
+    )
     prompts = [random_ids(n, seed=n) for n in (120, 125, 122)]
 
     def sequences() -> list[Sequence]:
@@ -140,7 +144,9 @@ def test_a_sequence_that_had_to_wait_halfway_gets_the_same_tokens(checkpoint: Pa
     expected = sequences()
     run_all(roomy, expected)
     # Three slots of 128 tokens fit, but none of 256 beside them.
-    tight = ModelRunner(model, max_kv_tokens=3 * 128, max_context=256)
+    tight = ModelRunner(
+        model, vocab_size=model.config.vocab_size, max_kv_tokens=3 * 128, max_context=256
+    )
     memory, waiting = Memory(tight), sequences()
     run_all(tight, waiting, memory=memory)
     assert memory.num_suspended > 0
@@ -165,4 +171,4 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(runner: ModelRunner
     scheduler.add(healthy)
     results = runner.step(scheduler.schedule())
     assert isinstance(results[broken], ValueError)
-    assert isinstance(results[healthy], StepResult)
+    assert isinstance(results[healthy], TokenEvent)

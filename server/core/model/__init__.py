@@ -21,6 +21,7 @@ def load_runner(
     config: ModelConfig,
     *,
     dtype: str,
+    vocab_size: int,
     num_threads: int | None,
     max_kv_tokens: int,
     max_context: int,
@@ -29,6 +30,7 @@ def load_runner(
     """Loads the checkpoint in `folder`, ready to run.
 
     dtype: "float32", "bfloat16", "int8", "int4", or "auto" for what is best here.
+    vocab_size: tokens the tokenizer knows; what the matrices hold beyond them is padding.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
     max_kv_tokens: room for the tokens of all running sequences together.
     max_prefix_bytes: memory for prefixes of earlier prompts.
@@ -50,6 +52,7 @@ def load_runner(
         )
     return ModelRunner(
         load_qwen(folder, config, dtype),
+        vocab_size=vocab_size,
         max_kv_tokens=max_kv_tokens,
         max_context=max_context,
         max_prefix_bytes=max_prefix_bytes,

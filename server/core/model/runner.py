@@ -14,7 +14,7 @@ from server.core.model.prefix_cache import PrefixCache
 from server.core.model.qwen import QwenModel
 from server.core.model.sampler import Sampler
 from server.core.scheduler import ScheduledChunk
-from server.core.sequence import Sequence
+from server.core.sequence import PrefilledEvent, ScoredEvent, Sequence
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ class ModelRunner:
     """Keeps the KV cache and the sampler of every sequence that was admitted."""
 
     def __init__(
-        self, model: QwenModel, *, max_kv_tokens: int, max_context: int, max_prefix_bytes: int = 0
-    ) -> None:
-        """max_kv_tokens: room for all running sequences together, one of max_context at least.
+        self, model: QwenModel, *, vocab_size: int, max_kv_tokens: int, max_context: int,
+        max_prefix_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        """vocab_size: ids beyond it are padding of the output matrix and never come out.
+
+        max_kv_tokens: room for all running sequences together, one of max_context at least.
 
         max_prefix_bytes: memory for what finished sequences computed, for others to reuse.
         """
         self._model = model
+        self._vocab_size = vocab_size
         self._memory = model.new_memory(max_kv_tokens, max_context)
         self._prefixes = PrefixCache(max_prefix_bytes)
         self._states: dict[Sequence, _State] = {}
@@ -54,12 +58,12 @@ class ModelRunner:
             if not chunk.is_last:
                 continue
             if sequence.params is None and not sequence.continuations:
-                results[sequence] = StepResult()
+                results[sequence] = PrefilledEvent()
             else:
                 # From the last prompt token on, so that continuations are included.
                 rows[sequence] = states[chunk.num_tokens - 1 :]
         if rows:
-            logits = self._model.logits(torch.cat(list(rows.values())))
+            logits = self._model.logits(torch.cat(list(rows.values())))[:, : self._vocab_size]
             parts = torch.split(logits, [len(part) for part in rows.values()])
             for sequence, part in zip(rows, parts, strict=True):
                 try:
@@ -109,8 +113,7 @@ class ModelRunner:
     def _new_state(self, sequence: Sequence) -> _State:
         sampler = None
         if sequence.params is not None:
-            vocab_size = self._model.config.vocab_size
-            sampler = Sampler(sequence.params, sequence.prompt_ids, vocab_size)
+            sampler = Sampler(sequence.params, sequence.prompt_ids, self._vocab_size)
         return _State(KVCache(), sampler)
 
     def _remember(self, sequence: Sequence) -> None:
@@ -137,8 +140,8 @@ class ModelRunner:
         """logits: (1, V) to sample from, or a row for each token that `_score` needs."""
         sampler = self._states[sequence].sampler
         if sampler is not None:
-            return StepResult(token_id=sampler.sample(logits[0]))
-        return StepResult(logprobs=_score(logits.log_softmax(-1), sequence.continuations))
+            return sampler.sample(logits[0])
+        return ScoredEvent(_score(logits.log_softmax(-1), sequence.continuations))
 
 
 def _num_extra(sequence: Sequence) -> int:

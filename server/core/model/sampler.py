@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from server.core.sequence import SamplingParams
+from server.core.sequence import SamplingParams, TokenEvent
 
 # Nuclei are nearly always smaller than this; sorting the whole vocabulary costs 50 times more.
 _SMALL_NUCLEUS = 256
@@ -35,7 +35,7 @@ class Sampler:
         self._biased = torch.tensor([token_id for token_id, _ in params.logit_bias])
         self._biases = torch.tensor([bias for _, bias in params.logit_bias])
 
-    def sample(self, logits: Tensor) -> int:
+    def sample(self, logits: Tensor) -> TokenEvent:
         """logits: (V,) in float32, not modified.
 
         Raises:
@@ -52,7 +52,15 @@ class Sampler:
             token_id = self._draw(logits / temperature)
         self._is_seen[token_id] = True
         self._counts[token_id] += 1
-        return token_id
+        if self._params.num_logprobs is None:
+            return TokenEvent(token_id)
+        logprobs = logits.log_softmax(0)
+        top = logprobs.topk(min(self._params.num_logprobs, len(logprobs)))
+        return TokenEvent(
+            token_id,
+            float(logprobs[token_id]),
+            tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+        )
 
     def _penalised(self, logits: Tensor) -> Tensor:
         """The logits after penalties and bias; the same tensor if there are none.
