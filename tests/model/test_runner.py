@@ -101,6 +101,17 @@ def test_scores_are_the_summed_logprobs_of_each_continuation(
         assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
 
 
+@pytest.mark.parametrize("num_last", [1, 2])
+def test_continuations_of_one_token_are_scored_wherever_the_last_chunk_begins(
+    runner: ModelRunner, oracle: PreTrainedModel, num_last: int
+) -> None:
+    prompt = random_ids(20)
+    sequence = Sequence(prompt, None, [[7], [8]], lambda event: None)
+    results = run_all(runner, [sequence], max_prefill_tokens=20 - num_last)
+    theirs = [expected_score(oracle, prompt, c) for c in ([7], [8])]
+    assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
+
+
 def test_greedy_tokens_equal_those_of_transformers(
     runner: ModelRunner, oracle: PreTrainedModel
 ) -> None:

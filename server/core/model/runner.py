@@ -132,7 +132,7 @@ class ModelRunner:
         end = begin + chunk.num_tokens
         cache = self._states[sequence].cache
         token_ids, positions = sequence.token_ids[begin:end], list(range(begin, end))
-        if not (sequence.continuations and chunk.is_last):
+        if not (chunk.is_last and _num_extra(sequence)):
             return Segment(token_ids, positions, cache)
         return _with_continuations(token_ids, positions, cache, sequence.continuations)
 
