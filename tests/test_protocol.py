@@ -9,20 +9,16 @@ import pytest
 from server.core.classifier import Classification
 from server.core.tasks import Label
 from server.errors import InvalidRequestError
-from server.protocol import (
+from server.protocol.base import Request, classification, new_id, usage
+from server.protocol.chat import (
     MAX_CHOICES,
-    MAX_INPUTS,
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     WITHOUT_EFFECT,
     ChatCompletionRequest,
-    ClassifyRequest,
-    Request,
-    classification,
-    new_id,
-    usage,
 )
+from server.protocol.classify import MAX_INPUTS, ClassifyRequest
 
 HI = [{"role": "user", "content": "Hi"}]
 

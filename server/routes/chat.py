@@ -14,14 +14,8 @@ from server.core.generation_config import or_default
 from server.core.reply import Piece, Reply
 from server.core.sequence import SamplingParams
 from server.errors import APIError, InternalError, InvalidRequestError
-from server.protocol import (
-    ChatCompletionRequest,
-    classification,
-    logprobs_content,
-    new_id,
-    now,
-    usage,
-)
+from server.protocol.base import classification, new_id, now, usage
+from server.protocol.chat import ChatCompletionRequest, logprobs_content
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
 from server.services import Services
 

@@ -8,7 +8,8 @@ from starlette.responses import JSONResponse, Response
 from server.core.classifier import Classification
 from server.core.tasks import Task, inline_task
 from server.errors import InvalidRequestError
-from server.protocol import ClassifyRequest, classification, new_id, now, usage
+from server.protocol.base import classification, new_id, now, usage
+from server.protocol.classify import ClassifyRequest
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
 from server.services import Services
 

@@ -1,12 +1,5 @@
-"""OpenAI's wire types: what requests may say and what responses look like.
+"""/v1/chat/completions on the wire."""
 
-Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond OpenAI's
-(`sentiment`, `context_length`) are top-level, where the openai client keeps them.
-"""
-
-import json
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -18,17 +11,15 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from server.core.classifier import Classification
 from server.core.sequence import TokenEvent
 from server.errors import InvalidRequestError
+from server.protocol.base import Number, Request
 
 MAX_STOP_STRINGS = 4
-MAX_INPUTS = 256
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 # What stands in JSON for a probability of zero, as in OpenAI's reference.
@@ -62,55 +53,6 @@ WITHOUT_EFFECT = (
     "store",
     "user",
 )
-
-
-def _to_float(value: Any) -> float:
-    # bool is an int to Python, but not to JSON.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError("is too large") from error
-
-
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_to_float)]
-
-
-class Request(BaseModel):
-    """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError("the request body must be a JSON object")
-        return {key: value for key, value in data.items() if value is not None}
-
-    @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """Reads a JSON body.
-
-        Raises:
-            InvalidRequestError: it is no JSON, or a field is wrong; names the field.
-        """
-        try:
-            data = json.loads(body)
-            # A lone surrogate survives JSON's escapes but is no character.
-            json.dumps(data, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The request holds a lone surrogate, {error.object[error.start]!a}, "
-                "which is no character; send whole characters."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise _as_invalid_request(error) from error
 
 
 class TextPart(BaseModel):
@@ -190,13 +132,13 @@ class ChatCompletionRequest(Request):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         list[Annotated[StrictStr, Field(min_length=1)]],
-        Field(max_length=MAX_STOP_STRINGS),
+        Field(max_length=MAX_STOP_STRINGS, default_factory=list),
         BeforeValidator(_stop_list),
-    ] = []
+    ]
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
@@ -230,90 +172,6 @@ class ChatCompletionRequest(Request):
         return self
 
 
-class ClassifyRequest(Request):
-    """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
-
-    model: StrictStr | None = None
-    input: StrictStr | list[StrictStr]
-    task: Annotated[StrictStr, Field(min_length=1)] | None = None
-    instructions: Annotated[StrictStr, Field(min_length=1)] | None = None
-    labels: (
-        Annotated[
-            list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=2, max_length=255)
-        ]
-        | None
-    ) = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The inputs as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> Self:
-        if (self.instructions is None) != (self.labels is None):
-            missing = "labels" if self.labels is None else "instructions"
-            raise InvalidRequestError(
-                f"'instructions' and 'labels' describe a task together; '{missing}' is missing.",
-                param=missing,
-            )
-        if self.labels is not None and self.task is not None:
-            raise InvalidRequestError(
-                "Give either 'task' or 'instructions' with 'labels', not both.", param="task"
-            )
-        if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            raise InvalidRequestError("'labels' must differ from each other.", param="labels")
-        if not self.texts or len(self.texts) > MAX_INPUTS:
-            raise InvalidRequestError(
-                f"'input' must hold 1 to {MAX_INPUTS} texts, not {len(self.texts)}; "
-                "send more in several requests.",
-                param="input",
-            )
-        for i, text in enumerate(self.texts):
-            if not text.strip():
-                where = "input" if isinstance(self.input, str) else f"input[{i}]"
-                raise InvalidRequestError(f"'{where}' is empty.", param=where)
-        return self
-
-
-class Usage(BaseModel):
-    """Token counts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
-
-
-def usage(
-    num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int
-) -> dict[str, Any]:
-    """The usage object of a response."""
-    return Usage(
-        prompt_tokens=num_prompt_tokens,
-        completion_tokens=num_completion_tokens,
-        total_tokens=num_prompt_tokens + num_completion_tokens,
-        prompt_tokens_details={"cached_tokens": num_cached_tokens},
-    ).model_dump()
-
-
-def classification(result: Classification | None) -> dict[str, Any] | None:
-    """The result object, the same in chats, streams and /v1/classify."""
-    if result is None:
-        return None
-    return {
-        "label": result.label.value,
-        "text": result.label.text,
-        "emoji": result.label.emoji,
-        "confidence": round(result.confidence, 6),
-        "probabilities": [
-            {"value": label.value, "probability": round(probability, 6)}
-            for label, probability in result.probabilities
-        ],
-        "cached": result.is_cached,
-    }
-
-
 def logprobs_content(
     tokens: Sequence[TokenEvent], token_bytes: Sequence[bytes]
 ) -> list[dict[str, Any]]:
@@ -335,16 +193,6 @@ def logprobs_content(
     ]
 
 
-def new_id(prefix: str) -> str:
-    """A fresh response id such as `chatcmpl-1f…`."""
-    return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def now() -> int:
-    """`created`: seconds since the epoch."""
-    return int(time.time())
-
-
 def _text_of(part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, dict) else part
@@ -358,22 +206,3 @@ def _text_of(part: Any) -> str:
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     # False == 0 in Python; a client that sends the one for the other is wrong all the same.
     return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)
-
-
-def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
-    """The first thing wrong with a request, as a sentence that names the field."""
-    first = error.errors(include_url=False)[0]
-    param = ""
-    for part in first["loc"]:
-        if isinstance(part, int):
-            param += f"[{part}]"
-        elif part in ("str", "list[str]", "float", "int") or "[" in str(part):
-            break  # a branch of a union, not a field
-        else:
-            param += f".{part}" if param else str(part)
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        reason = "is required"
-    if not param:
-        return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
-    return InvalidRequestError(f"'{param}': {reason}.", param=param)

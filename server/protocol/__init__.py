@@ -1,0 +1,1 @@
+"""OpenAI's wire types, with their rules: a module for each route."""

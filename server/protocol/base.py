@@ -1,0 +1,138 @@
+"""What all wire types share: how a request is read, and what every response repeats.
+
+Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond OpenAI's
+(`sentiment`, `context_length`) are top-level, where the openai client keeps them.
+"""
+
+import json
+import time
+import uuid
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from server.core.classifier import Classification
+from server.errors import InvalidRequestError
+
+
+def _to_float(value: Any) -> float:
+    # bool is an int to Python, but not to JSON.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError("is too large") from error
+
+
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_to_float)]
+
+
+class Request(BaseModel):
+    """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("the request body must be a JSON object")
+        return {key: value for key, value in data.items() if value is not None}
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        """Reads a JSON body.
+
+        Raises:
+            InvalidRequestError: it is no JSON, or a field is wrong; names the field.
+        """
+        try:
+            data = json.loads(body)
+            # A lone surrogate survives JSON's escapes but is no character.
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The request holds a lone surrogate, {error.object[error.start]!a}, "
+                "which is no character; send whole characters."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _as_invalid_request(error) from error
+
+
+class Usage(BaseModel):
+    """Token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int]
+
+
+def usage(
+    num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int
+) -> dict[str, Any]:
+    """The usage object of a response."""
+    return Usage(
+        prompt_tokens=num_prompt_tokens,
+        completion_tokens=num_completion_tokens,
+        total_tokens=num_prompt_tokens + num_completion_tokens,
+        prompt_tokens_details={"cached_tokens": num_cached_tokens},
+    ).model_dump()
+
+
+def classification(result: Classification | None) -> dict[str, Any] | None:
+    """The result object, the same in chats, streams and /v1/classify."""
+    if result is None:
+        return None
+    return {
+        "label": result.label.value,
+        "text": result.label.text,
+        "emoji": result.label.emoji,
+        "confidence": round(result.confidence, 6),
+        "probabilities": [
+            {"value": label.value, "probability": round(probability, 6)}
+            for label, probability in result.probabilities
+        ],
+        "cached": result.is_cached,
+    }
+
+
+def new_id(prefix: str) -> str:
+    """A fresh response id such as `chatcmpl-1f…`."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    """`created`: seconds since the epoch."""
+    return int(time.time())
+
+
+def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
+    """The first thing wrong with a request, as a sentence that names the field."""
+    first = error.errors(include_url=False)[0]
+    param = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            param += f"[{part}]"
+        elif part in ("str", "list[str]", "float", "int") or "[" in str(part):
+            break  # a branch of a union, not a field
+        else:
+            param += f".{part}" if param else str(part)
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        reason = "is required"
+    if not param:
+        return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
+    return InvalidRequestError(f"'{param}': {reason}.", param=param)

@@ -1,0 +1,56 @@
+"""/v1/classify on the wire."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, StrictStr, model_validator
+
+from server.errors import InvalidRequestError
+from server.protocol.base import Request
+
+MAX_INPUTS = 256
+
+
+class ClassifyRequest(Request):
+    """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
+
+    model: StrictStr | None = None
+    input: StrictStr | list[StrictStr]
+    task: Annotated[StrictStr, Field(min_length=1)] | None = None
+    instructions: Annotated[StrictStr, Field(min_length=1)] | None = None
+    labels: (
+        Annotated[
+            list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=2, max_length=255)
+        ]
+        | None
+    ) = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The inputs as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if (self.instructions is None) != (self.labels is None):
+            missing = "labels" if self.labels is None else "instructions"
+            raise InvalidRequestError(
+                f"'instructions' and 'labels' describe a task together; '{missing}' is missing.",
+                param=missing,
+            )
+        if self.labels is not None and self.task is not None:
+            raise InvalidRequestError(
+                "Give either 'task' or 'instructions' with 'labels', not both.", param="task"
+            )
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise InvalidRequestError("'labels' must differ from each other.", param="labels")
+        if not self.texts or len(self.texts) > MAX_INPUTS:
+            raise InvalidRequestError(
+                f"'input' must hold 1 to {MAX_INPUTS} texts, not {len(self.texts)}; "
+                "send more in several requests.",
+                param="input",
+            )
+        for i, text in enumerate(self.texts):
+            if not text.strip():
+                where = "input" if isinstance(self.input, str) else f"input[{i}]"
+                raise InvalidRequestError(f"'{where}' is empty.", param=where)
+        return self
