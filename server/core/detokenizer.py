@@ -30,7 +30,7 @@ class Detokenizer:
             _, begin = min(found)
             self.is_stopped = True
             return self._release(begin, forget_rest=True)
-        return self._release(len(self._held) - self._num_held_back())
+        return self._release(len(self._held) - num_held_back(self._held, self._stop))
 
     def flush(self) -> str:
         """The text held back, for a sequence that has ended without a stop string."""
@@ -41,10 +41,11 @@ class Detokenizer:
         self._held = "" if forget_rest else rest
         return piece
 
-    def _num_held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                return length
-        return 0
+
+def num_held_back(text: str, markers: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of the markers, but is none yet."""
+    longest = max((len(marker) for marker in markers), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(marker.startswith(text[-length:]) for marker in markers):
+            return length
+    return 0

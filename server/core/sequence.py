@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 
 class FinishReason(enum.Enum):
@@ -10,6 +11,23 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+class GrammarState(Protocol):
+    """Where a completion stands in what it must look like."""
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, the lowest first: whether it may come next."""
+
+    def accept(self, token_id: int) -> None:
+        """Goes on by a token that is allowed."""
+
+
+class Grammar(Protocol):
+    """What a completion must look like."""
+
+    def begin(self) -> GrammarState:
+        """The state before the first token."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added
     seed: int | None = None
     num_logprobs: int | None = None  # likeliest tokens told with each; None: not even its own
+    grammar: Grammar | None = None
     stop_token_ids: frozenset[int] = frozenset()
 
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.core.checkpoint import CheckpointError, first_line
+from server.core.tools import Tool, without_tools
 
 Message = Mapping[str, Any]
 
@@ -72,6 +73,11 @@ class ChatTokenizer:
         self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
 
     @property
+    def fast(self) -> PreTrainedTokenizerFast:
+        """The tokenizer itself, for libraries that read its vocabulary."""
+        return self._template
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids the tokenizer knows (a checkpoint's matrices may be larger)."""
         return self._backend.get_vocab_size()
@@ -84,17 +90,25 @@ class ChatTokenizer:
         """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Ids of the conversation in the checkpoint's chat template, ready to be answered.
 
-        If the last message is the assistant's, it is left open, to be continued.
+        If the last message is the assistant's, it is left open, to be continued. Calls of tools
+        and their results may be among the messages even where no tools are offered any more.
 
         Raises:
             ChatTemplateError: the template refuses this order of roles or this content.
         """
-        break_char = _unused_char(messages)
+        if self._knows_tools:
+            offered = [tool.for_template() for tool in tools]
+        else:
+            messages, offered = without_tools(messages, tools), []
+        break_char = _unused_char([*messages, *offered])
         rendered = self._render(
-            [_map_strings(m, lambda s: self._break_markers(s, break_char)) for m in messages]
+            *(
+                _map_strings(part, lambda s: self._break_markers(s, break_char))
+                for part in (messages, offered)
+            )
         )
         ids: list[int] = []
         for i, piece in enumerate(self._markers.split(rendered)):
@@ -119,11 +133,22 @@ class ChatTokenizer:
                 table.append(bytes(byte_of[char] for char in chars))
         return table
 
-    def _render(self, messages: list[Any]) -> str:
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the template tells the model of tools."""
+        probe = Tool("probe_of_this_template", {"type": "object"})
+        try:
+            rendered = self._render([{"role": "user", "content": "a"}], [probe.for_template()])
+        except ChatTemplateError:
+            return False
+        return probe.name in rendered
+
+    def _render(self, messages: list[Any], tools: list[Any]) -> str:
         is_continued = messages[-1]["role"] == "assistant"
         try:
             rendered = self._template.apply_chat_template(
                 messages,
+                tools=tools or None,
                 tokenize=False,
                 add_generation_prompt=not is_continued,
                 continue_final_message=is_continued,

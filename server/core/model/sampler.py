@@ -32,6 +32,7 @@ class Sampler:
         self._is_seen = torch.zeros(vocab_size, dtype=torch.bool)
         self._is_seen[prompt_ids] = True
         self._counts: Counter[int] = Counter()  # of the tokens sampled
+        self._grammar = params.grammar.begin() if params.grammar else None
         self._biased = torch.tensor([token_id for token_id, _ in params.logit_bias])
         self._biases = torch.tensor([bias for _, bias in params.logit_bias])
 
@@ -45,11 +46,15 @@ class Sampler:
         if not logits.max().isfinite():
             raise ValueError("the model's logits are not finite")
         logits = self._penalised(logits)
+        if self._grammar is not None:
+            logits = logits.masked_fill(~_bits(self._grammar.allowed(), len(logits)), -torch.inf)
         temperature = self._params.temperature
         if temperature < _MIN_TEMPERATURE:
             token_id = _argmax(logits)
         else:
             token_id = self._draw(logits / temperature)
+        if self._grammar is not None:
+            self._grammar.accept(token_id)
         self._is_seen[token_id] = True
         self._counts[token_id] += 1
         if self._params.num_logprobs is None:
@@ -128,3 +133,9 @@ def _argmax(logits: Tensor) -> int:
         return num_whole + int(rest.argmax())
     block = int(blocks.amax(1).argmax())
     return block * _BLOCK + int(blocks[block].argmax())
+
+
+def _bits(mask: bytes, length: int) -> Tensor:
+    """(length,), True where the bit is set; the lowest bit of the first byte comes first."""
+    octets = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+    return (octets[:, None] >> torch.arange(8)).bitwise_and_(1).bool().flatten()[:length]

@@ -1,0 +1,121 @@
+"""What a completion must look like: JSON, JSON of a schema, or calls of given tools.
+
+Built on llguidance, which tells for every state which tokens keep the text within a grammar
+(https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). White space in JSON is
+fixed, so that a model cannot fill its tokens with blanks.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+
+from server.core.tokenizer import ChatTokenizer
+from server.core.tools import CALL_BEGIN, CALL_END, Tool, call_head
+
+# As json.dumps writes it, and as the models have read it most often.
+_WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used; says why."""
+
+
+class GrammarState:
+    """Where one completion stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, the lowest first: whether it may come next.
+
+        Raises:
+            GrammarError: the grammar takes more steps than a token is allowed.
+        """
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise GrammarError(self._matcher.get_error())
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        """Goes on by a token that is allowed."""
+        accepted = self._matcher.consume_token(token_id)
+        assert accepted, self._matcher.get_error()
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar; any number of completions may follow it at once."""
+
+    matcher: LLMatcher
+
+    def begin(self) -> GrammarState:
+        """The state before the first token."""
+        return GrammarState(self.matcher.deep_copy())
+
+
+class GrammarCompiler:
+    """Compiles grammars for the tokens of one checkpoint."""
+
+    def __init__(self, tokenizer: ChatTokenizer, eos_token_ids: Sequence[int]) -> None:
+        """eos_token_ids: what may end a complete text."""
+        self._chat_tokenizer = tokenizer
+        self._eos_token_ids = list(eos_token_ids)
+
+    def json_object(self) -> Grammar:
+        """Any JSON object."""
+        return self.json_schema({"type": "object"})
+
+    def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that the schema describes.
+
+        Raises:
+            GrammarError: the schema is wrong, or says what cannot be guaranteed.
+        """
+        return self._compile(
+            LLMatcher.grammar_from_json_schema(dict(schema), overrides=_WHITE_SPACE)  # type: ignore[arg-type]
+        )
+
+    def tool_calls(self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool) -> Grammar:
+        """Calls of the tools: one at least, or none behind any text; several, or one.
+
+        Raises:
+            GrammarError: the parameters of a tool are no schema that can be guaranteed.
+        """
+        for tool in tools:
+            # Alone first, so that the message says whose schema is wrong.
+            try:
+                self.json_schema(tool.parameters)
+            except GrammarError as error:
+                raise GrammarError(f"the parameters of {tool.name!r}: {error}") from error
+        more = '("\\n" call)*' if is_parallel else ""
+        bodies = (
+            f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} %json "
+            + json.dumps({**tool.parameters, "x-guidance": _WHITE_SPACE})
+            for tool in tools
+        )
+        rules = [
+            f"start: call {more}" if is_required else f"start: TEXT | opening body {more}",
+            f"call: {json.dumps(CALL_BEGIN)} body",
+            f"body: ({' | '.join(bodies)}) {json.dumps(CALL_END)}",
+        ]
+        if not is_required:
+            # Lazy: the text is over where the first call begins.
+            rules += [f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}", r"TEXT: /(.|\n)*/"]
+        return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        # Takes two seconds for Qwen's vocabulary, so only those who need it wait.
+        return from_tokenizer(self._chat_tokenizer.fast, eos_token=self._eos_token_ids)
+
+    def _compile(self, grammar: str) -> Grammar:
+        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        if is_wrong:
+            raise GrammarError(messages[0])
+        return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0))
