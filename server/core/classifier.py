@@ -5,18 +5,21 @@ text gives the same one.
 """
 
 import asyncio
+import json
 import math
 import unicodedata
-from collections.abc import Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from cachetools import LRUCache
 
 from server.core.engine import Scores
 from server.core.tasks import Label, Task
-from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
+
+T = TypeVar("T")
 
 
 class Scorer(Protocol):
@@ -35,13 +38,18 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Classification:
-    """The label of one text. `probabilities` follow the task's labels and add up to 1."""
+    """The label of one text. `probabilities` follow the task's labels and add up to 1.
+
+    Of the prompt's tokens, `num_cached_tokens` needed no computing, and `num_kept_tokens` were
+    computed for later prompts to begin with.
+    """
 
     label: Label
     confidence: float
     probabilities: tuple[tuple[Label, float], ...]
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_kept_tokens: int = 0
     is_cached: bool = False
 
 
@@ -93,7 +101,54 @@ class Classifier:
             ContextLengthError: the text is too long for the model.
         """
         text = normalise(text)
-        key = (task.name, task.version, text)
+        return await self._once((task.name, task.version, text), lambda: self._compute(task, text))
+
+    async def answer(
+        self, questions: Sequence[Task], conversation: Sequence[Message]
+    ) -> list[Classification]:
+        """The labels of the questions, each asked behind the same conversation.
+
+        One is computed before the others, which then begin with what it computed of the
+        conversation.
+
+        Raises:
+            ContextLengthError: the conversation and a question are too long for the model.
+            InvalidRequestError: the chat template refuses the conversation.
+        """
+        endings = [{"role": "user", "content": question.instructions} for question in questions]
+        try:
+            shared_ids, endings_ids = self._tokenizer.encode_chats(conversation, endings)
+        except ChatTemplateError as error:
+            raise _refused(error) from error
+        about = json.dumps(conversation)
+
+        def ask(question: Task, ending_ids: list[int]) -> Coroutine[Any, Any, Classification]:
+            return self._once(
+                (question.name, question.version, about),
+                lambda: self._score(question, shared_ids + ending_ids, len(shared_ids)),
+            )
+
+        asked = list(zip(questions, endings_ids, strict=True))
+        answers: list[Classification] = []
+        while len(answers) < len(asked):
+            answers.append(await ask(*asked[len(answers)]))
+            if not answers[-1].is_cached:
+                break
+        return answers + await all_of(ask(*each) for each in asked[len(answers) :])
+
+    async def warm_up(self, tasks: Iterable[Task]) -> None:
+        """Computes the tasks' instructions before anybody waits for them."""
+        for task in tasks:
+            await self._compute(task, "")
+
+    def is_known(self, task: Task, text: str) -> bool:
+        """Whether the label of `text` needs no computing. Does not count as a use."""
+        return (task.name, task.version, normalise(text)) in self._results
+
+    async def _once(
+        self, key: _Key, compute: Callable[[], Coroutine[Any, Any, Classification]]
+    ) -> Classification:
+        """The result for the key: known, being computed for somebody else, or computed now."""
         if (result := self._results.get(key)) is not None:
             self.num_hits += 1
             return replace(result, is_cached=True)
@@ -101,7 +156,7 @@ class Classifier:
         is_joined = running is not None
         if running is None:
             self.num_misses += 1
-            running = _Pass(asyncio.create_task(self._compute(task, text)))
+            running = _Pass(asyncio.create_task(compute()))
             self._passes[key] = running
             running.task.add_done_callback(lambda done: self._finish(key, done))
         else:
@@ -116,22 +171,19 @@ class Classifier:
                 # Who comes now must not join a computation that is being cancelled.
                 self._passes.pop(key, None)
 
-    async def warm_up(self, tasks: Iterable[Task]) -> None:
-        """Computes the tasks' instructions before anybody waits for them."""
-        for task in tasks:
-            await self._compute(task, "")
-
-    def is_known(self, task: Task, text: str) -> bool:
-        """Whether the label of `text` needs no computing. Does not count as a use."""
-        return (task.name, task.version, normalise(text)) in self._results
-
     async def _compute(self, task: Task, text: str) -> Classification:
         try:
             prompt_ids = self._tokenizer.encode_chat(task.messages(text))
         except ChatTemplateError as error:
-            raise InvalidRequestError(
-                f"The model's chat template refuses this input: {error}.", param="input"
-            ) from error
+            raise _refused(error) from error
+        num_shared = self._num_shared_tokens(task)
+        is_pinned = task.name in self._pinned_tasks
+        return await self._score(task, prompt_ids, num_shared, is_pinned=is_pinned)
+
+    async def _score(
+        self, task: Task, prompt_ids: list[int], num_shared: int, *, is_pinned: bool = False
+    ) -> Classification:
+        """num_shared: first tokens that later prompts will have too."""
         label_ids = [self._tokenizer.encode_text(label.text) for label in task.labels]
         # All labels but their last tokens are laid behind the prompt in one forward.
         num_tokens = len(prompt_ids) + sum(len(ids) - 1 for ids in label_ids)
@@ -140,10 +192,11 @@ class Classifier:
         scores = await self._scorer.score(
             prompt_ids,
             label_ids,
-            num_shared=self._num_shared_tokens(task),
-            is_pinned=task.name in self._pinned_tasks,
+            num_shared=num_shared,
+            is_pinned=is_pinned,
         )
-        return _decide(task, scores, len(prompt_ids))
+        num_kept = max(0, num_shared - scores.num_cached)
+        return replace(_decide(task, scores, len(prompt_ids)), num_kept_tokens=num_kept)
 
     def _num_shared_tokens(self, task: Task) -> int:
         """How many tokens every prompt of the task begins with: its instruction."""
@@ -162,9 +215,25 @@ class Classifier:
             self._results[key] = done.result()
 
 
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their results, computed together. The first error ends the others and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [done.result() for done in running]
+
+
 def normalise(text: str) -> str:
     """The form in which texts are judged and compared: NFC, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _refused(error: ChatTemplateError) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The model's chat template refuses this input: {error}.", param="input"
+    )
 
 
 def _decide(task: Task, scores: Scores, num_prompt_tokens: int) -> Classification:

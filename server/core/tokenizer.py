@@ -105,18 +105,38 @@ class ChatTokenizer:
             messages, offered = without_tools(messages, tools), []
         break_char = _unused_char([*messages, *offered])
         rendered = self._render(
-            *(
-                _map_strings(part, lambda s: self._break_markers(s, break_char))
-                for part in (messages, offered)
-            )
+            *(self._break_markers(part, break_char) for part in (messages, offered))
         )
-        ids: list[int] = []
-        for i, piece in enumerate(self._markers.split(rendered)):
-            if i % 2:
-                ids.append(self._marker_ids[piece])
-            elif piece:
-                ids.extend(self.encode_text(piece.replace(break_char, "")))
-        return ids
+        return self._encode_rendered(rendered, break_char)
+
+    def encode_chats(
+        self, messages: Sequence[Message], endings: Sequence[Message]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of the conversation with each of several last messages, what is common told apart.
+
+        Returns the ids they all begin with, encoded once, and the rest of each. Together they
+        are what `encode_chat` gives.
+
+        Raises:
+            ChatTemplateError: the template refuses this order of roles or this content.
+        """
+        if not self._knows_tools:
+            messages = without_tools(messages, ())
+        break_char = _unused_char([*messages, *endings])
+        begin, ends = (self._break_markers(part, break_char) for part in (messages, endings))
+        rendered = [self._render([*begin, end], []) for end in ends]
+        # One ending more, so that a lone one does not count as common.
+        empty = self._render([*begin, {**ends[0], "content": ""}], [])
+        first, last = min(empty, *rendered), max(empty, *rendered)
+        # What the first and the last in order have in common, all have.
+        pairs = enumerate(zip(first, last, strict=False))
+        common = first[: next((i for i, (a, b) in pairs if a != b), len(first))]
+        # Markers are encoded apart from what stands around them, so behind one it may be cut.
+        cut = max((marker.end() for marker in self._markers.finditer(common)), default=0)
+        return (
+            self._encode_rendered(common[:cut], break_char),
+            [self._encode_rendered(text[cut:], break_char) for text in rendered],
+        )
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -143,6 +163,16 @@ class ChatTokenizer:
             return False
         return probe.name in rendered
 
+    def _encode_rendered(self, rendered: str, break_char: str) -> list[int]:
+        """Ids of what the template wrote; markers in it are the template's own."""
+        ids: list[int] = []
+        for i, piece in enumerate(self._markers.split(rendered)):
+            if i % 2:
+                ids.append(self._marker_ids[piece])
+            elif piece:
+                ids.extend(self.encode_text(piece.replace(break_char, "")))
+        return ids
+
     def _render(self, messages: list[Any], tools: list[Any]) -> str:
         is_continued = messages[-1]["role"] == "assistant"
         try:
@@ -160,9 +190,11 @@ class ChatTokenizer:
             raise ChatTemplateError(str(error)) from error
         return str(rendered)
 
-    def _break_markers(self, text: str, break_char: str) -> str:
-        """Puts `break_char` behind the first character of every marker in `text`."""
-        return self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], text)
+    def _break_markers(self, value: Any, break_char: str) -> Any:
+        """Puts `break_char` behind the first character of every marker in the value's strings."""
+        return _map_strings(
+            value, lambda s: self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], s)
+        )
 
 
 def _without_added_tokens(backend: Tokenizer) -> Tokenizer:

@@ -119,6 +119,11 @@ def now() -> int:
     return int(time.time())
 
 
+def branch(name: str) -> str:
+    """A tag for one branch of a union, which is then not taken for a field in errors."""
+    return f"({name})"
+
+
 def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
     """The first thing wrong with a request, as a sentence that names the field."""
     first = error.errors(include_url=False)[0]
@@ -128,7 +133,7 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
             param += f"[{part}]"
         elif part in ("str", "list[str]", "float", "int") or "[" in str(part):
             break  # a branch of a union, not a field
-        else:
+        elif part != branch(part[1:-1]):
             param += f".{part}" if param else str(part)
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":

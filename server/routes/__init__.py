@@ -4,12 +4,14 @@ from starlette.routing import Route
 
 from server.routes.chat import chat_completions
 from server.routes.classify import classify
+from server.routes.decisions import decisions
 from server.routes.health import health
 from server.routes.models import list_models, retrieve_model
 
 ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/classify", classify, methods=["POST"]),
+    Route("/v1/decisions", decisions, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model_id:path}", retrieve_model, methods=["GET"]),
     Route("/health", health, methods=["GET"]),

@@ -1,11 +1,9 @@
 """POST /v1/classify: the judgement alone."""
 
-import asyncio
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.classifier import Classification
+from server.core.classifier import all_of
 from server.core.tasks import Task, inline_task
 from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
@@ -22,18 +20,8 @@ async def classify(request: Request) -> Response:
         check_model(services, body.model)
     task = _task_of(body, services)
 
-    async def label_all() -> list[Classification]:
-        try:
-            async with asyncio.TaskGroup() as group:
-                passes = [
-                    group.create_task(services.classifier.classify(task, text))
-                    for text in body.texts
-                ]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [done.result() for done in passes]
-
-    results = await unless_disconnected(request, label_all())
+    passes = (services.classifier.classify(task, text) for text in body.texts)
+    results = await unless_disconnected(request, all_of(passes))
     computed = [result for result in results if not result.is_cached]
     return JSONResponse(
         {

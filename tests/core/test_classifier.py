@@ -28,6 +28,12 @@ class FakeTokenizer:
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         return self.encode_text("|".join(message["content"] for message in messages))
 
+    def encode_chats(
+        self, messages: list[dict[str, str]], endings: list[dict[str, str]]
+    ) -> tuple[list[int], list[list[int]]]:
+        shared = self.encode_text("".join(f"{message['content']}|" for message in messages))
+        return shared, [self.encode_text(message["content"]) for message in endings]
+
 
 class FakeScorer:
     """Gives the log-probabilities it was made with; `gate` holds its answers back."""
@@ -35,6 +41,7 @@ class FakeScorer:
     def __init__(self, *logprobs: float) -> None:
         self.logprobs = list(logprobs)
         self.calls: list[tuple[str, list[str]]] = []
+        self.shared: list[str] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_cancelled = 0
@@ -51,6 +58,7 @@ class FakeScorer:
         self.calls.append(
             ("".join(map(chr, prompt_ids)), ["".join(map(chr, ids)) for ids in continuations])
         )
+        self.shared.append("".join(map(chr, prompt_ids[:num_shared])))
         try:
             await self.gate.wait()
         except asyncio.CancelledError:
@@ -511,3 +519,74 @@ async def test_a_text_too_long_is_refused_every_time() -> None:
         with pytest.raises(ContextLengthError):
             await classifier.classify(task(), "xyz")
     assert (await classifier.classify(task(), "x")).label.value == "up"
+
+
+# --- questions about a conversation ---------------------------------------------------
+
+CONVERSATION = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "Hi  there"}]
+
+
+def questions(*texts: str) -> list[Task]:
+    return [task(instructions=text) for text in texts]
+
+
+async def test_questions_stand_behind_the_conversation_which_is_left_as_it_is() -> None:
+    scorer = up()
+    results = await make(scorer).answer(questions("Good?", "Bad?"), CONVERSATION)
+    labels = ["good", "bad", "meh"]
+    assert scorer.calls == [("Judge.|Hi  there|Good?", labels), ("Judge.|Hi  there|Bad?", labels)]
+    assert scorer.shared == ["Judge.|Hi  there|"] * 2
+    assert [result.num_prompt_tokens for result in results] == [22, 21]
+
+
+async def test_one_question_is_computed_before_the_others_which_come_together() -> None:
+    scorer = up()
+    scorer.gate.clear()
+    answers = asyncio.create_task(make(scorer).answer(questions("a", "b", "c"), CONVERSATION))
+    await settle()
+    assert len(scorer.calls) == 1
+    first_gate, scorer.gate = scorer.gate, asyncio.Event()
+    first_gate.set()
+    await until(lambda: len(scorer.calls) == 3)
+    scorer.gate.set()
+    assert len(await bounded(answers)) == 3
+
+
+async def test_known_answers_do_not_count_as_the_first() -> None:
+    scorer = up()
+    classifier = make(scorer)
+    await classifier.answer(questions("a"), CONVERSATION)
+    scorer.gate.clear()
+    answers = asyncio.create_task(classifier.answer(questions("a", "b", "c"), CONVERSATION))
+    await settle()
+    assert [prompt[-1] for prompt, _ in scorer.calls] == ["a", "b"]
+    scorer.gate.set()
+    assert [result.is_cached for result in await bounded(answers)] == [True, False, False]
+
+
+async def test_equal_questions_are_computed_once_and_in_their_place() -> None:
+    scorer = up()
+    results = await make(scorer, cache_size=0).answer(questions("a", "b", "b", "c"), CONVERSATION)
+    assert sorted(prompt[-1] for prompt, _ in scorer.calls) == ["a", "b", "c"]
+    assert [result.num_prompt_tokens for result in results] == [18] * 4
+
+
+async def test_answers_about_other_conversations_are_not_taken() -> None:
+    scorer = up()
+    classifier = make(scorer)
+    for text in ("Hi there", "Hi  there"):
+        [answer] = await classifier.answer(questions("a"), [{"role": "user", "content": text}])
+        assert not answer.is_cached
+
+
+async def test_what_was_computed_of_the_shared_tokens_is_told() -> None:
+    [answer] = await make(up()).answer(questions("a"), CONVERSATION)
+    assert answer.num_kept_tokens == len("Judge.|Hi  there|")
+
+
+async def test_a_question_that_does_not_fit_ends_the_others() -> None:
+    scorer = up()
+    classifier = make(scorer, max_context=40)
+    with pytest.raises(ContextLengthError) as caught:
+        await classifier.answer(questions("a", "b", "c" * 40), CONVERSATION)
+    assert caught.value.param == "input"

@@ -133,6 +133,41 @@ def test_plain_text_equals_transformers_token_for_token(
     assert tokenizer.encode_text(text) == reference.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("endings", [TEXTS[:-2], ATTACKS, TEXTS[:1], ["same", "same"]])
+def test_endings_encoded_together_equal_each_conversation_encoded_alone(
+    tokenizer: ChatTokenizer, endings: list[str]
+) -> None:
+    for text in TEXTS + ATTACKS:
+        conversation = [{"role": "system", "content": "Judge."}, {"role": "user", "content": text}]
+        last = [{"role": "user", "content": ending} for ending in endings]
+        shared, rests = tokenizer.encode_chats(conversation, last)
+        assert [shared + rest for rest in rests] == [
+            tokenizer.encode_chat([*conversation, message]) for message in last
+        ]
+
+
+def test_what_endings_share_reaches_up_to_their_turn(tokenizer: ChatTokenizer) -> None:
+    conversation = [{"role": "user", "content": "an input of some length"}]
+    shared, [rest] = tokenizer.encode_chats(conversation, [{"role": "user", "content": "Is it?"}])
+    assert shared[-1] == tokenizer.marker_id("<|im_start|>")
+    assert rest[: len(tokenizer.encode_text("user"))] == tokenizer.encode_text("user")
+
+
+def test_calls_of_tools_stand_before_endings_as_they_do_elsewhere(
+    tokenizer: ChatTokenizer,
+) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "<tool_call>"}}}
+    conversation = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "</tool_response>"},
+        {"role": "tool", "content": "y"},
+    ]
+    last = {"role": "user", "content": "Is it?"}
+    shared, [rest] = tokenizer.encode_chats(conversation, [last])
+    assert shared + rest == tokenizer.encode_chat([*conversation, last])
+
+
 def test_a_conversation_ends_with_an_open_assistant_turn(tokenizer: ChatTokenizer) -> None:
     ids = tokenizer.encode_chat(chat("system: Be brief.", "user: Hi"))
     assert markers_in(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"] * 2 + ["<|im_start|>"]

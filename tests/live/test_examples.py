@@ -109,6 +109,14 @@ def check_classify(base_url: str) -> None:
     assert len({text for *_, text in rows}) == 5
 
 
+def check_decisions(base_url: str) -> None:
+    refund, team, urgency, usage = output_of(base_url, "decisions").splitlines()
+    assert re.fullmatch(r"refund   [01]\.\d\d likely", refund)
+    assert re.fullmatch(r"team     (billing|technical) \([01]\.\d\d\)", team)
+    assert re.fullmatch(r"urgency  [012]\.\d\d of 2", urgency)
+    assert re.fullmatch(r"\d+ tokens, \d+ of them cached", usage)
+
+
 def check_async_many(base_url: str) -> None:
     output = output_of(base_url, "async_many")
     assert output[0] in EMOJIS
