@@ -90,11 +90,17 @@ class ChatTokenizer:
         """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
-    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *,
+        add_generation_prompt: bool | None = None, continue_final_message: bool | None = None,
+    ) -> list[int]:  # fmt: skip
         """Ids of the conversation in the checkpoint's chat template, ready to be answered.
 
         If the last message is the assistant's, it is left open, to be continued. Calls of tools
         and their results may be among the messages even where no tools are offered any more.
+
+        add_generation_prompt, continue_final_message: give one to end otherwise: with an answer
+        begun, the last message open, or neither. At most one may be true.
 
         Raises:
             ChatTemplateError: the template refuses this order of roles or this content.
@@ -105,7 +111,9 @@ class ChatTokenizer:
             messages, offered = without_tools(messages, tools), []
         break_char = _unused_char([*messages, *offered])
         rendered = self._render(
-            *(self._break_markers(part, break_char) for part in (messages, offered))
+            *(self._break_markers(part, break_char) for part in (messages, offered)),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
         return self._encode_rendered(rendered, break_char)
 
@@ -137,6 +145,14 @@ class ChatTokenizer:
             self._encode_rendered(common[:cut], break_char),
             [self._encode_rendered(text[cut:], break_char) for text in rendered],
         )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(token_ids, skip_special_tokens=False)
+
+    def token_strs(self, token_ids: Sequence[int]) -> list[str | None]:
+        """Each token as the vocabulary spells it, a character for each byte."""
+        return [self._backend.id_to_token(token_id) for token_id in token_ids]
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -173,15 +189,22 @@ class ChatTokenizer:
                 ids.extend(self.encode_text(piece.replace(break_char, "")))
         return ids
 
-    def _render(self, messages: list[Any], tools: list[Any]) -> str:
-        is_continued = messages[-1]["role"] == "assistant"
+    def _render(
+        self, messages: list[Any], tools: list[Any], *,
+        add_generation_prompt: bool | None = None, continue_final_message: bool | None = None,
+    ) -> str:  # fmt: skip
+        if continue_final_message is None:
+            is_assistants = messages[-1]["role"] == "assistant"
+            continue_final_message = add_generation_prompt is None and is_assistants
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         try:
             rendered = self._template.apply_chat_template(
                 messages,
                 tools=tools or None,
                 tokenize=False,
-                add_generation_prompt=not is_continued,
-                continue_final_message=is_continued,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 # Qwen3 thinks aloud by default, which a small CPU model has no time for.
                 enable_thinking=False,
             )

@@ -7,6 +7,7 @@ from server.routes.classify import classify
 from server.routes.decisions import decisions
 from server.routes.health import health
 from server.routes.models import list_models, retrieve_model
+from server.routes.tokenize import detokenize, tokenize
 
 ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -14,5 +15,7 @@ ROUTES = [
     Route("/v1/decisions", decisions, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),
     Route("/v1/models/{model_id:path}", retrieve_model, methods=["GET"]),
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
     Route("/health", health, methods=["GET"]),
 ]

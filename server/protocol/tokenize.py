@@ -1,0 +1,64 @@
+"""/tokenize and /detokenize on the wire, as vLLM has them."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from server.errors import InvalidRequestError
+from server.protocol.base import Request
+from server.protocol.chat import Message
+
+# Parameters of vLLM's that would change the tokens, with the values that leave them alone.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+FOR_MESSAGES = ("add_generation_prompt", "continue_final_message")
+
+
+class TokenizeRequest(Request):
+    """Body of POST /tokenize: a text, or a conversation in the model's chat template.
+
+    With neither `add_generation_prompt` nor `continue_final_message`, the conversation becomes
+    what /v1/chat/completions makes of it.
+    """
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: StrictBool = True  # Qwen's tokenizers have none to add
+    return_token_strs: StrictBool = False
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Give either 'prompt' or 'messages'.", param="prompt")
+        for name in FOR_MESSAGES:
+            if self.messages is None and getattr(self, name) is not None:
+                raise InvalidRequestError(f"'{name}' is only allowed with 'messages'.", param=name)
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequestError(
+                "'continue_final_message' and 'add_generation_prompt' exclude each other.",
+                param="continue_final_message",
+            )
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+                raise InvalidRequestError(
+                    f"'{name}' is not supported by this server; leave it out.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        return self
+
+
+class DetokenizeRequest(Request):
+    """Body of POST /detokenize."""
+
+    model: StrictStr | None = None
+    tokens: list[Annotated[StrictInt, Field(ge=0)]]

@@ -1,0 +1,59 @@
+"""POST /tokenize and /detokenize: text to token ids and back."""
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.errors import InvalidRequestError
+from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from server.routes.common import check_model, read_body, services_of
+
+
+async def tokenize(request: Request) -> Response:
+    """The token ids of a text or a conversation, however long it is."""
+    services = services_of(request)
+    body = TokenizeRequest.parse(await read_body(request))
+    if body.model is not None:
+        check_model(services, body.model)
+    token_ids = _token_ids(body, services.tokenizer)
+    token_strs = services.tokenizer.token_strs(token_ids) if body.return_token_strs else None
+    return JSONResponse(
+        {
+            "count": len(token_ids),
+            "max_model_len": services.max_context,
+            "tokens": token_ids,
+            "token_strs": token_strs,
+        }
+    )
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of token ids, special tokens included."""
+    services = services_of(request)
+    body = DetokenizeRequest.parse(await read_body(request))
+    if body.model is not None:
+        check_model(services, body.model)
+    vocab_size = services.tokenizer.vocab_size
+    for i, token_id in enumerate(body.tokens):
+        if token_id >= vocab_size:
+            raise InvalidRequestError(
+                f"'tokens[{i}]': the model has no token {token_id}, only 0 to {vocab_size - 1}.",
+                param=f"tokens[{i}]",
+            )
+    return JSONResponse({"prompt": services.tokenizer.decode(body.tokens)})
+
+
+def _token_ids(body: TokenizeRequest, tokenizer: ChatTokenizer) -> list[int]:
+    if body.messages is None:
+        assert body.prompt is not None
+        return tokenizer.encode_text(body.prompt)
+    try:
+        return tokenizer.encode_chat(
+            [message.for_template() for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
+    except ChatTemplateError as error:
+        raise InvalidRequestError(
+            f"The model's chat template refuses these messages: {error}.", param="messages"
+        ) from error
