@@ -11,14 +11,13 @@ from server.core.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol.base import Request, classification, new_id, usage
 from server.protocol.chat import (
-    MAX_CHOICES,
-    MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     WITHOUT_EFFECT,
     ChatCompletionRequest,
 )
 from server.protocol.classify import MAX_INPUTS, ClassifyRequest
+from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -395,7 +394,7 @@ def test_a_wrong_message_is_refused_with_its_place_and_the_reason(
 
 
 def test_the_first_of_several_mistakes_is_named() -> None:
-    error = refused_chat(messages=[*HI, {"role": "user", "content": 1}, 5], temperature=9)
+    error = refused_chat(messages=[*HI, {"role": "user", "content": 1}, 5], top_logprobs=99)
     assert error.param == "messages[1].content"
 
 

@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
+from server.core.choices import Choices, Generator, begin_choices
 from server.core.classifier import Classification, Classifier
-from server.core.detokenizer import Detokenizer
-from server.core.engine import EngineClosedError, TokenStream
-from server.core.sequence import SamplingParams, TokenEvent
+from server.core.engine import EngineClosedError
+from server.core.sequence import SamplingParams
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
@@ -19,122 +19,11 @@ logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 
-class Generator(Protocol):
-    """What the reply needs of the engine."""
-
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
-        """Starts to continue the prompt."""
-
-    def prefill(self, prompt_ids: list[int]) -> Coroutine[Any, Any, int]:
-        """Computes a prompt that others will begin with; returns how much of it was known."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that became certain; if log-probabilities are asked for, the tokens it came from.
-
-    The text may be empty at the end of a choice, where tokens without text came last.
-    """
-
-    text: str
-    tokens: tuple[TokenEvent, ...]
-
-
-@dataclass
-class Choice:
-    """One answer under way. `pieces` may be read once; the count grows as it is read."""
-
-    tokens: TokenStream
-    detokenizer: Detokenizer
-    num_completion_tokens: int = 0
-    finish_reason: str | None = None
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer as it becomes certain. However this ends, the sequence ends with it."""
-        unsaid: list[TokenEvent] = []
-        try:
-            async for token in self.tokens:
-                self.num_completion_tokens += 1
-                if token.logprob is not None:
-                    unsaid.append(token)
-                text = self.detokenizer.push(token.token_id)
-                if self.detokenizer.is_stopped:
-                    self.finish_reason = "stop"
-                    if text:
-                        yield Piece(text, self._tokens_within(text, unsaid))
-                    return
-                if text:
-                    yield Piece(text, tuple(unsaid))
-                    unsaid = []
-            assert self.tokens.finish_reason is not None
-            self.finish_reason = self.tokens.finish_reason.value
-            text = self.detokenizer.flush()
-            if text or unsaid:
-                yield Piece(text, tuple(unsaid))
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """Ends the sequence if it still runs. Any number of times."""
-        self.tokens.abort()
-
-    def _tokens_within(self, text: str, tokens: Sequence[TokenEvent]) -> tuple[TokenEvent, ...]:
-        """Those that begin before the end of `text`: a stop string's own are not told."""
-        num_bytes, within = len(text.encode()), []
-        for token in tokens:
-            if num_bytes <= 0:
-                break
-            within.append(token)
-            num_bytes -= len(self.detokenizer.token_bytes[token.token_id])
-        return tuple(within)
-
-
-@dataclass(frozen=True)
-class Reply:
+@dataclass(frozen=True, kw_only=True)
+class Reply(Choices):
     """The mood, and one answer or several to the same prompt."""
 
     sentiment: Classification | None
-    num_prompt_tokens: int
-    choices: tuple[Choice, ...]
-    # Prompt tokens that an earlier request had computed, where this one computed its prompt
-    # before its answers began; else the only answer knows.
-    num_prefilled_cached: int | None = None
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens that needed no computing; known once a first token has come."""
-        if self.num_prefilled_cached is not None:
-            return self.num_prefilled_cached
-        return self.choices[0].tokens.num_cached
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Of all answers together, so far."""
-        return sum(choice.num_completion_tokens for choice in self.choices)
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
-        """Pieces of all choices as they come, each with its index; None: that one is done."""
-        iterators = [choice.pieces() for choice in self.choices]
-        waiting = {_next_of(it): (i, it) for i, it in enumerate(iterators)}
-        try:
-            while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    index, iterator = waiting.pop(task)
-                    piece = task.result()
-                    if piece is not None:
-                        waiting[_next_of(iterator)] = index, iterator
-                    yield index, piece
-        finally:
-            self.abort()
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-
-    def abort(self) -> None:
-        """Ends all answers that still run. Any number of times."""
-        for choice in self.choices:
-            choice.abort()
 
 
 class Replier:
@@ -185,12 +74,8 @@ class Replier:
         return Reply(
             sentiment=sentiment,
             num_prompt_tokens=len(prompt_ids),
-            choices=tuple(
-                Choice(
-                    self._generator.submit(prompt_ids, _with_seed(params, i)),
-                    Detokenizer(self._tokenizer.token_bytes, stop),
-                )
-                for i in range(num_choices)
+            choices=begin_choices(
+                self._generator, prompt_ids, params, num_choices, self._tokenizer.token_bytes, stop
             ),
             num_prefilled_cached=num_cached,
         )
@@ -242,16 +127,3 @@ class Replier:
         if len(prompt_ids) >= self._max_context:
             raise ContextLengthError(len(prompt_ids), self._max_context, "messages")
         return prompt_ids
-
-
-def _next_of(pieces: AsyncIterator[Piece]) -> asyncio.Task[Piece | None]:
-    async def read() -> Piece | None:
-        return await anext(pieces, None)
-
-    return asyncio.create_task(read())
-
-
-def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
-    if params.seed is None or index == 0:
-        return params
-    return replace(params, seed=params.seed + index)

@@ -7,6 +7,7 @@ Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond O
 import json
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -119,6 +120,25 @@ def now() -> int:
     return int(time.time())
 
 
+def refuse_unsupported(
+    given: Mapping[str, Any] | None, unsupported: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Checks parameters that the server knows and does not implement.
+
+    unsupported: by name, the values that mean "off".
+
+    Raises:
+        InvalidRequestError: one of them has another value, which would be silently ignored.
+    """
+    for name, value in (given or {}).items():
+        if name in unsupported and not _is_neutral(value, unsupported[name]):
+            raise InvalidRequestError(
+                f"'{name}' is not supported by this server; leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )
+
+
 def branch(name: str) -> str:
     """A tag for one branch of a union, which is then not taken for a field in errors."""
     return f"({name})"
@@ -141,3 +161,8 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
     if not param:
         return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
     return InvalidRequestError(f"'{param}': {reason}.", param=param)
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    # False == 0 in Python; a client that sends the one for the other is wrong all the same.
+    return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)

@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -17,13 +16,10 @@ from pydantic import (
 
 from server.core.sequence import TokenEvent
 from server.errors import InvalidRequestError
-from server.protocol.base import Number, Request
+from server.protocol.base import refuse_unsupported
+from server.protocol.sampling import MIN_LOGPROB, SamplingRequest
 
-MAX_STOP_STRINGS = 4
-MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
-# What stands in JSON for a probability of zero, as in OpenAI's reference.
-MIN_LOGPROB = -9999.0
 
 # Known parameters this server does not implement, with the values that mean "off". Clients
 # send those by habit; any other value would be silently ignored, so it is refused.
@@ -99,76 +95,22 @@ class Message(BaseModel):
         return {"role": role, "content": self.content}
 
 
-class StreamOptions(BaseModel):
-    """What a stream holds beside the text."""
-
-    include_usage: StrictBool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
-
-
-def _stop_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
-
-
-class ChatCompletionRequest(Request):
+class ChatCompletionRequest(SamplingRequest):
     """Body of POST /v1/chat/completions."""
 
-    model: StrictStr
     messages: Annotated[list[Message], Field(min_length=1)]
-    stream: StrictBool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] = Field(default_factory=dict)
-    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[
-        list[Annotated[StrictStr, Field(min_length=1)]],
-        Field(max_length=MAX_STOP_STRINGS, default_factory=list),
-        BeforeValidator(_stop_list),
-    ]
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     sentiment: StrictBool = True
 
-    @field_validator("logit_bias")
-    @classmethod
-    def _check_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
-        for token_id in logit_bias:
-            if not (token_id.isascii() and token_id.isdigit()):
-                raise ValueError(f"{token_id!r} is no token id")
-        return logit_bias
-
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError(
-                "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
-            )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(
                 "'top_logprobs' is only allowed when 'logprobs' is true.", param="top_logprobs"
             )
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and not _is_neutral(value, UNSUPPORTED[name]):
-                raise InvalidRequestError(
-                    f"'{name}' is not supported by this server; leave it out.",
-                    param=name,
-                    code="unsupported_parameter",
-                )
+        refuse_unsupported(self.model_extra, UNSUPPORTED)
         return self
 
 
@@ -201,8 +143,3 @@ def _text_of(part: Any) -> str:
     if not isinstance(text, str):
         raise ValueError("a text part needs a string 'text'")
     return text
-
-
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    # False == 0 in Python; a client that sends the one for the other is wrong all the same.
-    return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)

@@ -1,30 +1,21 @@
 """POST /v1/chat/completions, whole and streamed."""
 
-import json
-import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message as ASGIMessage
 
+from server.core.choices import Piece
 from server.core.generation_config import or_default
-from server.core.reply import Piece, Reply
+from server.core.reply import Reply
 from server.core.sequence import SamplingParams
-from server.errors import APIError, InternalError, InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.chat import ChatCompletionRequest, logprobs_content
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.sampling import sampling_params
+from server.routes.streaming import stream
 from server.services import Services
-
-logger = logging.getLogger(__name__)
-
-PING_INTERVAL_S = 15
-
-# A ServerSentEvent would bring a line separator of its own, CRLF.
-Event = dict[str, str]
 
 
 async def chat_completions(request: Request) -> Response:
@@ -43,48 +34,22 @@ async def chat_completions(request: Request) -> Response:
         )
 
     if body.stream:
-        return _stream(body, services, await unless_disconnected(request, begin()))
+        reply = await unless_disconnected(request, begin())
+        return stream(_chunks(body, services, reply), reply.abort, _headers(reply))
 
     async def complete() -> tuple[Reply, list[list[Piece]]]:
         reply = await begin()
-        pieces: list[list[Piece]] = [[] for _ in reply.choices]
-        async for index, piece in reply.pieces():
-            if piece is not None:
-                pieces[index].append(piece)
-        return reply, pieces
+        return reply, await reply.read()
 
     return _whole(body, services, *await unless_disconnected(request, complete()))
 
 
 def _sampling_params(body: ChatCompletionRequest, services: Services) -> SamplingParams:
-    """The request's parameters over the checkpoint's own.
-
-    Raises:
-        InvalidRequestError: a token id is beyond the model's vocabulary.
-    """
-    defaults = services.defaults
-    max_tokens = or_default(body.max_completion_tokens, body.max_tokens)
-    logit_bias = tuple((int(token_id), bias) for token_id, bias in body.logit_bias.items())
-    for token_id, _ in logit_bias:
-        if token_id >= services.tokenizer.vocab_size:
-            raise InvalidRequestError(
-                f"'logit_bias': the model has no token {token_id}, only 0 to "
-                f"{services.tokenizer.vocab_size - 1}.",
-                param="logit_bias",
-            )
-    return SamplingParams(
-        max_tokens=or_default(max_tokens, services.max_context),
-        temperature=float(or_default(body.temperature, defaults.temperature)),
-        top_p=float(or_default(body.top_p, defaults.top_p)),
-        top_k=max(0, or_default(body.top_k, defaults.top_k)),
-        min_p=float(or_default(body.min_p, 0.0)),
-        repetition_penalty=float(or_default(body.repetition_penalty, defaults.repetition_penalty)),
-        frequency_penalty=float(or_default(body.frequency_penalty, 0.0)),
-        presence_penalty=float(or_default(body.presence_penalty, 0.0)),
-        logit_bias=logit_bias,
-        seed=body.seed,
+    return sampling_params(
+        body,
+        services,
+        max_tokens=or_default(body.max_completion_tokens, body.max_tokens),
         num_logprobs=body.top_logprobs if body.logprobs else None,
-        stop_token_ids=defaults.eos_token_ids,
     )
 
 
@@ -115,25 +80,10 @@ def _whole(
     return JSONResponse(content, headers=_headers(reply))
 
 
-def _stream(body: ChatCompletionRequest, services: Services, reply: Reply) -> Response:
-    async def on_close(_: ASGIMessage) -> None:
-        # A generator suspended at `yield` may never run its `finally`.
-        reply.abort()
-
-    return EventSourceResponse(
-        _events(body, services, reply),
-        headers=_headers(reply),
-        sep="\n",
-        ping=PING_INTERVAL_S,
-        client_close_handler_callable=on_close,
-    )
-
-
-async def _events(
+async def _chunks(
     body: ChatCompletionRequest, services: Services, reply: Reply
-) -> AsyncIterator[Event]:
-    """The chunks: roles and sentiment, text, finish reasons, usage on request, [DONE]."""
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
+) -> AsyncIterator[dict[str, Any]]:
+    """Roles and sentiment, text, finish reasons, usage on request."""
     base: dict[str, Any] = {
         "id": new_id("chatcmpl"),
         "object": "chat.completion.chunk",
@@ -141,37 +91,24 @@ async def _events(
         "model": body.model,
     }
 
-    def chunk(index: int, delta: dict[str, str], **more: Any) -> Event:
+    def chunk(index: int, delta: dict[str, str], **more: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         choice |= {key: more.pop(key) for key in choice.keys() & more.keys()}
-        usage_key = {"usage": None} if include_usage else {}
-        return _event({**base, "choices": [choice], **usage_key, **more})
+        usage_key = {"usage": None} if body.includes_usage else {}
+        return {**base, "choices": [choice], **usage_key, **more}
 
-    try:
-        for index in range(len(reply.choices)):
-            # Clients keep an unknown field only if the first chunk has it.
-            first = {"sentiment": classification(reply.sentiment)} if index == 0 else {}
-            yield chunk(index, {"role": "assistant", "content": ""}, **first)
-        async for index, piece in reply.pieces():
-            if piece is None:
-                yield chunk(index, {}, finish_reason=reply.choices[index].finish_reason)
-            else:
-                logprobs = _logprobs(body, services, [piece])
-                yield chunk(index, {"content": piece.text}, logprobs=logprobs)
-        if include_usage:
-            yield _event({**base, "choices": [], "usage": _usage(reply)})
-    except APIError as error:
-        yield _event(error.body())
-    except Exception:
-        logger.exception("a stream failed")
-        yield _event(InternalError("The server failed on this request; see its log.").body())
-    finally:
-        reply.abort()
-    yield {"data": "[DONE]"}
-
-
-def _event(content: dict[str, Any]) -> Event:
-    return {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+    for index in range(len(reply.choices)):
+        # Clients keep an unknown field only if the first chunk has it.
+        first = {"sentiment": classification(reply.sentiment)} if index == 0 else {}
+        yield chunk(index, {"role": "assistant", "content": ""}, **first)
+    async for index, piece in reply.pieces():
+        if piece is None:
+            yield chunk(index, {}, finish_reason=reply.choices[index].finish_reason)
+        else:
+            logprobs = _logprobs(body, services, [piece])
+            yield chunk(index, {"content": piece.text}, logprobs=logprobs)
+    if body.includes_usage:
+        yield {**base, "choices": [], "usage": _usage(reply)}
 
 
 def _logprobs(

@@ -1,0 +1,84 @@
+"""What all requests for generated text share: how it is sampled and how it comes back."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
+
+from server.errors import InvalidRequestError
+from server.protocol.base import Number, Request
+
+MAX_STOP_STRINGS = 4
+MAX_CHOICES = 16
+# What stands in JSON for a probability of zero, as in OpenAI's reference.
+MIN_LOGPROB = -9999.0
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside the text."""
+
+    include_usage: StrictBool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+def _stop_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class SamplingRequest(Request):
+    """Fields of the routes that generate text; None leaves the value to the checkpoint."""
+
+    model: StrictStr
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[StrictStr, Field(min_length=1)]],
+        Field(max_length=MAX_STOP_STRINGS, default_factory=list),
+        BeforeValidator(_stop_list),
+    ]
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
+        for token_id in logit_bias:
+            if not (token_id.isascii() and token_id.isdigit()):
+                raise ValueError(f"{token_id!r} is no token id")
+        return logit_bias
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
+            )
+        return self

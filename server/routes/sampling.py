@@ -1,0 +1,47 @@
+"""A request's sampling parameters over the checkpoint's own."""
+
+from collections.abc import Mapping
+
+from server.core.generation_config import or_default
+from server.core.sequence import Grammar, SamplingParams
+from server.errors import InvalidRequestError
+from server.protocol.sampling import SamplingRequest
+from server.services import Services
+
+
+def sampling_params(
+    body: SamplingRequest, services: Services, *,
+    max_tokens: int | None = None, num_logprobs: int | None = None, grammar: Grammar | None = None,
+) -> SamplingParams:  # fmt: skip
+    """max_tokens: in place of the body's; None for as many as the context holds.
+
+    Raises:
+        InvalidRequestError: a token id is beyond the model's vocabulary.
+    """
+    defaults = services.defaults
+    return SamplingParams(
+        max_tokens=or_default(max_tokens, services.max_context),
+        temperature=float(or_default(body.temperature, defaults.temperature)),
+        top_p=float(or_default(body.top_p, defaults.top_p)),
+        top_k=max(0, or_default(body.top_k, defaults.top_k)),
+        min_p=float(or_default(body.min_p, 0.0)),
+        repetition_penalty=float(or_default(body.repetition_penalty, defaults.repetition_penalty)),
+        frequency_penalty=float(or_default(body.frequency_penalty, 0.0)),
+        presence_penalty=float(or_default(body.presence_penalty, 0.0)),
+        logit_bias=_logit_bias(body.logit_bias, services.tokenizer.vocab_size),
+        seed=body.seed,
+        num_logprobs=num_logprobs,
+        grammar=grammar,
+        stop_token_ids=defaults.eos_token_ids,
+    )
+
+
+def _logit_bias(logit_bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    biases = tuple((int(token_id), bias) for token_id, bias in logit_bias.items())
+    for token_id, _ in biases:
+        if token_id >= vocab_size:
+            raise InvalidRequestError(
+                f"'logit_bias': the model has no token {token_id}, only 0 to {vocab_size - 1}.",
+                param="logit_bias",
+            )
+    return biases

@@ -1,0 +1,66 @@
+"""Server-sent events: how every stream begins, fails and ends."""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from sse_starlette import EventSourceResponse
+from starlette.types import Message as ASGIMessage
+
+from server.errors import APIError, InternalError
+
+logger = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 15
+
+
+def stream(
+    contents: AsyncIterator[Mapping[str, Any]],
+    abort: Callable[[], None],
+    headers: Mapping[str, str],
+    *,
+    end: str | None = "[DONE]",
+) -> EventSourceResponse:
+    """One event for each of the contents, which may have a `type` to name it by.
+
+    abort: ends the work behind the contents, however the stream ends.
+    end: the data of a last event, even behind an error.
+    """
+
+    async def on_close(_: ASGIMessage) -> None:
+        # A generator suspended at `yield` may never run its `finally`.
+        abort()
+
+    return EventSourceResponse(
+        _events(contents, abort, end),
+        headers=headers,
+        sep="\n",
+        ping=PING_INTERVAL_S,
+        client_close_handler_callable=on_close,
+    )
+
+
+async def _events(
+    contents: AsyncIterator[Mapping[str, Any]], abort: Callable[[], None], end: str | None
+) -> AsyncIterator[dict[str, str]]:
+    # Dicts, for a ServerSentEvent would bring a line separator of its own, CRLF.
+    try:
+        async for content in contents:
+            yield _event(content)
+    except APIError as error:
+        yield _event(error.body())
+    except Exception:
+        logger.exception("a stream failed")
+        yield _event(InternalError("The server failed on this request; see its log.").body())
+    finally:
+        abort()
+    if end is not None:
+        yield {"data": end}
+
+
+def _event(content: Mapping[str, Any]) -> dict[str, str]:
+    event = {"data": json.dumps(content, ensure_ascii=False, separators=(",", ":"))}
+    if "type" in content:
+        event["event"] = content["type"]
+    return event
