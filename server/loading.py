@@ -7,6 +7,7 @@ from server.core.checkpoint import CheckpointError, find_checkpoint
 from server.core.classifier import Classifier
 from server.core.engine import Engine
 from server.core.generation_config import read_generation_defaults
+from server.core.grammar import GrammarCompiler
 from server.core.model import load_runner, read_model_config
 from server.core.reply import Replier
 from server.core.tasks import load_tasks
@@ -75,6 +76,7 @@ def load_services(settings: Settings) -> Services:
         created=int(time.time()),
         max_context=max_context,
         tokenizer=tokenizer,
+        grammars=GrammarCompiler(tokenizer, sorted(defaults.eos_token_ids)),
         defaults=defaults,
         tasks=tasks,
         engine=engine,

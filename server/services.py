@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from server.core.classifier import Classifier
 from server.core.engine import Engine
 from server.core.generation_config import GenerationDefaults
+from server.core.grammar import GrammarCompiler
 from server.core.reply import Replier
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTokenizer
@@ -22,6 +23,7 @@ class Services:
     created: int
     max_context: int
     tokenizer: ChatTokenizer
+    grammars: GrammarCompiler
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
     engine: Engine

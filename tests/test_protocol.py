@@ -10,14 +10,10 @@ from server.core.classifier import Classification
 from server.core.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol.base import Request, classification, new_id, usage
-from server.protocol.chat import (
-    MAX_TOP_LOGPROBS,
-    UNSUPPORTED,
-    WITHOUT_EFFECT,
-    ChatCompletionRequest,
-)
+from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.classify import MAX_INPUTS, ClassifyRequest
-from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS
+from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from server.protocol.tools import MAX_TOOLS
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -185,7 +181,7 @@ def test_an_unsupported_parameter_is_refused_at_any_other_value(name: str, value
 
 
 def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
-    assert {"tools", "tool_choice", "response_format"} <= set(UNSUPPORTED)
+    assert {"audio", "moderation", "web_search_options"} <= set(UNSUPPORTED)
     assert {"user", "metadata", "store", "service_tier"} <= set(WITHOUT_EFFECT)
     own = set(ChatCompletionRequest.model_fields)
     assert not (set(UNSUPPORTED) & set(WITHOUT_EFFECT)) and not own & set(UNSUPPORTED)
@@ -245,6 +241,13 @@ def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
         pytest.param("seed", 10**400, id="seed-beyond floats"),
         ("seed", 0.5),
         ("seed", "3"),
+        ("tools", {}),
+        ("tools", [{}] * (MAX_TOOLS + 1)),
+        ("tool_choice", "always"),
+        ("tool_choice", {"type": "function"}),
+        ("parallel_tool_calls", 1),
+        ("response_format", "json"),
+        ("response_format", {"type": "xml"}),
         ("n", 0),
         ("n", MAX_CHOICES + 1),
         ("n", 1.0),
@@ -291,7 +294,97 @@ def test_a_missing_field_is_required_by_name(name: str, is_null: bool) -> None:
     assert error.message == f"'{name}': is required."
 
 
+# --- tools and formats ----------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{**TOOL, "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{**TOOL, "function": {"name": ""}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{**TOOL, "function": {"name": "f", "parameters": []}}]},
+            "tools[0].function.parameters",
+        ),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+        ),
+    ],
+)
+def test_a_wrong_tool_or_format_is_refused_with_its_place(
+    fields: dict[str, Any], param: str
+) -> None:
+    assert refused_chat(**fields).param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": TOOL}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice"),
+    ],
+)
+def test_tools_and_their_choice_must_go_together(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_chat(**fields).output()
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "is_required"),
+    [
+        ("none", [], False),
+        ("auto", ["f", "g"], False),
+        ("required", ["f", "g"], True),
+        ({"type": "function", "function": {"name": "g"}}, ["g"], True),
+    ],
+)
+def test_the_choice_says_which_tools_may_and_must_be_called(
+    choice: Any, names: list[str], is_required: bool
+) -> None:
+    tools = [TOOL, {**TOOL, "function": {"name": "g", "parameters": {"properties": {}}}}]
+    output = parse_chat(tools=tools, tool_choice=choice).output()
+    assert [tool.name for tool in output.tools] == names
+    assert output.is_call_required == is_required
+    assert all(tool.parameters["type"] == "object" for tool in output.tools)
+
+
+def test_a_call_and_its_result_reach_the_template() -> None:
+    body = parse_chat(
+        messages=[
+            *HI,
+            {"role": "assistant", "content": None, "tool_calls": [call("f", '{"a": 1}')]},
+            {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "2"}]},
+            {"role": "function", "name": "f", "content": "3"},
+        ]
+    )
+    _, called, result, legacy = [message.for_template() for message in body.messages]
+    assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert result == {"role": "tool", "content": "2"}
+    assert legacy == {"role": "tool", "content": "3"}
+
+
 # --- messages -------------------------------------------------------------------------
+
+
+def call(name: str, arguments: str) -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": "call_1", "type": "function", "function": function}
 
 
 def one_message(message: Any) -> dict[str, str]:
@@ -360,9 +453,11 @@ def test_further_fields_of_a_message_are_ignored(name: str) -> None:
         ({"role": "user", "content": None}, "messages[1]", "'content' is missing"),
         ({"role": "system", "content": None}, "messages[1]", "'content' is missing"),
         ({"content": "Hi"}, "messages[1].role", "required"),
-        ({"role": "tool", "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": "pirate", "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": "tool", "content": "Hi"}, "messages[1]", "'tool_call_id'"),
+        ({"role": "tool", "tool_call_id": "1"}, "messages[1]", "'content'"),
         ({"role": "User", "content": "Hi"}, "messages[1].role", "'user'"),
-        ({"role": None, "content": "Hi"}, "messages[1].role", "'user'"),
+        ({"role": None, "content": "Hi"}, "messages[1].role", "required"),
         ({"role": ["user"], "content": "Hi"}, "messages[1].role", "'user'"),
         ({"role": "user", "content": 5}, "messages[1].content", "string"),
         ({"role": "user", "content": {"type": "text"}}, "messages[1].content", "string"),
@@ -380,8 +475,18 @@ def test_further_fields_of_a_message_are_ignored(name: str) -> None:
             "messages[1].content",
             "'image_url'",
         ),
-        ({"role": "assistant", "tool_calls": [{"id": "1"}]}, "messages[1]", "tool calls"),
-        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "tool calls"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "1"}]},
+            "messages[1].tool_calls[0].function",
+            "required",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call("f", "{")]},
+            "messages[1].tool_calls[0].function",
+            "JSON",
+        ),
+        ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages[1]", "only"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "'tool_calls'"),
     ],
 )
 def test_a_wrong_message_is_refused_with_its_place_and_the_reason(
@@ -468,7 +573,7 @@ def test_deep_nesting_below_pythons_limit_is_no_accident_either() -> None:
         deep = [deep]
     assert parse_chat(something_new=deep).messages == parse_chat().messages
     assert refused_chat(messages=deep).param == "messages[0]"
-    assert refused_chat(tools=deep).param == "tools"
+    assert refused_chat(tools=deep).param == "tools[0]"
     assert refused_chat(stop=deep).param == "stop[0]"
     assert refused_classify(input=deep).param == "input"
 

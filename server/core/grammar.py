@@ -22,7 +22,11 @@ _WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 
 
 class GrammarError(Exception):
-    """The grammar cannot be used; says why."""
+    """The grammar cannot be used; says why, and if it is for a tool's sake, which."""
+
+    def __init__(self, reason: str, tool: Tool | None = None) -> None:
+        super().__init__(reason if tool is None else f"the parameters of {tool.name!r}: {reason}")
+        self.tool = tool
 
 
 class GrammarState:
@@ -49,6 +53,20 @@ class GrammarState:
 
 
 @dataclass(frozen=True)
+class OutputFormat:
+    """What an answer must look like. By default any text.
+
+    schema: of the JSON it must be, where it is no call.
+    tools: what it may call, or must.
+    """
+
+    schema: Mapping[str, Any] | None = None
+    tools: Sequence[Tool] = ()
+    is_call_required: bool = False
+    is_parallel: bool = True  # whether it may hold several calls
+
+
+@dataclass(frozen=True)
 class Grammar:
     """A compiled grammar; any number of completions may follow it at once."""
 
@@ -67,9 +85,20 @@ class GrammarCompiler:
         self._chat_tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
 
-    def json_object(self) -> Grammar:
-        """Any JSON object."""
-        return self.json_schema({"type": "object"})
+    def compile(self, output: OutputFormat) -> Grammar | None:
+        """The grammar of the format; None where any text will do. May take a second.
+
+        Raises:
+            GrammarError: a schema is wrong, or says what cannot be guaranteed.
+        """
+        if output.tools:
+            return self.tool_calls(
+                output.tools,
+                is_required=output.is_call_required,
+                is_parallel=output.is_parallel,
+                answer=output.schema,
+            )
+        return None if output.schema is None else self.json_schema(output.schema)
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """JSON that the schema describes.
@@ -81,32 +110,45 @@ class GrammarCompiler:
             LLMatcher.grammar_from_json_schema(dict(schema), overrides=_WHITE_SPACE)  # type: ignore[arg-type]
         )
 
-    def tool_calls(self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool) -> Grammar:
-        """Calls of the tools: one at least, or none behind any text; several, or one.
+    def tool_calls(
+        self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool,
+        answer: Mapping[str, Any] | None = None,
+    ) -> Grammar:  # fmt: skip
+        """Calls of the tools: one, or several if they may be parallel.
+
+        Where none is required, any text may stand before them or in their place; if `answer`,
+        a schema, is given, JSON of it in their place.
 
         Raises:
-            GrammarError: the parameters of a tool are no schema that can be guaranteed.
+            GrammarError: a schema is wrong, or says what cannot be guaranteed.
         """
         for tool in tools:
             # Alone first, so that the message says whose schema is wrong.
             try:
                 self.json_schema(tool.parameters)
             except GrammarError as error:
-                raise GrammarError(f"the parameters of {tool.name!r}: {error}") from error
+                raise GrammarError(str(error), tool) from error
         more = '("\\n" call)*' if is_parallel else ""
         bodies = (
-            f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} %json "
-            + json.dumps({**tool.parameters, "x-guidance": _WHITE_SPACE})
+            f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} {_json(tool.parameters)}"
             for tool in tools
         )
         rules = [
-            f"start: call {more}" if is_required else f"start: TEXT | opening body {more}",
             f"call: {json.dumps(CALL_BEGIN)} body",
             f"body: ({' | '.join(bodies)}) {json.dumps(CALL_END)}",
         ]
-        if not is_required:
+        if is_required:
+            rules.append(f"start: call {more}")
+        elif answer is not None:
+            self.json_schema(answer)
+            rules += [f"start: answer | call {more}", f"answer: {_json(answer)}"]
+        else:
             # Lazy: the text is over where the first call begins.
-            rules += [f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}", r"TEXT: /(.|\n)*/"]
+            rules += [
+                f"start: TEXT | opening body {more}",
+                f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
+                r"TEXT: /(.|\n)*/",
+            ]
         return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
 
     @cached_property
@@ -119,3 +161,8 @@ class GrammarCompiler:
         if is_wrong:
             raise GrammarError(messages[0])
         return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0))
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    """JSON of the schema, inside a grammar."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _WHITE_SPACE})}"

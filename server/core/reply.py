@@ -12,6 +12,7 @@ from server.core.engine import EngineClosedError
 from server.core.sequence import SamplingParams
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.tools import Tool
 from server.errors import ContextLengthError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Replier:
 
     async def reply(
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
-        with_sentiment: bool, num_choices: int = 1,
+        with_sentiment: bool, tools: Sequence[Tool] = (), num_choices: int = 1,
     ) -> Reply:  # fmt: skip
         """Judges the last user message, then starts the answer, or several.
 
@@ -56,7 +57,7 @@ class Replier:
             if all(message["role"] != "system" for message in conversation):
                 conversation.insert(0, {"role": "system", "content": self._persona})
             # Before the pass: a conversation that cannot be answered needs no sentiment.
-            plain_ids = self._encode(conversation)
+            plain_ids = self._encode(conversation, tools)
             sentiment, num_cached = await self._judge(messages, plain_ids)
         cue = self._task.render_cue(sentiment.label) if sentiment else None
         if cue is not None:
@@ -64,7 +65,7 @@ class Replier:
             # but an answer the client has begun stays last, to be continued.
             end = len(conversation) - (conversation[-1]["role"] == "assistant")
             conversation.insert(end, {"role": "system", "content": cue})
-        prompt_ids = self._encode(conversation)
+        prompt_ids = self._encode(conversation, tools)
         room = self._max_context - len(prompt_ids)
         params = replace(params, max_tokens=min(params.max_tokens, room))
         if num_choices > 1:
@@ -117,9 +118,9 @@ class Replier:
             prefill.cancel()
             await asyncio.gather(prefill, return_exceptions=True)
 
-    def _encode(self, conversation: Sequence[Message]) -> list[int]:
+    def _encode(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         try:
-            prompt_ids = self._tokenizer.encode_chat(conversation)
+            prompt_ids = self._tokenizer.encode_chat(conversation, tools)
         except ChatTemplateError as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}.", param="messages"

@@ -7,6 +7,7 @@ own template knows no tools, messages are put into that form before they are ren
 
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,3 +158,42 @@ class CallParser:
             return [CallDelta(self.num_calls - 1, None, text)]
         # Between calls stands a line break.
         return [] if self.num_calls else [TextDelta(text)]
+
+
+@dataclass
+class ToolCall:
+    """A call in an answer; its arguments are JSON once the answer is complete."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class Answer:
+    """An answer that comes in pieces: its text, and its calls if it may have some."""
+
+    def __init__(self, *, has_tools: bool) -> None:
+        self.text = ""
+        self.calls: list[ToolCall] = []
+        self._parser = CallParser() if has_tools else None
+
+    def add(self, text: str) -> list[Delta]:
+        """Reads on; returns what became certain."""
+        if self._parser is not None:
+            return self._keep(self._parser.push(text))
+        return self._keep([TextDelta(text)] if text else [])
+
+    def end(self) -> list[Delta]:
+        """What was still uncertain, when nothing more comes."""
+        return self._keep(self._parser.flush()) if self._parser is not None else []
+
+    def _keep(self, deltas: list[Delta]) -> list[Delta]:
+        for delta in deltas:
+            match delta:
+                case TextDelta(text):
+                    self.text += text
+                case CallDelta(_, str(name), _):
+                    self.calls.append(ToolCall(f"call_{uuid.uuid4().hex}", name))
+                case CallDelta(index, None, arguments):
+                    self.calls[index].arguments += arguments
+        return deltas

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     ValidationError,
     model_validator,
@@ -120,28 +121,23 @@ def now() -> int:
     return int(time.time())
 
 
-def refuse_unsupported(
-    given: Mapping[str, Any] | None, unsupported: Mapping[str, tuple[Any, ...]]
-) -> None:
-    """Checks parameters that the server knows and does not implement.
-
-    unsupported: by name, the values that mean "off".
-
-    Raises:
-        InvalidRequestError: one of them has another value, which would be silently ignored.
-    """
-    for name, value in (given or {}).items():
-        if name in unsupported and not _is_neutral(value, unsupported[name]):
-            raise InvalidRequestError(
-                f"'{name}' is not supported by this server; leave it out.",
-                param=name,
-                code="unsupported_parameter",
-            )
-
-
 def branch(name: str) -> str:
     """A tag for one branch of a union, which is then not taken for a field in errors."""
     return f"({name})"
+
+
+def of_type(*expected: str, default: str | None = None, hint: str = "") -> Discriminator:
+    """Chooses among objects by their field `type`."""
+
+    def tag(value: Any) -> str | None:
+        kind = value.get("type", default) if isinstance(value, dict) else None
+        return branch(kind) if kind in expected else None
+
+    return Discriminator(
+        tag,
+        custom_error_type="type",
+        custom_error_message=f"must be an object of type {', '.join(expected)}{hint}",
+    )
 
 
 def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
@@ -161,6 +157,23 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
     if not param:
         return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
     return InvalidRequestError(f"'{param}': {reason}.", param=param)
+
+
+def refuse_unsupported(
+    given: Mapping[str, Any] | None, unsupported: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Refuses parameters that would be ignored, unless they stand at a value that means "off".
+
+    Raises:
+        InvalidRequestError: one does not; names it.
+    """
+    for name, value in (given or {}).items():
+        if name in unsupported and not _is_neutral(value, unsupported[name]):
+            raise InvalidRequestError(
+                f"'{name}' is not supported by this server; leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -1,25 +1,25 @@
 """/v1/chat/completions on the wire."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StrictBool, StrictInt, model_validator
 
+from server.core.grammar import OutputFormat
 from server.core.sequence import TokenEvent
+from server.core.tools import ToolCall
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
-from server.protocol.sampling import MIN_LOGPROB, SamplingRequest
-
-MAX_TOP_LOGPROBS = 20
+from server.protocol.messages import Message
+from server.protocol.sampling import MAX_TOP_LOGPROBS, MIN_LOGPROB, ChoicesRequest
+from server.protocol.tools import (
+    MAX_TOOLS,
+    NamedToolChoice,
+    ResponseFormat,
+    ToolChoice,
+    ToolDefinition,
+    output_format,
+)
 
 # Known parameters this server does not implement, with the values that mean "off". Clients
 # send those by habit; any other value would be silently ignored, so it is refused.
@@ -30,16 +30,12 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 # Known parameters that cannot change the text of a reply.
 WITHOUT_EFFECT = (
     "metadata",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_options",
@@ -51,58 +47,32 @@ WITHOUT_EFFECT = (
 )
 
 
-class TextPart(BaseModel):
-    """A part of a message's content. Only text can be read by the model."""
-
-    type: Literal["text"]
-    text: StrictStr
-
-
-class Message(BaseModel):
-    """One message of the conversation, its content joined to one string."""
-
-    model_config = ConfigDict(frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_kind(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError("a message must be an object with 'role' and 'content'")
-        if data.get("tool_calls") or data.get("function_call"):
-            raise ValueError("tool calls are not supported")
-        role = data.get("role")
-        if data.get("content") is None:
-            if role != "assistant":
-                raise ValueError("'content' is missing: give a string or a list of text parts")
-            return {**data, "content": ""}
-        return data
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _join_parts(cls, content: Any) -> Any:
-        if isinstance(content, list):
-            return "".join(_text_of(part) for part in content)
-        if not isinstance(content, str):
-            raise ValueError("must be a string or a list of text parts")
-        return content
-
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates know it."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content}
-
-
-class ChatCompletionRequest(SamplingRequest):
+class ChatCompletionRequest(ChoicesRequest):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, default_factory=list)]
+    tool_choice: ToolChoice | NamedToolChoice = "auto"
+    parallel_tool_calls: StrictBool = True
     sentiment: StrictBool = True
+
+    def output(self) -> OutputFormat:
+        """What the answer must look like.
+
+        Raises:
+            InvalidRequestError: tools and their choice do not go together.
+        """
+        choice = self.tool_choice
+        return output_format(
+            self.response_format.output_schema if self.response_format else None,
+            [tool.function.tool() for tool in self.tools],
+            choice.function if isinstance(choice, NamedToolChoice) else choice,
+            self.parallel_tool_calls,
+        )
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -112,6 +82,20 @@ class ChatCompletionRequest(SamplingRequest):
             )
         refuse_unsupported(self.model_extra, UNSUPPORTED)
         return self
+
+
+def message(text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """The assistant's message; without text, calls stand alone."""
+    content = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+    if not calls:
+        return content
+    return {**content, "tool_calls": [tool_call(call) for call in calls]}
+
+
+def tool_call(call: ToolCall) -> dict[str, Any]:
+    """A call as it stands in a message."""
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def logprobs_content(
@@ -133,13 +117,3 @@ def logprobs_content(
         | {"top_logprobs": [entry(*alternative) for alternative in token.top_logprobs]}
         for token in tokens
     ]
-
-
-def _text_of(part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else part
-        raise ValueError(f"content part {kind!r} is not supported: this model reads text only")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise ValueError("a text part needs a string 'text'")
-    return text

@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     Json,
     StrictStr,
@@ -20,7 +19,7 @@ from server.core import questions
 from server.core.classifier import Classification
 from server.core.questions import Option
 from server.core.tasks import Task
-from server.protocol.base import Request, branch
+from server.protocol.base import Request, branch, of_type
 
 MAX_QUESTIONS = 400
 MAX_CHOICES = 255
@@ -29,20 +28,6 @@ MAX_LEVELS = 10
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-def _of_type(*expected: str, default: str | None = None, hint: str = "") -> Discriminator:
-    """Chooses among objects by their field `type`."""
-
-    def tag(value: Any) -> str | None:
-        kind = value.get("type", default) if isinstance(value, dict) else None
-        return branch(kind) if kind in expected else None
-
-    return Discriminator(
-        tag,
-        custom_error_type="type",
-        custom_error_message=f"must be an object of type {', '.join(expected)}{hint}",
-    )
 
 
 # --- input ----------------------------------------------------------------------------
@@ -93,7 +78,7 @@ Part = Annotated[
     | Annotated[JSONPart, Tag(branch("input_json"))]
     | Annotated[OutputTextPart, Tag(branch("output_text"))]
     | Annotated[RefusalPart, Tag(branch("refusal"))],
-    _of_type(
+    of_type(
         "input_text", "input_json", "output_text", "refusal", hint="; this model reads text only"
     ),
 ]
@@ -173,7 +158,7 @@ Item = Annotated[
     | Annotated[CustomToolCall, Tag(branch("custom_tool_call"))]
     | Annotated[CallOutput, Tag(branch("function_call_output"))]
     | Annotated[CallOutput, Tag(branch("custom_tool_call_output"))],
-    _of_type(
+    of_type(
         "message",
         "function_call",
         "function_call_output",
@@ -318,7 +303,7 @@ Question = Annotated[
     Annotated[Predicate, Tag(branch("predicate"))]
     | Annotated[Choice, Tag(branch("choice"))]
     | Annotated[Score, Tag(branch("score"))],
-    _of_type("predicate", "choice", "score"),
+    of_type("predicate", "choice", "score"),
 ]
 
 

@@ -18,6 +18,7 @@ from server.protocol.base import Number, Request
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
 # What stands in JSON for a probability of zero, as in OpenAI's reference.
 MIN_LOGPROB = -9999.0
 
@@ -40,12 +41,10 @@ def _stop_list(stop: Any) -> Any:
 
 
 class SamplingRequest(Request):
-    """Fields of the routes that generate text; None leaves the value to the checkpoint."""
+    """Fields of all routes that generate text; None leaves the value to the checkpoint."""
 
     model: StrictStr
     stream: StrictBool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
@@ -60,12 +59,6 @@ class SamplingRequest(Request):
         Field(max_length=MAX_STOP_STRINGS, default_factory=list),
         BeforeValidator(_stop_list),
     ]
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
     @field_validator("logit_bias")
     @classmethod
@@ -74,6 +67,19 @@ class SamplingRequest(Request):
             if not (token_id.isascii() and token_id.isdigit()):
                 raise ValueError(f"{token_id!r} is no token id")
         return logit_bias
+
+
+class ChoicesRequest(SamplingRequest):
+    """Fields of the routes that answer with choices."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] = 1
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:

@@ -7,7 +7,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
 from server.protocol.base import Request
-from server.protocol.chat import Message
+from server.protocol.messages import Message
 
 # Parameters of vLLM's that would change the tokens, with the values that leave them alone.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {

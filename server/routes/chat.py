@@ -1,19 +1,20 @@
 """POST /v1/chat/completions, whole and streamed."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.choices import Piece
 from server.core.generation_config import or_default
 from server.core.reply import Reply
-from server.core.sequence import SamplingParams
+from server.core.sequence import TokenEvent
+from server.core.tools import Answer, CallDelta, Delta, TextDelta
 from server.protocol.base import classification, new_id, now, usage
-from server.protocol.chat import ChatCompletionRequest, logprobs_content
+from server.protocol.chat import ChatCompletionRequest, logprobs_content, message
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
-from server.routes.sampling import sampling_params
+from server.routes.sampling import compile_grammar, sampling_params
 from server.routes.streaming import stream
 from server.services import Services
 
@@ -23,106 +24,143 @@ async def chat_completions(request: Request) -> Response:
     services = services_of(request)
     body = ChatCompletionRequest.parse(await read_body(request))
     is_plain = check_model(services, body.model)
+    output = body.output()
 
-    async def begin() -> Reply:
-        return await services.replier.reply(
-            [message.for_template() for message in body.messages],
-            _sampling_params(body, services),
+    async def begin() -> _Chat:
+        grammar = await asyncio.to_thread(
+            compile_grammar, services.grammars, output, schema_param="response_format"
+        )
+        params = sampling_params(
+            body,
+            services,
+            max_tokens=or_default(body.max_completion_tokens, body.max_tokens),
+            num_logprobs=body.top_logprobs if body.logprobs else None,
+            grammar=grammar,
+        )
+        reply = await services.replier.reply(
+            [said.for_template() for said in body.messages],
+            params,
             body.stop,
             with_sentiment=body.sentiment and not is_plain,
+            tools=output.tools,
             num_choices=body.n,
         )
+        return _Chat(body, services, reply, has_tools=bool(output.tools))
 
-    if body.stream:
-        reply = await unless_disconnected(request, begin())
-        return stream(_chunks(body, services, reply), reply.abort, _headers(reply))
+    async def complete() -> Response:
+        return await (await begin()).whole()
 
-    async def complete() -> tuple[Reply, list[list[Piece]]]:
-        reply = await begin()
-        return reply, await reply.read()
-
-    return _whole(body, services, *await unless_disconnected(request, complete()))
-
-
-def _sampling_params(body: ChatCompletionRequest, services: Services) -> SamplingParams:
-    return sampling_params(
-        body,
-        services,
-        max_tokens=or_default(body.max_completion_tokens, body.max_tokens),
-        num_logprobs=body.top_logprobs if body.logprobs else None,
-    )
+    if not body.stream:
+        return await unless_disconnected(request, complete())
+    chat = await unless_disconnected(request, begin())
+    return stream(chat.chunks(), chat.reply.abort, chat.headers)
 
 
-def _whole(
-    body: ChatCompletionRequest, services: Services, reply: Reply, pieces: list[list[Piece]]
-) -> Response:
-    content = {
-        "id": new_id("chatcmpl"),
-        "object": "chat.completion",
-        "created": now(),
-        "model": body.model,
-        "choices": [
-            {
-                "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": "".join(piece.text for piece in pieces[index]),
-                    "refusal": None,
-                },
-                "logprobs": _logprobs(body, services, pieces[index]),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(reply.choices)
-        ],
-        "usage": _usage(reply),
-        "sentiment": classification(reply.sentiment),
-    }
-    return JSONResponse(content, headers=_headers(reply))
+class _Chat:
+    """A reply on its way to the client."""
 
+    def __init__(
+        self, body: ChatCompletionRequest, services: Services, reply: Reply, *, has_tools: bool
+    ) -> None:
+        self.reply = reply
+        self._body, self._services = body, services
+        self._answers = [Answer(has_tools=has_tools) for _ in reply.choices]
+        sentiment = reply.sentiment
+        self.headers = {"x-sentiment": sentiment.label.value} if sentiment else {}
 
-async def _chunks(
-    body: ChatCompletionRequest, services: Services, reply: Reply
-) -> AsyncIterator[dict[str, Any]]:
-    """Roles and sentiment, text, finish reasons, usage on request."""
-    base: dict[str, Any] = {
-        "id": new_id("chatcmpl"),
-        "object": "chat.completion.chunk",
-        "created": now(),
-        "model": body.model,
-    }
+    async def whole(self) -> Response:
+        """The response, once all choices are complete."""
+        tokens: list[list[TokenEvent]] = [[] for _ in self._answers]
+        async for index, _, told in self._deltas():
+            tokens[index] += told
+        content = {
+            "id": new_id("chatcmpl"),
+            "object": "chat.completion",
+            "created": now(),
+            "model": self._body.model,
+            "choices": [
+                {
+                    "index": index,
+                    "message": message(answer.text, answer.calls),
+                    "logprobs": self._logprobs(tokens[index]),
+                    "finish_reason": self._finish_reason(index),
+                }
+                for index, answer in enumerate(self._answers)
+            ],
+            "usage": self._usage(),
+            "sentiment": classification(self.reply.sentiment),
+        }
+        return JSONResponse(content, headers=self.headers)
 
-    def chunk(index: int, delta: dict[str, str], **more: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        choice |= {key: more.pop(key) for key in choice.keys() & more.keys()}
-        usage_key = {"usage": None} if body.includes_usage else {}
-        return {**base, "choices": [choice], **usage_key, **more}
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """Roles and sentiment, text and calls, finish reasons, usage on request."""
+        base: dict[str, Any] = {
+            "id": new_id("chatcmpl"),
+            "object": "chat.completion.chunk",
+            "created": now(),
+            "model": self._body.model,
+        }
+        no_usage = {"usage": None} if self._body.includes_usage else {}
 
-    for index in range(len(reply.choices)):
-        # Clients keep an unknown field only if the first chunk has it.
-        first = {"sentiment": classification(reply.sentiment)} if index == 0 else {}
-        yield chunk(index, {"role": "assistant", "content": ""}, **first)
-    async for index, piece in reply.pieces():
-        if piece is None:
-            yield chunk(index, {}, finish_reason=reply.choices[index].finish_reason)
-        else:
-            logprobs = _logprobs(body, services, [piece])
-            yield chunk(index, {"content": piece.text}, logprobs=logprobs)
-    if body.includes_usage:
-        yield {**base, "choices": [], "usage": _usage(reply)}
+        def chunk(
+            index: int, delta: dict[str, Any], finish_reason: str | None = None,
+            logprobs: dict[str, Any] | None = None,
+        ) -> dict[str, Any]:  # fmt: skip
+            choice = {"index": index, "delta": delta, "logprobs": logprobs}
+            return {**base, "choices": [{**choice, "finish_reason": finish_reason}], **no_usage}
 
+        for index in range(len(self._answers)):
+            # Clients keep an unknown field only if the first chunk has it.
+            first = {} if index else {"sentiment": classification(self.reply.sentiment)}
+            yield {**chunk(index, {"role": "assistant", "content": ""}), **first}
+        async for index, delta, tokens in self._deltas():
+            logprobs = self._logprobs(tokens) if tokens else None
+            if delta is None:
+                yield chunk(index, {}, self._finish_reason(index), logprobs)
+            else:
+                yield chunk(index, self._delta(index, delta), logprobs=logprobs)
+        if self._body.includes_usage:
+            yield {**base, "choices": [], "usage": self._usage()}
 
-def _logprobs(
-    body: ChatCompletionRequest, services: Services, pieces: Sequence[Piece]
-) -> dict[str, Any] | None:
-    if not body.logprobs:
-        return None
-    tokens = [token for piece in pieces for token in piece.tokens]
-    return {"content": logprobs_content(tokens, services.tokenizer.token_bytes), "refusal": None}
+    async def _deltas(self) -> AsyncIterator[tuple[int, Delta | None, list[TokenEvent]]]:
+        """What is new in which choice, and the tokens it came from; None: that one is done."""
+        untold: list[list[TokenEvent]] = [[] for _ in self._answers]
+        async for index, piece in self.reply.pieces():
+            answer = self._answers[index]
+            deltas = answer.end() if piece is None else answer.add(piece.text)
+            if piece is not None:
+                untold[index] += piece.tokens
+            for delta in deltas:
+                yield index, delta, untold[index]
+                untold[index] = []
+            if piece is None:
+                yield index, None, untold[index]
 
+    def _delta(self, index: int, delta: Delta) -> dict[str, Any]:
+        match delta:
+            case TextDelta(text):
+                return {"content": text}
+            case CallDelta(number, None, arguments):
+                call: dict[str, Any] = {"index": number, "function": {"arguments": arguments}}
+            case CallDelta(number, str(name), arguments):
+                call = {
+                    "index": number,
+                    "id": self._answers[index].calls[number].id,
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+        return {"tool_calls": [call]}
 
-def _usage(reply: Reply) -> dict[str, Any]:
-    return usage(reply.num_prompt_tokens, reply.num_completion_tokens, reply.num_cached_tokens)
+    def _finish_reason(self, index: int) -> str | None:
+        reason = self.reply.choices[index].finish_reason
+        return "tool_calls" if reason == "stop" and self._answers[index].calls else reason
 
+    def _logprobs(self, tokens: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        token_bytes = self._services.tokenizer.token_bytes
+        return {"content": logprobs_content(tokens, token_bytes), "refusal": None}
 
-def _headers(reply: Reply) -> dict[str, str]:
-    return {"x-sentiment": reply.sentiment.label.value} if reply.sentiment else {}
+    def _usage(self) -> dict[str, Any]:
+        reply = self.reply
+        return usage(reply.num_prompt_tokens, reply.num_completion_tokens, reply.num_cached_tokens)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from server.core.generation_config import or_default
+from server.core.grammar import GrammarCompiler, GrammarError, OutputFormat
 from server.core.sequence import Grammar, SamplingParams
 from server.errors import InvalidRequestError
 from server.protocol.sampling import SamplingRequest
@@ -45,3 +46,20 @@ def _logit_bias(logit_bias: Mapping[str, float], vocab_size: int) -> tuple[tuple
                 param="logit_bias",
             )
     return biases
+
+
+def compile_grammar(
+    grammars: GrammarCompiler, output: OutputFormat, *, schema_param: str
+) -> Grammar | None:
+    """What keeps the answer in its format. May take a second.
+
+    schema_param: where the request has the schema of the answer.
+
+    Raises:
+        InvalidRequestError: a schema cannot be guaranteed; says why.
+    """
+    try:
+        return grammars.compile(output)
+    except GrammarError as error:
+        param = schema_param if error.tool is None else "tools"
+        raise InvalidRequestError(f"'{param}': {error}.", param=param) from error

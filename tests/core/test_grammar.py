@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.core.grammar import Grammar, GrammarCompiler, GrammarError
+from server.core.grammar import Grammar, GrammarCompiler, GrammarError, OutputFormat
 from server.core.tokenizer import ChatTokenizer
 from server.core.tools import CallDelta, CallParser, TextDelta, Tool
 
@@ -68,7 +68,7 @@ def accepts(grammar: Grammar, tokenizer: ChatTokenizer, text: str) -> bool:
 def test_a_json_object_is_one(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer, seed: int
 ) -> None:
-    text = walk(compiler.json_object(), tokenizer, random.Random(seed))
+    text = walk(compiler.json_schema({"type": "object"}), tokenizer, random.Random(seed))
     assert isinstance(json.loads(text), dict)
 
 
@@ -115,7 +115,7 @@ def test_json_of_a_schema_validates(
 
 
 def test_white_space_is_bounded(compiler: GrammarCompiler, tokenizer: ChatTokenizer) -> None:
-    grammar = compiler.json_object()
+    grammar = compiler.json_schema({"type": "object"})
     assert accepts(grammar, tokenizer, '{"a": [1, 2]}')
     assert not accepts(grammar, tokenizer, '{"a":  1}')
     assert not accepts(grammar, tokenizer, '{ "a": 1}')
@@ -190,6 +190,17 @@ def test_calls_have_exactly_the_form_that_is_read_back(
     assert accepts(grammar, tokenizer, text) == fits
 
 
+@pytest.mark.parametrize(
+    ("text", "fits"), [(CALL, True), ('{"a": 1}', True), ("Hello!", False), ("{}", False)]
+)
+def test_an_answer_in_place_of_calls_fits_its_schema(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, text: str, fits: bool
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    grammar = compiler.tool_calls([WEATHER], is_required=False, is_parallel=True, answer=schema)
+    assert accepts(grammar, tokenizer, text) == fits
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_required_calls_are_read_back_and_fit_their_schema(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer, seed: int
@@ -213,3 +224,29 @@ def test_a_tool_with_parameters_that_cannot_be_guaranteed_is_named(
     tool = Tool("odd_one", {"type": "object", "properties": {"a": {"not": {}}}})
     with pytest.raises(GrammarError, match="odd_one"):
         compiler.tool_calls([WEATHER, tool], is_required=True, is_parallel=True)
+
+
+# --- formats --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "fitting", "wrong"),
+    [
+        (OutputFormat(schema={"const": 1}), "1", "2"),
+        (OutputFormat(tools=[CLOCK]), "Hello!", f"{TIME} and more"),
+        (OutputFormat(tools=[CLOCK], is_call_required=True), TIME, "Hello!"),
+        (OutputFormat(tools=[CLOCK], is_parallel=False), TIME, f"{TIME}\n{TIME}"),
+        (OutputFormat(tools=[CLOCK], schema={"const": 1}), "1", "Hello!"),
+    ],
+)
+def test_every_part_of_a_format_counts(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer,
+    output: OutputFormat, fitting: str, wrong: str,
+) -> None:  # fmt: skip
+    grammar = compiler.compile(output)
+    assert grammar is not None
+    assert accepts(grammar, tokenizer, fitting) and not accepts(grammar, tokenizer, wrong)
+
+
+def test_where_any_text_will_do_there_is_no_grammar(compiler: GrammarCompiler) -> None:
+    assert compiler.compile(OutputFormat()) is None

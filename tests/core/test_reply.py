@@ -22,6 +22,7 @@ from server.core.sequence import (
 )
 from server.core.tasks import Label, Task, load_tasks
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.tools import Tool
 from server.errors import ContextLengthError, InvalidRequestError
 
 T = TypeVar("T")
@@ -104,7 +105,7 @@ class FakeScorer:
 class RefusingTokenizer:
     """Its chat template accepts nothing."""
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         raise ChatTemplateError("roles must alternate")
 
 

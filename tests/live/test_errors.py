@@ -62,9 +62,13 @@ def test_a_wrong_value_is_named(tiny: LiveServer, changes: dict[str, Any], param
 
 def test_a_known_parameter_that_is_not_honoured_is_refused(tiny: LiveServer) -> None:
     message = assert_error(
-        chat(tiny, tools=[{}]), 400, "invalid_request_error", "tools", "unsupported_parameter"
+        chat(tiny, functions=[{}]),
+        400,
+        "invalid_request_error",
+        "functions",
+        "unsupported_parameter",
     )
-    assert "tools" in message
+    assert "functions" in message
 
 
 def test_neutral_values_odd_fields_and_nulls_are_accepted(tiny: LiveServer) -> None:

@@ -1,0 +1,104 @@
+"""Messages of a conversation on the wire, and as chat templates know them."""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictStr,
+    model_validator,
+)
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def _joined(content: Any) -> Any:
+    if isinstance(content, list):
+        return "".join(_text_of(part) for part in content)
+    if not isinstance(content, str):
+        raise ValueError("must be a string or a list of text parts")
+    return content
+
+
+# A string or text parts, which are joined.
+Text = Annotated[str, BeforeValidator(_joined)]
+
+
+class CalledFunction(BaseModel):
+    """Which function an earlier answer called, and with what."""
+
+    name: Annotated[StrictStr, Field(min_length=1)]
+    arguments: StrictStr
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> Self:
+        try:
+            json.loads(self.arguments)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'arguments' is not JSON: {error}") from error
+        return self
+
+
+class CalledTool(BaseModel):
+    """A call of an earlier answer."""
+
+    id: StrictStr = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates know it: the arguments are an object there."""
+        arguments = json.loads(self.function.arguments)
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.function.name, "arguments": arguments},
+        }
+
+
+class Message(BaseModel):
+    """One message of the conversation, its content joined to one string."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text = ""
+    tool_calls: list[CalledTool] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_kind(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("a message must be an object with 'role' and 'content'")
+        given = {key: value for key, value in data.items() if value is not None}
+        role = given.get("role")
+        if given.get("function_call"):
+            raise ValueError("'function_call' is not supported; use 'tool_calls'")
+        if given.get("tool_calls") and role != "assistant":
+            raise ValueError("only the assistant has 'tool_calls'")
+        if role == "tool" and not isinstance(given.get("tool_call_id"), str):
+            raise ValueError("'tool_call_id' is missing: give the id of the call it answers")
+        if "content" not in given and role != "assistant":
+            raise ValueError("'content' is missing: give a string or a list of text parts")
+        return given
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates know it."""
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: dict[str, Any] = {"role": role, "content": self.content}
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
+
+
+def _text_of(part: Any) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise ValueError(f"content part {kind!r} is not supported: this model reads text only")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise ValueError("a text part needs a string 'text'")
+    return text

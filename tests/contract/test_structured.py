@@ -1,0 +1,253 @@
+"""JSON, schemas and calls of tools: what comes out always fits, whole and streamed."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pydantic
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from tests.conftest import LiveServer
+from tests.contract.strict import assert_is
+from tests.contract.test_shapes import SENTIMENT, chat, events
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "北京"]}, "celsius": {"type": "boolean"}},
+            "required": ["city", "celsius"],
+            "additionalProperties": False,
+        },
+    },
+}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "mood": {"enum": ["good", "bad", "差"]},
+        "ages": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 99},
+            "maxItems": 3,
+        },
+    },
+    "required": ["name", "mood", "ages"],
+    "additionalProperties": False,
+}
+AS_PERSON = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+
+
+def function(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A tool without description, or what names it as the choice."""
+    more = {} if parameters is None else {"parameters": parameters}
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def content_of(chunks: Iterable[dict[str, Any]]) -> str:
+    return "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks)
+
+
+# --- formats --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_schema_is_always_fitted(tiny: LiveServer, seed: int, temperature: float) -> None:
+    changes = {"seed": seed, "temperature": temperature, "max_tokens": 200}
+    [choice] = chat(tiny, response_format=AS_PERSON, **changes).json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
+
+
+def test_a_stream_of_a_schema_is_the_whole(tiny: LiveServer) -> None:
+    changes = {"response_format": AS_PERSON, "max_tokens": 200, "temperature": 1.0}
+    [choice] = chat(tiny, **changes).json()["choices"]
+    assert content_of(events(chat(tiny, stream=True, **changes))) == choice["message"]["content"]
+
+
+def test_every_one_of_several_choices_fits(tiny: LiveServer) -> None:
+    choices = chat(tiny, response_format=AS_PERSON, max_tokens=200, n=4).json()["choices"]
+    texts = {choice["message"]["content"] for choice in choices}
+    assert len(texts) > 1
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_a_json_object_that_is_cut_off_says_so(tiny: LiveServer) -> None:
+    [choice] = chat(tiny, response_format={"type": "json_object"}, max_tokens=3).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"].startswith("{")
+
+
+def test_plain_text_is_a_format_too(tiny: LiveServer) -> None:
+    plain = chat(tiny, response_format={"type": "text"}).json()["choices"]
+    assert plain == chat(tiny).json()["choices"]
+
+
+def test_logprobs_are_told_under_a_schema(tiny: LiveServer) -> None:
+    changes = {"response_format": AS_PERSON, "logprobs": True, "top_logprobs": 20}
+    [choice] = chat(tiny, max_tokens=200, **changes).json()["choices"]
+    entries = choice["logprobs"]["content"]
+    written = b"".join(bytes(entry["bytes"]) for entry in entries)
+    assert written.decode() == choice["message"]["content"]
+    # What the schema rules out has no probability left.
+    assert min(x["logprob"] for e in entries for x in e["top_logprobs"]) == -9999.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "word"),
+    [
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "a", "schema": {"not": {}}},
+                }
+            },
+            "response_format",
+            "not",
+        ),
+        (
+            {"tools": [function("odd", {"not": {}})]},
+            "tools",
+            "odd",
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_guaranteed_is_refused(
+    tiny: LiveServer, changes: dict[str, Any], param: str, word: str
+) -> None:
+    body = {"model": tiny.model, "messages": [{"role": "user", "content": "hi"}], **changes}
+    response = httpx.post(f"{tiny.base_url}/chat/completions", json=body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param and word in error["message"]
+
+
+# --- tools ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["required", function("get_weather")])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_required_call_is_made_and_fits(tiny: LiveServer, choice: Any, seed: int) -> None:
+    changes = {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False}
+    response = chat(tiny, max_tokens=200, seed=seed, temperature=1.2, **changes).json()
+    assert_is(ChatCompletion, response, SENTIMENT)
+    [answer] = response["choices"]
+    assert answer["finish_reason"] == "tool_calls"
+    assert answer["message"]["content"] is None
+    [call] = answer["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    jsonschema.validate(
+        json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"]
+    )
+
+
+def test_a_stream_of_calls_is_the_whole(tiny: LiveServer) -> None:
+    changes = {"tools": [WEATHER, function("clock")], "tool_choice": "required", "max_tokens": 120}
+    [whole] = chat(tiny, **changes).json()["choices"]
+    chunks = events(chat(tiny, stream=True, **changes))
+    for i, chunk in enumerate(chunks):
+        assert_is(ChatCompletionChunk, chunk, SENTIMENT if i == 0 else frozenset())
+    calls: list[dict[str, str]] = []
+    for chunk in chunks:
+        for call in chunk["choices"][0]["delta"].get("tool_calls", []):
+            if "id" in call:
+                assert call["index"] == len(calls) and call["type"] == "function"
+                calls.append({"name": call["function"]["name"], "arguments": ""})
+            calls[call["index"]]["arguments"] += call["function"]["arguments"]
+    assert calls == [call["function"] for call in whole["message"]["tool_calls"]]
+    assert chunks[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
+
+
+def test_without_need_a_model_may_just_talk(tiny: LiveServer) -> None:
+    bias = {str(tiny.services.tokenizer.encode_text("<")[0]): -100}
+    [choice] = chat(tiny, tools=[WEATHER], logit_bias=bias).json()["choices"]
+    assert choice["message"]["content"]
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] in ("stop", "length")
+
+
+def test_tools_that_must_not_be_called_are_not_told_of(tiny: LiveServer) -> None:
+    with_none = chat(tiny, tools=[WEATHER], tool_choice="none").json()
+    assert with_none["choices"] == chat(tiny).json()["choices"]
+    told = chat(tiny, tools=[WEATHER]).json()["usage"]["prompt_tokens"]
+    assert told > with_none["usage"]["prompt_tokens"] + 50
+
+
+def test_calls_and_their_results_may_stand_in_a_conversation(tiny: LiveServer) -> None:
+    called = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "noon"},
+    ]
+    response = chat(tiny, tools=[function("clock")], messages=messages).json()
+    # The mood is still that of what the user said.
+    assert response["sentiment"] == {
+        **chat(tiny, messages=messages[:1]).json()["sentiment"],
+        "cached": response["sentiment"]["cached"],
+    }
+    shorter = chat(tiny, tools=[function("clock")], messages=messages[:1]).json()
+    assert response["usage"]["prompt_tokens"] > shorter["usage"]["prompt_tokens"] + 20
+
+
+# --- the client's own helpers ---------------------------------------------------------
+
+
+class Person(pydantic.BaseModel):
+    """What the client parses an answer into."""
+
+    name: str = pydantic.Field(max_length=8)
+    is_glad: bool
+
+
+class Mood(pydantic.BaseModel):
+    """What the client parses a call's arguments into."""
+
+    is_glad: bool
+
+
+@pytest.fixture
+def client(tiny: LiveServer) -> openai.OpenAI:
+    return openai.OpenAI(base_url=tiny.base_url, api_key="unused")
+
+
+def test_the_client_parses_an_answer_into_a_model(tiny: LiveServer, client: openai.OpenAI) -> None:
+    completion = client.chat.completions.parse(
+        model=tiny.model, messages=[{"role": "user", "content": "Who?"}], max_tokens=200,
+        response_format=Person, seed=1,
+    )  # fmt: skip
+    assert isinstance(completion.choices[0].message.parsed, Person)
+
+
+def test_the_client_streams_an_answer_into_a_model(tiny: LiveServer, client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=tiny.model, messages=[{"role": "user", "content": "Who?"}], max_tokens=200,
+        response_format=Person, seed=1,
+    ) as stream:  # fmt: skip
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion()
+    assert "content.delta" in kinds and kinds[-1] == "content.done"
+    assert isinstance(final.choices[0].message.parsed, Person)
+    assert (final.model_extra or {})["sentiment"]["label"]
+
+
+def test_the_client_streams_calls(tiny: LiveServer, client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=tiny.model, messages=[{"role": "user", "content": "Weather?"}], max_tokens=200,
+        tools=[openai.pydantic_function_tool(Mood)], tool_choice="required",
+        parallel_tool_calls=False, seed=1,
+    ) as stream:  # fmt: skip
+        kinds = {event.type for event in stream}
+        [call] = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    assert isinstance(call.function.parsed_arguments, Mood)
