@@ -5,6 +5,7 @@ import time
 from server.config import Settings
 from server.core.checkpoint import CheckpointError, find_checkpoint
 from server.core.classifier import Classifier
+from server.core.completion import Completer
 from server.core.engine import Engine
 from server.core.generation_config import read_generation_defaults
 from server.core.grammar import GrammarCompiler
@@ -82,4 +83,5 @@ def load_services(settings: Settings) -> Services:
         engine=engine,
         classifier=classifier,
         replier=replier,
+        completer=Completer(engine, tokenizer, max_context=max_context),
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.core.classifier import Classifier
+from server.core.completion import Completer
 from server.core.engine import Engine
 from server.core.generation_config import GenerationDefaults
 from server.core.grammar import GrammarCompiler
@@ -29,3 +30,4 @@ class Services:
     engine: Engine
     classifier: Classifier
     replier: Replier
+    completer: Completer

@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 
 from server.core.classifier import Classification
+from server.core.sequence import TokenEvent
 from server.core.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol.base import Request, classification, new_id, usage
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.classify import MAX_INPUTS, ClassifyRequest
+from server.protocol.completions import (
+    DEFAULT_MAX_TOKENS,
+    MAX_LOGPROBS,
+    MAX_TOTAL_CHOICES,
+    CompletionRequest,
+    LogprobsWriter,
+)
 from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from server.protocol.tools import MAX_TOOLS
 
@@ -708,6 +716,152 @@ def test_255_labels_are_still_fine() -> None:
 
 def test_unknown_fields_of_a_classify_request_are_accepted() -> None:
     assert parse_classify(something_new=[1], texts=["x"]).texts == ["Hi"]
+
+
+# --- completions ----------------------------------------------------------------------
+
+
+def parse_completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.parse(_json({"model": "m", "prompt": "Hi"} | fields))
+
+
+def refused_completion(**fields: Any) -> InvalidRequestError:
+    return refused(CompletionRequest, {"model": "m", "prompt": "Hi"} | fields)
+
+
+def test_the_least_completion_takes_openais_defaults() -> None:
+    body = parse_completion()
+    assert body.max_tokens == DEFAULT_MAX_TOKENS == 16
+    assert (body.echo, body.logprobs, body.n, body.stop, body.stream) == (False, None, 1, [], False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["max_tokens", "echo", "logprobs", "n", "stop", "seed", "suffix", "best_of", "user", "new"],
+)
+def test_null_counts_as_absent_in_a_completion(name: str) -> None:
+    assert parse_completion(**{name: None}) == parse_completion()
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts"),
+    [
+        ("Hi", {"prompt": "Hi"}),
+        (" \n", {"prompt": " \n"}),
+        ([5, 6], {"prompt": [5, 6]}),
+        (["a"], {"prompt[0]": "a"}),
+        (["a", "b"], {"prompt[0]": "a", "prompt[1]": "b"}),
+        ([[5], [6, 7]], {"prompt[0]": [5], "prompt[1]": [6, 7]}),
+    ],
+)
+def test_every_prompt_is_told_by_its_place(given: Any, prompts: dict[str, Any]) -> None:
+    assert parse_completion(prompt=given).prompts == prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [
+        (None, "prompt"),
+        ("", "prompt"),
+        ([], "prompt"),
+        ([""], "prompt[0]"),
+        (["a", ""], "prompt[1]"),
+        ([[5], []], "prompt[1]"),
+        (5, "prompt"),
+        (True, "prompt"),
+        ({"prompt": "Hi"}, "prompt"),
+        ([1, "a"], "prompt"),
+        ([5, True], "prompt"),
+        ([5.0], "prompt"),
+        ([[[5]]], "prompt"),
+        ([["a"]], "prompt"),
+        (["a", None], "prompt"),
+        (["a"] * (MAX_TOTAL_CHOICES + 1), "prompt"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_its_place(prompt: Any, param: str) -> None:
+    error = refused_completion(prompt=prompt)
+    assert error.param == param
+    assert f"'{param}'" in error.message
+
+
+def test_the_choices_of_all_prompts_are_bounded_together() -> None:
+    fits = ["a"] * (MAX_TOTAL_CHOICES // 2)
+    assert len(parse_completion(prompt=fits, n=2).prompts) == MAX_TOTAL_CHOICES // 2
+    assert refused_completion(prompt=[*fits, "a"], n=2).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("echo", 1),
+        ("logprobs", -1),
+        ("logprobs", MAX_LOGPROBS + 1),
+        ("logprobs", True),
+        ("temperature", 2.1),
+        ("n", MAX_CHOICES + 1),
+        ("stop", ["a"] * (MAX_STOP_STRINGS + 1)),
+        ("logit_bias", {"ten": 1}),
+        ("stream_options", {"include_usage": True}),
+    ],
+)
+def test_a_value_out_of_range_of_a_completion_is_refused_with_the_field(
+    name: str, value: Any
+) -> None:
+    error = refused_completion(**{name: value})
+    assert error.param == name
+    assert f"'{name}'" in error.message
+
+
+@pytest.mark.parametrize("logprobs", [0, 5])
+def test_an_echo_with_logprobs_is_refused_with_the_reason(logprobs: int) -> None:
+    error = refused_completion(echo=True, logprobs=logprobs)
+    assert error.param == "echo"
+    assert "prompt are not computed" in error.message
+    assert parse_completion(echo=False, logprobs=logprobs).logprobs == logprobs
+
+
+@pytest.mark.parametrize(
+    "fields", [{"suffix": "x"}, {"best_of": 3}, {"best_of": 3, "n": 2}, {"best_of": True}]
+)
+def test_what_completions_do_not_support_is_refused(fields: dict[str, Any]) -> None:
+    error = refused_completion(**fields)
+    assert error.param == next(iter(fields))
+    assert error.code == "unsupported_parameter"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"suffix": ""}, {"best_of": 1}, {"best_of": 2, "n": 2}, {"user": "me", "new": [1]}]
+)
+def test_what_changes_nothing_in_a_completion_is_accepted(fields: dict[str, Any]) -> None:
+    assert parse_completion(**fields).prompts == {"prompt": "Hi"}
+
+
+def write_logprobs(*pieces: list[TokenEvent]) -> list[dict[str, list[Any]]]:
+    """What is written piece by piece; the tokens are a, 你, two halves of 你 and a special one."""
+    token_bytes = [b"a", "你".encode(), "你".encode()[:2], "你".encode()[2:], b""]
+    writer = LogprobsWriter(token_bytes, lambda token_ids: f"<|{token_ids[0]}|>")
+    return [writer.write(tokens) for tokens in pieces]
+
+
+def test_logprobs_are_columns_that_go_on_from_piece_to_piece() -> None:
+    first, second = write_logprobs(
+        [TokenEvent(1, -0.5, ((1, -0.5), (4, -2.0))), TokenEvent(2, -1.0, ((0, -0.25),))],
+        [TokenEvent(3, -0.125), TokenEvent(0, -float("inf"))],
+    )
+    assert first == {
+        "tokens": ["你", r"bytes:\xe4\xbd"],
+        "token_logprobs": [-0.5, -1.0],
+        "top_logprobs": [{"你": -0.5, "<|4|>": -2.0}, {"a": -0.25, r"bytes:\xe4\xbd": -1.0}],
+        "text_offset": [0, 1],
+    }
+    assert second == {
+        "tokens": [r"bytes:\xa0", "a"],
+        "token_logprobs": [-0.125, -9999.0],
+        "top_logprobs": [{r"bytes:\xa0": -0.125}, {"a": -9999.0}],
+        "text_offset": [1, 2],
+    }
 
 
 # --- responses ------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""/v1/completions on the wire: OpenAI's older route, which continues raw text."""
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from server.core.sequence import TokenEvent
+from server.errors import InvalidRequestError
+from server.protocol.base import refuse_unsupported
+from server.protocol.sampling import MIN_LOGPROB, ChoicesRequest
+
+DEFAULT_MAX_TOKENS = 16
+MAX_LOGPROBS = 5
+# Choices of one request, of all its prompts together.
+MAX_TOTAL_CHOICES = 256
+
+
+def _is_prompt(value: Any) -> bool:
+    # bool is an int to Python, but not to JSON.
+    is_token_ids = isinstance(value, list) and all(type(token_id) is int for token_id in value)
+    return isinstance(value, str) or is_token_ids
+
+
+def _by_place(prompt: Any) -> Any:
+    if _is_prompt(prompt):
+        return {"prompt": prompt}
+    if isinstance(prompt, list) and all(_is_prompt(one) for one in prompt):
+        return {f"prompt[{i}]": one for i, one in enumerate(prompt)}
+    raise ValueError("must be a string, a list of token ids, or a list of either kind")
+
+
+class CompletionRequest(ChoicesRequest):
+    """Body of POST /v1/completions.
+
+    prompts: texts and token ids to continue, by their place in the request.
+    """
+
+    prompts: Annotated[
+        dict[str, StrictStr | list[StrictInt]], Field(alias="prompt"), BeforeValidator(_by_place)
+    ]
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = DEFAULT_MAX_TOKENS
+    echo: StrictBool = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        for place, prompt in self.prompts.items():
+            if not prompt:
+                raise InvalidRequestError(
+                    f"'{place}' is empty; give something for the model to continue.", param=place
+                )
+        if len(self.prompts) * self.n > MAX_TOTAL_CHOICES:
+            raise InvalidRequestError(
+                f"'prompt': {len(self.prompts)} prompts, each continued 'n' = {self.n} times, are "
+                f"more than the {MAX_TOTAL_CHOICES} choices one request may have; send more in "
+                "several requests.",
+                param="prompt",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError(
+                "'echo' is not allowed with 'logprobs', for the log-probabilities of the prompt "
+                "are not computed; leave one of them out.",
+                param="echo",
+            )
+        refuse_unsupported(self.model_extra, {"suffix": ("",), "best_of": (1, self.n)})
+        return self
+
+
+class LogprobsWriter:
+    """Writes the `logprobs` of one choice, all at once or piece by piece."""
+
+    def __init__(
+        self, token_bytes: Sequence[bytes], decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """token_bytes: UTF-8 by token id, empty for special tokens; decode: spells these too."""
+        self._token_bytes, self._decode = token_bytes, decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        self._num_chars = 0
+
+    def write(self, tokens: Sequence[TokenEvent]) -> dict[str, list[Any]]:
+        """The object for the tokens that come next."""
+        return {
+            "tokens": [self._name(token.token_id) for token in tokens],
+            "token_logprobs": [_at_least(token.logprob) for token in tokens],
+            "top_logprobs": [self._likeliest(token) for token in tokens],
+            "text_offset": [self._offset(token.token_id) for token in tokens],
+        }
+
+    def _likeliest(self, token: TokenEvent) -> dict[str, float]:
+        """The log-probabilities of the likeliest tokens, and of the one that was sampled."""
+        entries = [*token.top_logprobs, (token.token_id, token.logprob)]
+        return {self._name(token_id): _at_least(logprob) for token_id, logprob in entries}
+
+    def _offset(self, token_id: int) -> int:
+        """Where the token begins, in characters of the text."""
+        offset = self._num_chars
+        self._num_chars += len(self._decoder.decode(self._token_bytes[token_id]))
+        return offset
+
+    def _name(self, token_id: int) -> str:
+        """The token's text, or its bytes where they are half a character, as OpenAI spells them.
+
+        Names are keys, so no two tokens may have the same.
+        """
+        data = self._token_bytes[token_id]
+        if not data:
+            return self._decode([token_id])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _at_least(logprob: float | None) -> float:
+    assert logprob is not None
+    return max(logprob, MIN_LOGPROB)

@@ -1,0 +1,115 @@
+"""POST /v1/completions, whole and streamed: raw text goes on, without sentiment."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.core.choices import Choices
+from server.core.sequence import TokenEvent
+from server.protocol.base import new_id, now, usage
+from server.protocol.completions import CompletionRequest, LogprobsWriter
+from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.sampling import sampling_params
+from server.routes.streaming import stream
+from server.services import Services
+
+
+async def text_completions(request: Request) -> Response:
+    """Continues each prompt as it is."""
+    services = services_of(request)
+    body = CompletionRequest.parse(await read_body(request))
+    check_model(services, body.model)
+    params = sampling_params(body, services, max_tokens=body.max_tokens, num_logprobs=body.logprobs)
+
+    async def begin() -> _Completion:
+        choices = await services.completer.complete(
+            body.prompts, params, body.stop, num_choices=body.n
+        )
+        return _Completion(body, services, choices)
+
+    async def complete() -> Response:
+        return await (await begin()).whole()
+
+    if not body.stream:
+        return await unless_disconnected(request, complete())
+    completion = await unless_disconnected(request, begin())
+    return stream(completion.chunks(), completion.choices.abort, headers={})
+
+
+class _Completion:
+    """Choices on their way to the client."""
+
+    def __init__(self, body: CompletionRequest, services: Services, choices: Choices) -> None:
+        self.choices = choices
+        self._includes_usage = body.includes_usage
+        self._base: dict[str, Any] = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": now(),
+            "model": body.model,
+        }
+        self._echoes = [
+            _text_of(prompt, services) if body.echo else ""
+            for prompt in body.prompts.values()
+            for _ in range(body.n)
+        ]
+        self._logprobs = [
+            LogprobsWriter(services.tokenizer.token_bytes, services.tokenizer.decode)
+            for _ in (choices.choices if body.logprobs is not None else ())
+        ]
+
+    async def whole(self) -> Response:
+        """The response, once all choices are complete."""
+        choices = [
+            self._choice(
+                index,
+                self._echoes[index] + "".join(piece.text for piece in pieces),
+                [token for piece in pieces for token in piece.tokens],
+                self.choices.choices[index].finish_reason,
+            )
+            for index, pieces in enumerate(await self.choices.read())
+        ]
+        return JSONResponse({**self._base, "choices": choices, "usage": self._usage()})
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """Prompts if they are echoed, text, finish reasons, usage on request."""
+        base = self._base | ({"usage": None} if self._includes_usage else {})
+        for index, echo in enumerate(self._echoes):
+            if echo:
+                yield {**base, "choices": [self._choice(index, echo)]}
+        async for index, piece in self.choices.pieces():
+            if piece is None:
+                end = self._choice(
+                    index, "", finish_reason=self.choices.choices[index].finish_reason
+                )
+                yield {**base, "choices": [end]}
+            else:
+                yield {**base, "choices": [self._choice(index, piece.text, piece.tokens)]}
+        if self._includes_usage:
+            yield {**base, "choices": [], "usage": self._usage()}
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[TokenEvent] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        logprobs = None
+        if self._logprobs and tokens is not None:
+            logprobs = self._logprobs[index].write(tokens)
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        choices = self.choices
+        return usage(
+            choices.num_prompt_tokens, choices.num_completion_tokens, choices.num_cached_tokens
+        )
+
+
+def _text_of(prompt: str | Sequence[int], services: Services) -> str:
+    return prompt if isinstance(prompt, str) else services.tokenizer.decode(prompt)
