@@ -130,7 +130,9 @@ def of_type(*expected: str, default: str | None = None, hint: str = "") -> Discr
     """Chooses among objects by their field `type`."""
 
     def tag(value: Any) -> str | None:
-        kind = value.get("type", default) if isinstance(value, dict) else None
+        is_json = isinstance(value, dict)
+        # A model where it is written rather than read.
+        kind = value.get("type", default) if is_json else getattr(value, "type", None)
         return branch(kind) if kind in expected else None
 
     return Discriminator(

@@ -6,12 +6,11 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from server.core.grammar import OutputFormat
-from server.core.sequence import TokenEvent
 from server.core.tools import ToolCall
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
 from server.protocol.messages import Message
-from server.protocol.sampling import MAX_TOP_LOGPROBS, MIN_LOGPROB, ChoicesRequest
+from server.protocol.sampling import MAX_TOP_LOGPROBS, ChoicesRequest
 from server.protocol.tools import (
     MAX_TOOLS,
     NamedToolChoice,
@@ -96,24 +95,3 @@ def tool_call(call: ToolCall) -> dict[str, Any]:
     """A call as it stands in a message."""
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def logprobs_content(
-    tokens: Sequence[TokenEvent], token_bytes: Sequence[bytes]
-) -> list[dict[str, Any]]:
-    """`logprobs.content`: the tokens with their log-probabilities and UTF-8 bytes."""
-
-    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-        assert logprob is not None
-        data = token_bytes[token_id]
-        return {
-            "token": data.decode(errors="replace"),  # a token may be half a character
-            "logprob": max(logprob, MIN_LOGPROB),
-            "bytes": list(data),
-        }
-
-    return [
-        entry(token.token_id, token.logprob)
-        | {"top_logprobs": [entry(*alternative) for alternative in token.top_logprobs]}
-        for token in tokens
-    ]

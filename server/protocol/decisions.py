@@ -6,10 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    Json,
     StrictStr,
     Tag,
     field_validator,
@@ -20,6 +18,7 @@ from server.core.classifier import Classification
 from server.core.questions import Option
 from server.core.tasks import Task
 from server.protocol.base import Request, branch, of_type
+from server.protocol.items import Content, Items, Part, conversation, text_of
 
 MAX_QUESTIONS = 400
 MAX_CHOICES = 255
@@ -28,153 +27,6 @@ MAX_LEVELS = 10
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
-
-
-# --- input ----------------------------------------------------------------------------
-
-
-class TextPart(_Frozen):
-    """Text that a user, the developer or a tool wrote."""
-
-    type: Literal["input_text"]
-    text: StrictStr
-
-    def as_text(self) -> str:
-        return self.text
-
-
-class JSONPart(_Frozen):
-    """An object, or several, which the model reads as JSON."""
-
-    type: Literal["input_json"]
-    data: dict[str, Any] | list[dict[str, Any]]
-
-    def as_text(self) -> str:
-        return json.dumps(self.data, ensure_ascii=False)
-
-
-class OutputTextPart(_Frozen):
-    """Text that an assistant wrote."""
-
-    type: Literal["output_text"]
-    text: StrictStr
-
-    def as_text(self) -> str:
-        return self.text
-
-
-class RefusalPart(_Frozen):
-    """What an assistant said in place of an answer."""
-
-    type: Literal["refusal"]
-    refusal: StrictStr
-
-    def as_text(self) -> str:
-        return self.refusal
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag(branch("input_text"))]
-    | Annotated[JSONPart, Tag(branch("input_json"))]
-    | Annotated[OutputTextPart, Tag(branch("output_text"))]
-    | Annotated[RefusalPart, Tag(branch("refusal"))],
-    of_type(
-        "input_text", "input_json", "output_text", "refusal", hint="; this model reads text only"
-    ),
-]
-
-
-def _as_parts(content: Any) -> Any:
-    if isinstance(content, str):
-        return [{"type": "input_text", "text": content}]
-    if not isinstance(content, list):
-        raise ValueError("must be a string or a list of parts")
-    return content
-
-
-Content = Annotated[list[Part], BeforeValidator(_as_parts)]
-
-
-def _text_of(content: Sequence[Part]) -> str:
-    return "\n".join(part.as_text() for part in content)
-
-
-class Message(_Frozen):
-    """What somebody said."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Content
-
-    def for_template(self) -> dict[str, Any]:
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": _text_of(self.content)}
-
-
-class FunctionCall(_Frozen):
-    """An assistant's call of a function."""
-
-    type: Literal["function_call"]
-    call_id: StrictStr
-    name: StrictStr
-    arguments: Json[Any]
-
-    def for_template(self) -> dict[str, Any]:
-        return _call(self.name, self.arguments)
-
-
-class CustomToolCall(_Frozen):
-    """An assistant's call of a tool that takes plain text."""
-
-    type: Literal["custom_tool_call"]
-    call_id: StrictStr
-    name: StrictStr
-    input: StrictStr
-
-    def for_template(self) -> dict[str, Any]:
-        return _call(self.name, {"input": self.input})
-
-
-class CallOutput(_Frozen):
-    """What a function or tool returned."""
-
-    type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: StrictStr
-    output: Content
-
-    def for_template(self) -> dict[str, Any]:
-        return {"role": "tool", "content": _text_of(self.output)}
-
-
-def _call(name: str, arguments: Any) -> dict[str, Any]:
-    function = {"name": name, "arguments": arguments}
-    call = {"type": "function", "function": function}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-
-Item = Annotated[
-    Annotated[Message, Tag(branch("message"))]
-    | Annotated[FunctionCall, Tag(branch("function_call"))]
-    | Annotated[CustomToolCall, Tag(branch("custom_tool_call"))]
-    | Annotated[CallOutput, Tag(branch("function_call_output"))]
-    | Annotated[CallOutput, Tag(branch("custom_tool_call_output"))],
-    of_type(
-        "message",
-        "function_call",
-        "function_call_output",
-        "custom_tool_call",
-        "custom_tool_call_output",
-        default="message",
-    ),
-]
-
-
-def _as_items(value: Any) -> Any:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of messages")
-    return value
 
 
 # --- questions ------------------------------------------------------------------------
@@ -190,7 +42,7 @@ class _Question(_Frozen):
     @field_validator("instructions")
     @classmethod
     def _check_not_empty(cls, instructions: list[Part]) -> list[Part]:
-        if not _text_of(instructions).strip():
+        if not text_of(instructions).strip():
             raise ValueError("is empty")
         return instructions
 
@@ -201,7 +53,7 @@ class Predicate(_Question):
     type: Literal["predicate"]
 
     def task(self) -> Task:
-        return questions.predicate(_text_of(self.instructions))
+        return questions.predicate(text_of(self.instructions))
 
     def answer(self, result: Classification) -> dict[str, Any]:
         (_, yes), _ = result.probabilities
@@ -244,7 +96,7 @@ class Choice(_Question):
             # JSON's quotes tell a string from the boolean of the same text.
             texts = [json.dumps(option.value, ensure_ascii=False) for option in self.choices]
         options = zip(texts, (option.description for option in self.choices), strict=True)
-        return questions.choice(_text_of(self.instructions), list(options))
+        return questions.choice(text_of(self.instructions), list(options))
 
     def answer(self, result: Classification) -> dict[str, Any]:
         labels = [label for label, _ in result.probabilities]
@@ -284,7 +136,7 @@ class Score(_Question):
 
     def task(self) -> Task:
         levels: list[Option] = [(level.label, level.description) for level in self.levels]
-        return questions.score(_text_of(self.instructions), levels)
+        return questions.score(text_of(self.instructions), levels)
 
     def answer(self, result: Classification) -> dict[str, Any]:
         return {
@@ -314,35 +166,13 @@ class DecisionsRequest(Request):
     """Body of POST /v1/decisions: questions about one input."""
 
     model: StrictStr
-    input: Annotated[list[Item], Field(min_length=1), BeforeValidator(_as_items)]
+    input: Items
     questions: Annotated[list[Question], Field(min_length=1, max_length=MAX_QUESTIONS)]
-
-    @field_validator("input")
-    @classmethod
-    def _check_not_empty(cls, items: list[Item]) -> list[Item]:
-        if all(isinstance(item, Message) and not _text_of(item.content).strip() for item in items):
-            raise ValueError("is empty")
-        return items
-
-    @field_validator("input")
-    @classmethod
-    def _check_calls(cls, items: list[Item]) -> list[Item]:
-        called = set()
-        for item in items:
-            if isinstance(item, CallOutput):
-                kind = item.type.removesuffix("_output")
-                if (kind, item.call_id) not in called:
-                    raise ValueError(
-                        f"there is no {kind} {item.call_id!r} before the output that names it"
-                    )
-            elif not isinstance(item, Message):
-                called.add((item.type, item.call_id))
-        return items
 
     def conversation(self) -> list[dict[str, Any]]:
         """What the model is shown before a question, as chat templates know it."""
         instructions = {"role": "system", "content": questions.INSTRUCTIONS}
-        return [instructions, *(item.for_template() for item in self.input)]
+        return [instructions, *conversation(self.input)]
 
 
 def decision_usage(results: Sequence[Classification]) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from pydantic import (
     model_validator,
 )
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
 
 def _joined(content: Any) -> Any:
     if isinstance(content, list):

@@ -1,5 +1,6 @@
 """What all requests for generated text share: how it is sampled and how it comes back."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -13,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from server.core.sequence import TokenEvent
 from server.errors import InvalidRequestError
 from server.protocol.base import Number, Request
 
@@ -88,3 +90,24 @@ class ChoicesRequest(SamplingRequest):
                 "'stream_options' is only allowed when 'stream' is true.", param="stream_options"
             )
         return self
+
+
+def logprobs_content(
+    tokens: Sequence[TokenEvent], token_bytes: Sequence[bytes]
+) -> list[dict[str, Any]]:
+    """`logprobs.content`: the tokens with their log-probabilities and UTF-8 bytes."""
+
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        assert logprob is not None
+        data = token_bytes[token_id]
+        return {
+            "token": data.decode(errors="replace"),  # a token may be half a character
+            "logprob": max(logprob, MIN_LOGPROB),
+            "bytes": list(data),
+        }
+
+    return [
+        entry(token.token_id, token.logprob)
+        | {"top_logprobs": [entry(*alternative) for alternative in token.top_logprobs]}
+        for token in tokens
+    ]

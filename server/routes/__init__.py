@@ -8,11 +8,13 @@ from server.routes.completions import text_completions
 from server.routes.decisions import decisions
 from server.routes.health import health
 from server.routes.models import list_models, retrieve_model
+from server.routes.responses import responses
 from server.routes.tokenize import detokenize, tokenize
 
 ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", text_completions, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
     Route("/v1/classify", classify, methods=["POST"]),
     Route("/v1/decisions", decisions, methods=["POST"]),
     Route("/v1/models", list_models, methods=["GET"]),

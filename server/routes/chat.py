@@ -12,7 +12,8 @@ from server.core.reply import Reply
 from server.core.sequence import TokenEvent
 from server.core.tools import Answer, CallDelta, Delta, TextDelta
 from server.protocol.base import classification, new_id, now, usage
-from server.protocol.chat import ChatCompletionRequest, logprobs_content, message
+from server.protocol.chat import ChatCompletionRequest, message
+from server.protocol.sampling import logprobs_content
 from server.routes.common import check_model, read_body, services_of, unless_disconnected
 from server.routes.sampling import compile_grammar, sampling_params
 from server.routes.streaming import stream

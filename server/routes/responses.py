@@ -1,0 +1,225 @@
+"""POST /v1/responses, whole and streamed; stateless."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.core.generation_config import or_default
+from server.core.reply import Reply
+from server.core.sequence import TokenEvent
+from server.core.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
+from server.protocol.base import classification, new_id, now
+from server.protocol.responses import (
+    ResponsesRequest,
+    call_item,
+    message_item,
+    response_usage,
+    text_part,
+)
+from server.protocol.sampling import logprobs_content
+from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.sampling import compile_grammar, sampling_params
+from server.routes.streaming import stream
+from server.services import Services
+
+Event = dict[str, Any]
+
+
+async def responses(request: Request) -> Response:
+    """Judges the mood of the last user message, then answers in items."""
+    services = services_of(request)
+    body = ResponsesRequest.parse(await read_body(request))
+    is_plain = check_model(services, body.model)
+    output = body.output()
+
+    async def begin() -> _Response:
+        grammar = await asyncio.to_thread(
+            compile_grammar, services.grammars, output, schema_param="text.format"
+        )
+        params = sampling_params(
+            body,
+            services,
+            max_tokens=body.max_output_tokens,
+            num_logprobs=body.top_logprobs if body.has_logprobs else None,
+            grammar=grammar,
+        )
+        reply = await services.replier.reply(
+            body.messages(),
+            params,
+            body.stop,
+            with_sentiment=body.sentiment and not is_plain,
+            tools=output.tools,
+        )
+        return _Response(body, services, reply, has_tools=bool(output.tools))
+
+    async def complete() -> Response:
+        response = await begin()
+        async for event in response.events():
+            last = event
+        return JSONResponse(last["response"], headers=response.headers)
+
+    if not body.stream:
+        return await unless_disconnected(request, complete())
+    response = await unless_disconnected(request, begin())
+    # The last event says that it is the last; there is no [DONE].
+    return stream(response.events(), response.reply.abort, response.headers, end=None)
+
+
+class _Response:
+    """A reply on its way to the client, as a list of items: a message, calls."""
+
+    def __init__(
+        self, body: ResponsesRequest, services: Services, reply: Reply, *, has_tools: bool
+    ) -> None:
+        self.reply = reply
+        self._body, self._services = body, services
+        self._answer = Answer(has_tools=has_tools)
+        self._id, self._created_at = new_id("resp"), now()
+        self._items: list[dict[str, Any]] = []
+        self._num_events = 0
+        # Of the item that is being written.
+        self._item_id: str | None = None
+        self._text, self._logprobs = "", list[dict[str, Any]]()
+        self._call: ToolCall | None = None
+        sentiment = reply.sentiment
+        self.headers = {"x-sentiment": sentiment.label.value} if sentiment else {}
+
+    async def events(self) -> AsyncIterator[Event]:
+        """What happens, in order; the last event holds the whole response."""
+        yield self._event("response.created", response=self._response("in_progress"))
+        yield self._event("response.in_progress", response=self._response("in_progress"))
+        [choice] = self.reply.choices
+        async for piece in choice.pieces():
+            tokens = piece.tokens
+            for delta in self._answer.add(piece.text):
+                for event in self._written(delta, tokens):
+                    yield event
+                tokens = ()
+        for delta in self._answer.end():
+            for event in self._written(delta, ()):
+                yield event
+        status = "completed" if choice.finish_reason == "stop" else "incomplete"
+        if not self._items and self._item_id is None:
+            for event in self._begin_message():
+                yield event
+        for event in self._end_item(status):
+            yield event
+        yield self._event(f"response.{status}", response=self._response(status))
+
+    def _written(self, delta: Delta, tokens: Sequence[TokenEvent]) -> Iterator[Event]:
+        match delta:
+            case TextDelta(text):
+                if self._item_id is None:
+                    yield from self._begin_message()
+                told = logprobs_content(tokens, self._services.tokenizer.token_bytes)
+                self._text += text
+                self._logprobs += told
+                yield self._item_event(
+                    "response.output_text.delta",
+                    content_index=0,
+                    delta=text,
+                    logprobs=_without_bytes(told),
+                )
+            case CallDelta(index, str(), _):
+                yield from self._end_item("completed")
+                yield from self._begin_call(self._answer.calls[index])
+            case CallDelta(_, None, arguments):
+                yield self._item_event("response.function_call_arguments.delta", delta=arguments)
+
+    def _begin_message(self) -> Iterator[Event]:
+        self._item_id, self._text, self._logprobs = new_id("msg"), "", []
+        item = message_item(self._item_id, "in_progress", [])
+        yield self._event("response.output_item.added", output_index=len(self._items), item=item)
+        yield self._item_event(
+            "response.content_part.added", content_index=0, part=text_part("", [])
+        )
+
+    def _begin_call(self, call: ToolCall) -> Iterator[Event]:
+        self._item_id, self._call = new_id("fc"), call
+        item = call_item(self._item_id, "in_progress", call, "")
+        yield self._event("response.output_item.added", output_index=len(self._items), item=item)
+
+    def _end_item(self, status: str) -> Iterator[Event]:
+        if self._item_id is None:
+            return
+        if self._call is not None:
+            arguments = self._call.arguments
+            item = call_item(self._item_id, status, self._call, arguments)
+            yield self._item_event("response.function_call_arguments.done", arguments=arguments)
+        else:
+            part = text_part(self._text, self._logprobs)
+            item = message_item(self._item_id, status, [part])
+            yield self._item_event(
+                "response.output_text.done",
+                content_index=0,
+                text=self._text,
+                logprobs=_without_bytes(self._logprobs),
+            )
+            yield self._item_event("response.content_part.done", content_index=0, part=part)
+        yield self._event("response.output_item.done", output_index=len(self._items), item=item)
+        self._items.append(item)
+        self._item_id = self._call = None
+
+    def _item_event(self, kind: str, **fields: Any) -> Event:
+        return self._event(kind, item_id=self._item_id, output_index=len(self._items), **fields)
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        event = {"type": kind, "sequence_number": self._num_events, **fields}
+        self._num_events += 1
+        return event
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body, reply, defaults = self._body, self.reply, self._services.defaults
+        is_done = status != "in_progress"
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created_at,
+            "status": status,
+            "error": None,
+            "incomplete_details": (
+                {"reason": "max_output_tokens"} if status == "incomplete" else None
+            ),
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata,
+            "model": body.model,
+            "output": list(self._items),
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": None,
+            "temperature": or_default(body.temperature, defaults.temperature),
+            "text": body.text.model_dump(by_alias=True, exclude_none=True),
+            "tool_choice": (
+                body.tool_choice
+                if isinstance(body.tool_choice, str)
+                else body.tool_choice.model_dump()
+            ),
+            "tools": [tool.model_dump(exclude_none=True) for tool in body.tools],
+            "top_p": or_default(body.top_p, defaults.top_p),
+            "truncation": "disabled",
+            "usage": (
+                response_usage(
+                    reply.num_prompt_tokens, reply.num_cached_tokens, reply.num_completion_tokens
+                )
+                if is_done
+                else None
+            ),
+            "sentiment": classification(reply.sentiment),
+        }
+
+
+def _without_bytes(logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As they stand in events, which know no bytes."""
+    return [
+        {
+            "token": entry["token"],
+            "logprob": entry["logprob"],
+            "top_logprobs": [
+                {"token": top["token"], "logprob": top["logprob"]} for top in entry["top_logprobs"]
+            ],
+        }
+        for entry in logprobs
+    ]
