@@ -50,12 +50,14 @@ def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
 
     monkeypatch.setattr(tiny.services.engine._runner, "step", slow_step)
     # Read at every request; the services themselves are frozen.
-    monkeypatch.setattr(chat, "_sampling_params", _never_ending(chat._sampling_params))
+    monkeypatch.setattr(chat, "sampling_params", _never_ending(chat.sampling_params))
     return tiny
 
 
 def _never_ending(sampling_params: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
-    return lambda *args: dataclasses.replace(sampling_params(*args), stop_token_ids=frozenset())
+    return lambda *args, **options: dataclasses.replace(
+        sampling_params(*args, **options), stop_token_ids=frozenset()
+    )
 
 
 async def test_two_streams_both_make_progress(

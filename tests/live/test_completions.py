@@ -360,4 +360,7 @@ async def test_hanging_up_frees_every_slot(endless: LiveServer, stream: bool, n:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}"
         connection.sendall(head.encode() + b"\r\n\r\n" + content)
         await until(lambda: len(engine._scheduler.running) == 2 * n)
+        sequences = list(engine._scheduler.running)
     await until(lambda: is_idle(engine))
+    # They were ended, not merely waited for.
+    assert all(len(sequence.completion_ids) < 400 for sequence in sequences)

@@ -1,0 +1,34 @@
+"""Server-sent events: whatever becomes of the client, the work behind a stream ends."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from server.routes.streaming import stream
+
+BOUND_S = 20
+
+
+@pytest.mark.parametrize("blocked", ["http.response.start", "http.response.body"])
+async def test_a_client_that_leaves_without_reading_ends_the_work(blocked: str) -> None:
+    is_blocked, aborts = asyncio.Event(), []
+
+    async def contents() -> AsyncIterator[dict[str, Any]]:
+        yield {"text": "never read"}
+
+    async def receive() -> Message:
+        await is_blocked.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == blocked:
+            is_blocked.set()
+            await asyncio.Event().wait()  # the client's buffers are full
+
+    response = stream(contents(), lambda: aborts.append(1), headers={})
+    async with asyncio.timeout(BOUND_S):
+        await response({"type": "http", "method": "POST"}, receive, send)
+    assert aborts
