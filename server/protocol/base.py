@@ -5,10 +5,11 @@ Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond O
 """
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,8 @@ from pydantic import (
 
 from server.core.classifier import Classification
 from server.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 
 def _to_float(value: Any) -> float:
@@ -41,6 +44,9 @@ class Request(BaseModel):
     """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+
+    # Parameters that are no fields, but known: refused, or without effect.
+    known: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -68,9 +74,12 @@ class Request(BaseModel):
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
         try:
-            return cls.model_validate(data)
+            request = cls.model_validate(data)
         except ValidationError as error:
             raise _as_invalid_request(error) from error
+        if unknown := sorted(set(request.model_extra or ()) - cls.known):
+            logger.debug("%s: unknown parameters are ignored: %s", cls.__name__, unknown)
+        return request
 
 
 class Usage(BaseModel):

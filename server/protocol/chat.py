@@ -49,6 +49,8 @@ WITHOUT_EFFECT = (
 class ChatCompletionRequest(ChoicesRequest):
     """Body of POST /v1/chat/completions."""
 
+    known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool = False

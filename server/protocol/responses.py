@@ -121,6 +121,8 @@ class NamedFunction(FunctionName):
 class ResponsesRequest(SamplingRequest):
     """Body of POST /v1/responses."""
 
+    known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
+
     input: Items
     instructions: StrictStr | None = None
     max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.base import Request
+from server.protocol.base import Request, refuse_unsupported
 from server.protocol.messages import Message
+from server.protocol.tools import MAX_TOOLS, ToolDefinition
 
 # Parameters of vLLM's that would change the tokens, with the values that leave them alone.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -15,9 +16,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({}, {"enable_thinking": False}),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
-FOR_MESSAGES = ("add_generation_prompt", "continue_final_message")
+FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
 
 
 class TokenizeRequest(Request):
@@ -30,6 +30,7 @@ class TokenizeRequest(Request):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: StrictBool = True  # Qwen's tokenizers have none to add
     return_token_strs: StrictBool = False
     add_generation_prompt: StrictBool | None = None
@@ -47,13 +48,7 @@ class TokenizeRequest(Request):
                 "'continue_final_message' and 'add_generation_prompt' exclude each other.",
                 param="continue_final_message",
             )
-        for name, value in (self.model_extra or {}).items():
-            if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-                raise InvalidRequestError(
-                    f"'{name}' is not supported by this server; leave it out.",
-                    param=name,
-                    code="unsupported_parameter",
-                )
+        refuse_unsupported(self.model_extra, UNSUPPORTED)
         return self
 
 

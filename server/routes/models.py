@@ -31,4 +31,10 @@ def _model(services: Services, model_id: str) -> dict[str, Any]:
         "created": services.created,
         "owned_by": "qwen-all-in-one",
         "context_length": services.max_context,
+        "capabilities": {
+            "sentiment": not model_id.endswith(PLAIN_SUFFIX),
+            "tools": True,
+            "structured_output": True,
+            "vision": False,
+        },
     }

@@ -50,6 +50,7 @@ def _token_ids(body: TokenizeRequest, tokenizer: ChatTokenizer) -> list[int]:
     try:
         return tokenizer.encode_chat(
             [message.for_template() for message in body.messages],
+            [tool.function.tool() for tool in body.tools or ()],
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )

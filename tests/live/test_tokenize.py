@@ -194,6 +194,15 @@ def test_what_is_wrong_is_named(
     assert f"'{param}'" in error["message"]
 
 
+def test_tools_are_counted_as_in_a_chat(tiny: LiveServer) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    count = call(tiny, "/tokenize", messages=[USER], tools=tools)["count"]
+    body = {"model": tiny.model, "messages": [USER], "tools": tools, "sentiment": False}
+    url = f"{tiny.base_url}/chat/completions"
+    response = httpx.post(url, json={**body, "max_tokens": 1}, timeout=60)
+    assert response.json()["usage"]["prompt_tokens"] == count
+
+
 def test_neutral_values_nulls_and_unknown_fields_are_accepted(live: LiveServer) -> None:
     plain = call(live, "/tokenize", messages=[USER])
     assert plain == call(
