@@ -1,0 +1,1 @@
+"""Clients of other projects, where they are installed: pip install -e '.[clients]'."""
