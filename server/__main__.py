@@ -1,8 +1,14 @@
-"""The command: `python -m server`, or `qwen-all-in-one`."""
+"""The command: `python -m server`, or `qwen-all-in-one`.
 
+Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was
+stopped at once by a second signal; 2 wrong options; 3 the engine broke down.
+"""
+
+import asyncio
 import logging
 import socket
 import sys
+from types import FrameType
 
 import uvicorn
 from pydantic import ValidationError
@@ -11,10 +17,16 @@ from pydantic_settings import CliApp
 from server.app import create_app
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
+from server.core.engine import Engine
 from server.core.tasks import TaskFileError
 from server.loading import load_services
+from server.middleware import Gate
 
-GRACE_PERIOD_S = 5
+logger = logging.getLogger(__name__)
+
+# For the last events of streams that were cut off, and for connections to close.
+CLOSING_S = 3
+EXIT_FORCED, EXIT_BROKEN = 1, 3
 
 
 def main() -> None:
@@ -37,17 +49,64 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     app = create_app(settings, services)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level=settings.log_level,
-            timeout_graceful_shutdown=GRACE_PERIOD_S,
-        )
+    config = uvicorn.Config(
+        app,
+        log_level=settings.log_level,
+        access_log=False,  # ours has the request's id
+        timeout_graceful_shutdown=CLOSING_S,
     )
+    server = Server(config, app.state.gate, services.engine, settings.grace_period)
     if services.warning:
         print(f"\nWARNING: {services.warning}", file=sys.stderr, flush=True)
     print(_banner(services.model_id, url), flush=True)
     server.run(sockets=[listener])
+    sys.exit(server.exit_code)
+
+
+class Server(uvicorn.Server):
+    """Stops taking requests when told to stop, finishes those it has, then leaves.
+
+    While they finish, new ones are told so: the port stays open. A second signal ends
+    everything at once.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, gate: Gate, engine: Engine, grace_period_s: float
+    ) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._gate, self._engine, self._grace_period_s = gate, engine, grace_period_s
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called on SIGINT and SIGTERM, between two steps of the event loop."""
+        if self._gate.is_closed:
+            self.exit_code, self.should_exit, self.force_exit = EXIT_FORCED, True, True
+        self._gate.is_closed = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; whether to leave."""
+        if self._engine.breakdown is not None:
+            # Its requests have been told. A supervisor may start a sound one.
+            self.exit_code, self._gate.is_closed = EXIT_BROKEN, True
+        if self._gate.is_closed and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        if self._gate.num_requests:
+            logger.info(
+                "finishing %d requests, in %g s at most; a second signal ends them now",
+                self._gate.num_requests,
+                self._grace_period_s,
+            )
+        try:
+            await asyncio.wait_for(self._gate.wait_until_empty(), self._grace_period_s)
+        except TimeoutError:
+            logger.warning("%d requests were cut off", self._gate.num_requests)
+            # Whoever waits for a sequence is told that it was aborted.
+            await asyncio.to_thread(self._engine.close)
+        self.should_exit = True
 
 
 def _read_settings() -> Settings:

@@ -52,6 +52,15 @@ class Settings(BaseSettings):
     max_prefill_tokens: PositiveInt = Field(
         256, description="prompt tokens computed in one step, between two tokens of the streams"
     )
+    max_queue: Annotated[int, Field(ge=0)] = Field(
+        64, description="requests that may wait beyond --max-num-seqs; the next ones get a 429"
+    )
+    request_timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds a request may take, waiting included"
+    )
+    grace_period: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="seconds that running requests have to finish when the server is stopped"
+    )
     max_kv_mib: PositiveInt = Field(
         2048, description="memory for the tokens of running sequences, in MiB; the others wait"
     )
@@ -70,6 +79,9 @@ class Settings(BaseSettings):
     max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="key clients must send; several: give it again, or put commas between"
+    )
+    cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="origin whose pages may call from a browser, '*' for all; several as keys"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"

@@ -93,5 +93,33 @@ class UnavailableError(APIError):
 
     status = 503
 
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down; try again shortly.")
+
     def headers(self) -> dict[str, str]:
         return {"retry-after": "5"}
+
+
+class OverloadedError(APIError):
+    """Too many requests are waiting already."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="queue_full")
+
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "2"}
+
+
+class RequestTimeoutError(APIError):
+    """The request was not done in time. Asking again would load the server twice."""
+
+    status = 504
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="request_timeout")
+
+    def headers(self) -> dict[str, str]:
+        return {"x-should-retry": "false"}

@@ -25,15 +25,16 @@ from server.core.sequence import (
     Sequence,
     TokenEvent,
 )
+from server.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
 
-class EngineClosedError(Exception):
+class EngineClosedError(UnavailableError):
     """The engine takes no more sequences."""
 
 
-class SequenceAbortedError(Exception):
+class SequenceAbortedError(UnavailableError):
     """The sequence was aborted before it was done."""
 
 
@@ -116,6 +117,7 @@ class Engine:
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no sequence may slip in behind the closing command
         self._is_closed = False
+        self.breakdown: Exception | None = None  # what ended the thread, if not a close
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -202,7 +204,7 @@ class Engine:
         stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached or 0)
         with self._lock:
             if self._is_closed:
-                raise EngineClosedError("the engine is closed")
+                raise EngineClosedError
             self._commands.put(("add", sequence))
         return stream
 
@@ -219,6 +221,7 @@ class Engine:
                 self._step()
         except Exception as error:
             logger.critical("the engine has broken down", exc_info=error)
+            self.breakdown = error
             end = FailedEvent(error)
         with self._lock:
             self._is_closed = True

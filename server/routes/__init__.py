@@ -6,7 +6,7 @@ from server.routes.chat import chat_completions
 from server.routes.classify import classify
 from server.routes.completions import text_completions
 from server.routes.decisions import decisions
-from server.routes.health import health
+from server.routes.health import health, ready
 from server.routes.models import list_models, retrieve_model
 from server.routes.responses import responses
 from server.routes.tokenize import detokenize, tokenize
@@ -22,4 +22,5 @@ ROUTES = [
     Route("/tokenize", tokenize, methods=["POST"]),
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/health", health, methods=["GET"]),
+    Route("/ready", ready, methods=["GET"]),
 ]

@@ -14,7 +14,7 @@ from server.core.tools import Answer, CallDelta, Delta, TextDelta
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.chat import ChatCompletionRequest, message
 from server.protocol.sampling import logprobs_content
-from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.common import check_model, services_of, unless_disconnected
 from server.routes.sampling import compile_grammar, sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -23,7 +23,7 @@ from server.services import Services
 async def chat_completions(request: Request) -> Response:
     """Judges the mood of the last user message, then answers."""
     services = services_of(request)
-    body = ChatCompletionRequest.parse(await read_body(request))
+    body = ChatCompletionRequest.parse(await request.body())
     is_plain = check_model(services, body.model)
     output = body.output()
 
@@ -54,7 +54,7 @@ async def chat_completions(request: Request) -> Response:
     if not body.stream:
         return await unless_disconnected(request, complete())
     chat = await unless_disconnected(request, begin())
-    return stream(chat.chunks(), chat.reply.abort, chat.headers)
+    return stream(request, chat.chunks(), chat.reply.abort, chat.headers)
 
 
 class _Chat:

@@ -8,14 +8,14 @@ from server.core.tasks import Task, inline_task
 from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest
-from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.common import check_model, services_of, unless_disconnected
 from server.services import Services
 
 
 async def classify(request: Request) -> Response:
     """Labels one text or several, which are computed as a batch."""
     services = services_of(request)
-    body = ClassifyRequest.parse(await read_body(request))
+    body = ClassifyRequest.parse(await request.body())
     if body.model is not None:
         check_model(services, body.model)
     task = _task_of(body, services)

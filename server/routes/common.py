@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from server.errors import NotFoundError, RequestTooLargeError
+from server.errors import NotFoundError, RequestTimeoutError
 from server.services import PLAIN_SUFFIX, Services
 
 T = TypeVar("T")
@@ -16,25 +16,6 @@ def services_of(request: Request) -> Services:
     """The services this application was made with."""
     services: Services = request.app.state.services
     return services
-
-
-async def read_body(request: Request) -> bytes:
-    """The whole body, within the limit.
-
-    Raises:
-        RequestTooLargeError: it is larger; what is over is not kept.
-        ClientDisconnect: the client left before it was complete.
-    """
-    limit: int = request.app.state.max_body_bytes
-    error = RequestTooLargeError(f"The request body is larger than {limit} bytes; send less.")
-    if (length := request.headers.get("content-length")) is not None and int(length) > limit:
-        raise error
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise error
-    return bytes(body)
 
 
 def check_model(services: Services, model: str) -> bool:
@@ -55,17 +36,20 @@ def check_model(services: Services, model: str) -> bool:
 
 
 async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves first.
+    """The result of `work`, which is cancelled if the client leaves or the deadline passes.
 
     Raises:
         ClientDisconnect: the client left.
+        RequestTimeoutError: the deadline has passed.
     """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            (task, watcher), timeout=time_left(request), return_when=asyncio.FIRST_COMPLETED
+        )
         if not task.done():
-            raise ClientDisconnect
+            raise ClientDisconnect if watcher.done() else timed_out()
         return task.result()
     finally:
         watcher.cancel()
@@ -79,3 +63,17 @@ async def _disconnected(request: Request) -> None:
     """Returns when the client leaves. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def time_left(request: Request) -> float:
+    """Seconds to the request's deadline."""
+    deadline: float = request.scope["deadline"]
+    return deadline - asyncio.get_running_loop().time()
+
+
+def timed_out() -> RequestTimeoutError:
+    """What is said when it has passed."""
+    return RequestTimeoutError(
+        "The request took longer than this server allows (--request-timeout); ask for fewer "
+        "tokens, or try again when it is less busy."
+    )

@@ -10,7 +10,7 @@ from server.core.choices import Choices
 from server.core.sequence import TokenEvent
 from server.protocol.base import new_id, now, usage
 from server.protocol.completions import CompletionRequest, LogprobsWriter
-from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.common import check_model, services_of, unless_disconnected
 from server.routes.sampling import sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -19,7 +19,7 @@ from server.services import Services
 async def text_completions(request: Request) -> Response:
     """Continues each prompt as it is."""
     services = services_of(request)
-    body = CompletionRequest.parse(await read_body(request))
+    body = CompletionRequest.parse(await request.body())
     check_model(services, body.model)
     params = sampling_params(body, services, max_tokens=body.max_tokens, num_logprobs=body.logprobs)
 
@@ -35,7 +35,7 @@ async def text_completions(request: Request) -> Response:
     if not body.stream:
         return await unless_disconnected(request, complete())
     completion = await unless_disconnected(request, begin())
-    return stream(completion.chunks(), completion.choices.abort, headers={})
+    return stream(request, completion.chunks(), completion.choices.abort, headers={})
 
 
 class _Completion:

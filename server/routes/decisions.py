@@ -4,13 +4,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.protocol.decisions import DecisionsRequest, decision_usage
-from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.common import check_model, services_of, unless_disconnected
 
 
 async def decisions(request: Request) -> Response:
     """Answers all questions; what they share of their prompts is computed once."""
     services = services_of(request)
-    body = DecisionsRequest.parse(await read_body(request))
+    body = DecisionsRequest.parse(await request.body())
     check_model(services, body.model)
     tasks = [question.task() for question in body.questions]
     results = await unless_disconnected(

@@ -20,7 +20,7 @@ from server.protocol.responses import (
     text_part,
 )
 from server.protocol.sampling import logprobs_content
-from server.routes.common import check_model, read_body, services_of, unless_disconnected
+from server.routes.common import check_model, services_of, unless_disconnected
 from server.routes.sampling import compile_grammar, sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -31,7 +31,7 @@ Event = dict[str, Any]
 async def responses(request: Request) -> Response:
     """Judges the mood of the last user message, then answers in items."""
     services = services_of(request)
-    body = ResponsesRequest.parse(await read_body(request))
+    body = ResponsesRequest.parse(await request.body())
     is_plain = check_model(services, body.model)
     output = body.output()
 
@@ -65,7 +65,7 @@ async def responses(request: Request) -> Response:
         return await unless_disconnected(request, complete())
     response = await unless_disconnected(request, begin())
     # The last event says that it is the last; there is no [DONE].
-    return stream(response.events(), response.reply.abort, response.headers, end=None)
+    return stream(request, response.events(), response.reply.abort, response.headers, end=None)
 
 
 class _Response:

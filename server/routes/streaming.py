@@ -1,21 +1,27 @@
 """Server-sent events: how every stream begins, fails and ends."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from sse_starlette import EventSourceResponse
+from starlette.requests import Request
 from starlette.types import Message as ASGIMessage
 
 from server.errors import APIError, InternalError
+from server.routes.common import time_left, timed_out
 
 logger = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 15
+# A client that reads nothing for so long is gone; what it did not read is kept until then.
+SEND_TIMEOUT_S = 60
 
 
 def stream(
+    request: Request,
     contents: AsyncIterator[Mapping[str, Any]],
     abort: Callable[[], None],
     headers: Mapping[str, str],
@@ -24,6 +30,7 @@ def stream(
 ) -> EventSourceResponse:
     """One event for each of the contents, which may have a `type` to name it by.
 
+    Ends with an error when the request's deadline passes.
     abort: ends the work behind the contents, however the stream ends.
     end: the data of a last event, even behind an error.
     """
@@ -33,20 +40,24 @@ def stream(
         abort()
 
     return EventSourceResponse(
-        _events(contents, abort, end),
+        _events(request, contents, abort, end),
         headers=headers,
         sep="\n",
         ping=PING_INTERVAL_S,
+        send_timeout=SEND_TIMEOUT_S,
         client_close_handler_callable=on_close,
     )
 
 
 async def _events(
-    contents: AsyncIterator[Mapping[str, Any]], abort: Callable[[], None], end: str | None
+    request: Request,
+    contents: AsyncIterator[Mapping[str, Any]],
+    abort: Callable[[], None],
+    end: str | None,
 ) -> AsyncIterator[dict[str, str]]:
     # Dicts, for a ServerSentEvent would bring a line separator of its own, CRLF.
     try:
-        async for content in contents:
+        while (content := await _next(request, contents)) is not None:
             yield _event(content)
     except APIError as error:
         yield _event(error.body())
@@ -57,6 +68,16 @@ async def _events(
         abort()
     if end is not None:
         yield {"data": end}
+
+
+async def _next(
+    request: Request, contents: AsyncIterator[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The next content; None behind the last. A deadline that passes ends them all."""
+    try:
+        return await asyncio.wait_for(anext(contents, None), time_left(request))
+    except TimeoutError:
+        raise timed_out() from None
 
 
 def _event(content: Mapping[str, Any]) -> dict[str, str]:

@@ -6,13 +6,13 @@ from starlette.responses import JSONResponse, Response
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import InvalidRequestError
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from server.routes.common import check_model, read_body, services_of
+from server.routes.common import check_model, services_of
 
 
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a conversation, however long it is."""
     services = services_of(request)
-    body = TokenizeRequest.parse(await read_body(request))
+    body = TokenizeRequest.parse(await request.body())
     if body.model is not None:
         check_model(services, body.model)
     token_ids = _token_ids(body, services.tokenizer)
@@ -30,7 +30,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens included."""
     services = services_of(request)
-    body = DetokenizeRequest.parse(await read_body(request))
+    body = DetokenizeRequest.parse(await request.body())
     if body.model is not None:
         check_model(services, body.model)
     vocab_size = services.tokenizer.vocab_size

@@ -1,0 +1,215 @@
+"""What every request passes on its way in: an id, a key, its body, a place in the queue."""
+
+import asyncio
+import contextvars
+import json
+import logging
+import re
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import (
+    APIError,
+    AuthenticationError,
+    OverloadedError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    UnavailableError,
+)
+
+access_logger = logging.getLogger("server.access")
+
+OPEN_PATHS = ("/health", "/ready")
+BODY_TIMEOUT_S = 30  # between two parts of a body
+
+# The id of the request that is being served, for the log.
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+def error_response(error: APIError) -> Response:
+    """The error in OpenAI's shape."""
+    return Response(
+        json.dumps(error.body(), ensure_ascii=False),
+        status_code=error.status,
+        headers=error.headers(),
+        media_type="application/json",
+    )
+
+
+class RequestIdMiddleware:
+    """Gives every request an id, its own or a new one, and a line in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        own = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        request_id.set(own)
+        begin, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = own
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            # The path only: a query may hold what is nobody's business.
+            access_logger.info(
+                "%s %s %s %.3f s", scope["method"], scope["path"], status or "no answer",
+                time.perf_counter() - begin,
+            )  # fmt: skip
+
+
+class ApiKeyMiddleware:
+    """Asks every request but those for OPEN_PATHS for one of the keys, if there are any."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
+        self._app = app
+        self._keys = [key.get_secret_value().encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
+        if self._keys and is_guarded and not self._is_known(dict(scope["headers"])):
+            error = AuthenticationError(
+                "Missing or wrong API key; send it as 'Authorization: Bearer <key>'.",
+                code="invalid_api_key",
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_known(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # All keys are compared, in constant time each, so that timing tells nothing.
+        matches = [secrets.compare_digest(given.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+class BodyMiddleware:
+    """Reads the body before anything else is spent on the request, within the limits."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._read(Headers(scope=scope), receive)
+        except APIError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        except ClientDisconnect:
+            return
+        is_read = False
+
+        async def receive_again() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, receive_again, send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        error = RequestTooLargeError(
+            f"The request body is larger than {self._max_bytes} bytes; send less."
+        )
+        # The HTTP parser has seen to it that this is a number.
+        if int(headers.get("content-length", 0)) > self._max_bytes:
+            raise error
+        body, more = bytearray(), True
+        while more:
+            try:
+                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+            except TimeoutError:
+                raise RequestTimeoutError(
+                    f"The rest of the request body did not come within {BODY_TIMEOUT_S} s."
+                ) from None
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise error
+            more = message.get("more_body", False)
+        return bytes(body)
+
+
+class Gate:
+    """How many requests are inside, and whether more may come in."""
+
+    def __init__(self, max_requests: int) -> None:
+        self.num_requests = 0
+        self.is_closed = False  # nobody comes in any more
+        self._max_requests = max_requests
+        self._is_empty = asyncio.Event()
+        self._is_empty.set()
+
+    def enter(self) -> None:
+        """Lets one more in, who must leave.
+
+        Raises:
+            OverloadedError: there are enough.
+            UnavailableError: the gate is closed.
+        """
+        if self.is_closed:
+            raise UnavailableError
+        if self.num_requests >= self._max_requests:
+            raise OverloadedError(
+                f"The server is busy with {self.num_requests} requests and its queue is full; "
+                "try again shortly."
+            )
+        self.num_requests += 1
+        self._is_empty.clear()
+
+    def leave(self) -> None:
+        """One has been served."""
+        self.num_requests -= 1
+        if not self.num_requests:
+            self._is_empty.set()
+
+    async def wait_until_empty(self) -> None:
+        """Returns when nobody is inside."""
+        await self._is_empty.wait()
+
+
+class AdmissionMiddleware:
+    """Lets requests for work through the gate, and gives each its deadline."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, timeout_s: float) -> None:
+        """timeout_s: from here to the end of the answer."""
+        self._app, self._gate, self._timeout_s = app, gate, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._gate.enter()
+        except APIError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        try:
+            scope["deadline"] = asyncio.get_running_loop().time() + self._timeout_s
+            await self._app(scope, receive, send)
+        finally:
+            self._gate.leave()
