@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.core.engine import Engine
-from server.core.sequence import SamplingParams
+from server.core.sequence import SamplingParams, Sequence
 from server.routes import chat
 from tests.conftest import LiveServer
 
@@ -124,21 +124,45 @@ async def test_hanging_up_during_a_stream_frees_its_slot(endless: LiveServer) ->
     await until(lambda: is_idle(endless.services.engine))
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "classify"])
-async def test_hanging_up_before_a_whole_reply_frees_its_slot(
-    endless: LiveServer, path: str
+async def leave_once(
+    live: LiveServer, path: str, body: dict[str, object], is_so: Callable[[], bool]
 ) -> None:
-    engine = endless.services.engine
-    texts = [f"text {i} " * 30 for i in range(100)]
-    body = request(endless, "whole") if path == "chat/completions" else {"input": texts}
+    """Sends a request and hangs up as soon as the engine is where it should be."""
     content = json.dumps(body).encode()
-    host, port = endless.url.removeprefix("http://").split(":")
+    host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/{path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}"
         connection.sendall(head.encode() + b"\r\n\r\n" + content)
-        await until(lambda: not is_idle(engine))
+        await until(is_so)
+
+
+async def test_hanging_up_before_a_whole_reply_ends_it(endless: LiveServer) -> None:
+    engine = endless.services.engine
+    answering: list[Sequence] = []
+
+    def is_answering() -> bool:
+        answering[:] = [s for s in engine._scheduler.running if s.completion_ids]
+        return bool(answering)
+
+    body = request(endless, "whole", max_tokens=400)
+    await leave_once(endless, "chat/completions", body, is_answering)
     await until(lambda: is_idle(engine))
-    assert not endless.services.classifier._passes
+    # It was ended, not merely waited for.
+    [sequence] = answering
+    assert 0 < len(sequence.completion_ids) < 400
+
+
+async def test_hanging_up_before_all_labels_are_there_ends_their_passes(
+    endless: LiveServer,
+) -> None:
+    engine, classifier = endless.services.engine, endless.services.classifier
+    texts = [f"label {i} " * 30 for i in range(100)]
+    await leave_once(endless, "classify", {"input": texts}, lambda: not is_idle(engine))
+    await until(lambda: is_idle(engine))
+    assert not classifier._passes
+    # They were ended, not merely waited for.
+    task = endless.services.tasks["sentiment"]
+    assert not all(classifier.is_known(task, text) for text in texts)
 
 
 async def test_a_client_that_leaves_with_half_a_body_harms_nobody(
