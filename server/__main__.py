@@ -18,9 +18,11 @@ from server.app import create_app
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
 from server.core.engine import Engine
+from server.core.sequence import SamplingParams
 from server.core.tasks import TaskFileError
+from server.gate import Gate
 from server.loading import load_services
-from server.middleware import Gate
+from server.logs import configure_logs
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +34,12 @@ EXIT_FORCED, EXIT_BROKEN = 1, 3
 def main() -> None:
     """Reads the settings, loads the model and serves until told to stop."""
     settings = _read_settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(levelname)-8s %(name)s: %(message)s"
-    )
+    configure_logs(settings.log_level, settings.log_format)
+    print(f"loading {settings.model!r} ...", flush=True)
     try:
+        if settings.check:
+            _check(settings)
+            return
         # First the port: nobody should wait for a model only to learn that it is taken.
         with _bind(settings.host, settings.port) as listener:
             _serve(settings, listener)
@@ -43,8 +47,26 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
+def _check(settings: Settings) -> None:
+    """Loads the model and answers once."""
+    services = load_services(settings)
+    messages = [{"role": "user", "content": "你好！"}]
+    params = SamplingParams(max_tokens=16, stop_token_ids=services.defaults.eos_token_ids)
+
+    async def answer() -> tuple[str, str]:
+        reply = await services.replier.reply(messages, params, (), with_sentiment=True)
+        [pieces] = await reply.read()
+        sentiment = reply.sentiment.label.value if reply.sentiment else "none"
+        return sentiment, "".join(piece.text for piece in pieces)
+
+    try:
+        sentiment, text = asyncio.run(answer())
+    finally:
+        services.engine.close()
+    print(f"{services.model_id} works: sentiment {sentiment}, answer {text!r}")
+
+
 def _serve(settings: Settings, listener: socket.socket) -> None:
-    print(f"loading {settings.model!r} ...", flush=True)
     services = load_services(settings)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -52,6 +74,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         log_level=settings.log_level,
+        log_config=None,  # ours, for its lines, too
         access_log=False,  # ours has the request's id
         timeout_graceful_shutdown=CLOSING_S,
     )

@@ -18,11 +18,12 @@ from server.errors import (
     MethodNotAllowedError,
     NotFoundError,
 )
+from server.gate import Gate
+from server.metrics import StateCollector
 from server.middleware import (
     AdmissionMiddleware,
     ApiKeyMiddleware,
     BodyMiddleware,
-    Gate,
     RequestIdMiddleware,
     error_response,
 )
@@ -39,12 +40,17 @@ def create_app(settings: Settings, services: Services) -> Starlette:
         yield
         services.engine.close()
 
-    gate = Gate(settings.max_num_seqs + settings.max_queue)
+    gate, metrics = Gate(settings.max_num_seqs + settings.max_queue), services.metrics
+    metrics.registry.register(StateCollector(services.engine, services.classifier, gate))
     app = Starlette(
         routes=ROUTES,
         lifespan=lifespan,
         middleware=[
-            Middleware(RequestIdMiddleware),
+            Middleware(
+                RequestIdMiddleware,
+                metrics=metrics,
+                routes={route.path for route in ROUTES if "{" not in route.path},
+            ),
             # Before the key: a browser sends none when it asks whether it may.
             Middleware(
                 CORSMiddleware,
@@ -64,7 +70,7 @@ def create_app(settings: Settings, services: Services) -> Starlette:
         },
     )
     app.state.services = services
-    app.state.gate = gate
+    app.state.gate, app.state.metrics = gate, metrics
     return app
 
 

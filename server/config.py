@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
+    check: bool = Field(False, description="load the model, answer one request and exit")
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto",
         description="type of the weights; 'auto': int8 for a large model, float32 for a small one",
@@ -82,6 +83,9 @@ class Settings(BaseSettings):
     )
     cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="origin whose pages may call from a browser, '*' for all; several as keys"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="lines for people, or one JSON object a line with the request's id"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"

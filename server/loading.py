@@ -13,6 +13,7 @@ from server.core.model import load_runner, read_model_config
 from server.core.reply import Replier
 from server.core.tasks import load_tasks
 from server.core.tokenizer import ChatTokenizer
+from server.metrics import Metrics
 from server.services import Services
 
 
@@ -51,8 +52,10 @@ def load_services(settings: Settings) -> Services:
         max_context=max_context,
         max_prefix_bytes=settings.max_prefix_mib * 2**20,
     )
+    metrics = Metrics()
     engine = Engine(
         runner,
+        observer=metrics,
         max_num_seqs=settings.max_num_seqs,
         max_prefill_tokens=settings.max_prefill_tokens,
     )
@@ -80,6 +83,7 @@ def load_services(settings: Settings) -> Services:
         grammars=GrammarCompiler(tokenizer, sorted(defaults.eos_token_ids)),
         defaults=defaults,
         tasks=tasks,
+        metrics=metrics,
         engine=engine,
         classifier=classifier,
         replier=replier,

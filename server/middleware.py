@@ -1,14 +1,13 @@
 """What every request passes on its way in: an id, a key, its body, a place in the queue."""
 
 import asyncio
-import contextvars
 import json
 import logging
 import re
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,19 +18,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import (
     APIError,
     AuthenticationError,
-    OverloadedError,
     RequestTimeoutError,
     RequestTooLargeError,
-    UnavailableError,
 )
+from server.gate import Gate
+from server.logs import request_id
+from server.metrics import Metrics
 
 access_logger = logging.getLogger("server.access")
 
 OPEN_PATHS = ("/health", "/ready")
 BODY_TIMEOUT_S = 30  # between two parts of a body
 
-# The id of the request that is being served, for the log.
-request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -46,10 +44,11 @@ def error_response(error: APIError) -> Response:
 
 
 class RequestIdMiddleware:
-    """Gives every request an id, its own or a new one, and a line in the log."""
+    """Gives every request an id, its own or a new one; logs and counts it when it is answered."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
+        """routes: paths that are counted by name."""
+        self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,11 +69,11 @@ class RequestIdMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            method, path, seconds = scope["method"], scope["path"], time.perf_counter() - begin
             # The path only: a query may hold what is nobody's business.
-            access_logger.info(
-                "%s %s %s %.3f s", scope["method"], scope["path"], status or "no answer",
-                time.perf_counter() - begin,
-            )  # fmt: skip
+            access_logger.info("%s %s %s %.3f s", method, path, status or "left", seconds)
+            route = path if path in self._routes else "other"
+            self._metrics.request_answered(route, status, seconds)
 
 
 class ApiKeyMiddleware:
@@ -152,44 +151,6 @@ class BodyMiddleware:
                 raise error
             more = message.get("more_body", False)
         return bytes(body)
-
-
-class Gate:
-    """How many requests are inside, and whether more may come in."""
-
-    def __init__(self, max_requests: int) -> None:
-        self.num_requests = 0
-        self.is_closed = False  # nobody comes in any more
-        self._max_requests = max_requests
-        self._is_empty = asyncio.Event()
-        self._is_empty.set()
-
-    def enter(self) -> None:
-        """Lets one more in, who must leave.
-
-        Raises:
-            OverloadedError: there are enough.
-            UnavailableError: the gate is closed.
-        """
-        if self.is_closed:
-            raise UnavailableError
-        if self.num_requests >= self._max_requests:
-            raise OverloadedError(
-                f"The server is busy with {self.num_requests} requests and its queue is full; "
-                "try again shortly."
-            )
-        self.num_requests += 1
-        self._is_empty.clear()
-
-    def leave(self) -> None:
-        """One has been served."""
-        self.num_requests -= 1
-        if not self.num_requests:
-            self._is_empty.set()
-
-    async def wait_until_empty(self) -> None:
-        """Returns when nobody is inside."""
-        await self._is_empty.wait()
 
 
 class AdmissionMiddleware:

@@ -11,6 +11,7 @@ from server.core.grammar import GrammarCompiler
 from server.core.reply import Replier
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTokenizer
+from server.metrics import Metrics
 
 PLAIN_SUFFIX = ":plain"
 
@@ -27,6 +28,7 @@ class Services:
     grammars: GrammarCompiler
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
+    metrics: Metrics
     engine: Engine
     classifier: Classifier
     replier: Replier

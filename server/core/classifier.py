@@ -8,6 +8,7 @@ import asyncio
 import json
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -93,6 +94,8 @@ class Classifier:
         self._num_shared: LRUCache[str, int] = LRUCache(256)  # by task version
         self.num_hits = 0
         self.num_misses = 0
+        # Of tasks of the server; what clients bring along has too many names.
+        self.label_counts: Counter[tuple[str, str]] = Counter()
 
     async def classify(self, task: Task, text: str) -> Classification:
         """The label of `text`.
@@ -101,7 +104,11 @@ class Classifier:
             ContextLengthError: the text is too long for the model.
         """
         text = normalise(text)
-        return await self._once((task.name, task.version, text), lambda: self._compute(task, text))
+        key = (task.name, task.version, text)
+        result = await self._once(key, lambda: self._compute(task, text))
+        if task.name in self._pinned_tasks:
+            self.label_counts[task.name, result.label.value] += 1
+        return result
 
     async def answer(
         self, questions: Sequence[Task], conversation: Sequence[Message]

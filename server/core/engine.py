@@ -8,6 +8,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,6 +55,10 @@ class Scores:
 class Runner(Protocol):
     """What the engine needs of a model runner."""
 
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the memory in use has room for."""
+
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         """Computes the chunks; a result, or what went wrong, for every finished prompt."""
 
@@ -74,6 +79,16 @@ class Runner(Protocol):
 
         Harmless if it held nothing.
         """
+
+
+class Observer(Protocol):
+    """Who wants to know how the engine does. Called on the engine's thread."""
+
+    def token_sampled(self, seconds: float, *, is_first: bool) -> None:
+        """seconds: since the sequence was submitted, or since its last token."""
+
+    def sequence_ended(self, sequence: Sequence) -> None:
+        """However it ended."""
 
 
 class TokenStream:
@@ -110,8 +125,11 @@ class TokenStream:
 class Engine:
     """Runs sequences in continuous batches on a thread of its own."""
 
-    def __init__(self, runner: Runner, *, max_num_seqs: int, max_prefill_tokens: int) -> None:
-        self._runner = runner
+    def __init__(
+        self, runner: Runner, *, max_num_seqs: int, max_prefill_tokens: int,
+        observer: Observer | None = None,
+    ) -> None:  # fmt: skip
+        self._runner, self._observer = runner, observer
         self._scheduler = Scheduler(max_num_seqs, max_prefill_tokens, _Memory(runner, self._end))
         # A sequence to add, a sequence to abort, or None to close.
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
@@ -174,6 +192,21 @@ class Engine:
     def is_alive(self) -> bool:
         """Whether the engine still works on sequences."""
         return self._thread.is_alive() and not self._is_closed
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that are computed together now."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for others to end."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the memory in use has room for."""
+        return self._runner.num_kv_tokens
 
     def close(self) -> None:
         """Aborts every sequence and ends the thread. May be called twice."""
@@ -277,6 +310,10 @@ class Engine:
         if result.token_id in params.stop_token_ids:
             self._end(sequence, FinishedEvent(FinishReason.STOP))
             return
+        if self._observer is not None:
+            now, is_first = time.perf_counter(), not sequence.completion_ids
+            self._observer.token_sampled(now - sequence.last_event_at, is_first=is_first)
+            sequence.last_event_at = now
         sequence.completion_ids.append(result.token_id)
         sequence.deliver(result)
         if len(sequence.completion_ids) >= params.max_tokens:
@@ -290,6 +327,8 @@ class Engine:
             except Exception:
                 # Only what others could have reused is lost.
                 logger.exception("a sequence was not released in order")
+            if self._observer is not None:
+                self._observer.sequence_ended(sequence)
             sequence.deliver(event)
 
 

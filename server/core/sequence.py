@@ -1,6 +1,7 @@
 """What the engine works on: token sequences, how to sample them, and how they end."""
 
 import enum
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -117,6 +118,8 @@ class Sequence:
     # before the sequence ran: None until it is admitted.
     num_computed: int = 0
     num_cached: int | None = None
+    # When it was made, or sampled its last token; in seconds of time.perf_counter.
+    last_event_at: float = field(default_factory=time.perf_counter)
 
     @property
     def token_ids(self) -> list[int]:

@@ -7,6 +7,7 @@ from server.routes.classify import classify
 from server.routes.completions import text_completions
 from server.routes.decisions import decisions
 from server.routes.health import health, ready
+from server.routes.metrics import metrics
 from server.routes.models import list_models, retrieve_model
 from server.routes.responses import responses
 from server.routes.tokenize import detokenize, tokenize
@@ -23,4 +24,5 @@ ROUTES = [
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/health", health, methods=["GET"]),
     Route("/ready", ready, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
 ]

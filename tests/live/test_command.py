@@ -240,6 +240,13 @@ def test_an_explicit_model_says_when_the_hub_is_out_of_reach(tmp_path: Path) -> 
     assert_one_sentence(done, "--model mini")
 
 
+def test_check_answers_once_and_exits(tmp_path: Path) -> None:
+    done = run_until_exit(environment(tmp_path), "--model", "mini", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "qwen-mini works: sentiment" in done.stdout
+    assert "Serving" not in done.stdout
+
+
 def test_sigterm_ends_the_server_in_order(tmp_path: Path) -> None:
     with started(environment(tmp_path), "--model", "mini") as server:
         server.process.send_signal(signal.SIGTERM)

@@ -47,6 +47,11 @@ class ModelRunner:
         """Sequences that hold memory."""
         return len(self._states)
 
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the slots in use have room for."""
+        return self._memory.num_tokens
+
     @torch.inference_mode()
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         """One forward over all chunks; a result for each whose prompt is now complete."""

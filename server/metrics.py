@@ -1,0 +1,90 @@
+"""What an operator sees at /metrics, in Prometheus's text format."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.core.classifier import Classifier
+from server.core.engine import Engine
+from server.core.sequence import Sequence
+from server.gate import Gate
+
+SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 30, 60, 300)
+
+
+class Metrics:
+    """The numbers of one server. Counted on any thread; the engine tells it of its tokens."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "qwen_requests", "Requests answered.", ["route", "status"], registry=self.registry
+        )
+        self._request_seconds = Histogram(
+            "qwen_request_seconds", "From the request to the end of its answer.", ["route"],
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._first_token_seconds = Histogram(
+            "qwen_first_token_seconds", "From a sequence's submission to its first token.",
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._next_token_seconds = Histogram(
+            "qwen_next_token_seconds", "Between two tokens of a sequence.",
+            buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._tokens = Counter(
+            "qwen_tokens", "Tokens of prompts, those of them that were known, and those generated.",
+            ["kind"], registry=self.registry,
+        )  # fmt: skip
+
+    def request_answered(self, route: str, status: int, seconds: float) -> None:
+        """route: of the route table, so that strangers cannot make up new ones."""
+        self._requests.labels(route, status).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def token_sampled(self, seconds: float, *, is_first: bool) -> None:
+        """seconds: since the sequence was submitted, or since its last token."""
+        histogram = self._first_token_seconds if is_first else self._next_token_seconds
+        histogram.observe(seconds)
+
+    def sequence_ended(self, sequence: Sequence) -> None:
+        """Counts what the sequence read and wrote."""
+        self._tokens.labels("prompt").inc(len(sequence.prompt_ids))
+        self._tokens.labels("cached").inc(sequence.num_cached or 0)
+        self._tokens.labels("generated").inc(len(sequence.completion_ids))
+
+
+class StateCollector(Collector):
+    """What is the case at the moment it is asked for."""
+
+    def __init__(self, engine: Engine, classifier: Classifier, gate: Gate) -> None:
+        self._engine, self._classifier, self._gate = engine, classifier, gate
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each number."""
+        sequences = GaugeMetricFamily(
+            "qwen_sequences", "Sequences in the engine.", labels=["state"]
+        )
+        sequences.add_metric(["running"], self._engine.num_running)
+        sequences.add_metric(["waiting"], self._engine.num_waiting)
+        yield sequences
+        yield GaugeMetricFamily(
+            "qwen_requests_inside", "Requests being served.", self._gate.num_requests
+        )
+        yield GaugeMetricFamily(
+            "qwen_kv_tokens", "Tokens the KV memory has room for now.", self._engine.num_kv_tokens
+        )
+        results = CounterMetricFamily(
+            "qwen_classifications", "Texts judged, and how.", labels=["source"]
+        )
+        results.add_metric(["cache"], self._classifier.num_hits)
+        results.add_metric(["model"], self._classifier.num_misses)
+        yield results
+        labels = CounterMetricFamily(
+            "qwen_labels", "Labels given by tasks of the server.", labels=["task", "label"]
+        )
+        for (task, label), count in self._classifier.label_counts.items():
+            labels.add_metric([task, label], count)
+        yield labels

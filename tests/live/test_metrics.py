@@ -1,0 +1,128 @@
+"""What an operator sees: numbers at /metrics, lines in the log."""
+
+import json
+import logging
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.logs import JsonFormatter, TextFormatter, request_id
+from tests.conftest import LiveServer
+
+
+def samples(live: LiveServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Every number by name and labels."""
+    response = httpx.get(f"{live.url}/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def number(live: LiveServer, name: str, **labels: str) -> float:
+    return samples(live).get((name, frozenset(labels.items())), 0.0)
+
+
+def chat(live: LiveServer, **changes: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": "Count me."}]
+    body = {"model": live.model, "messages": messages, "max_tokens": 5, "seed": 1, **changes}
+    return httpx.post(f"{live.base_url}/chat/completions", json=body, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "grows_by"),
+    [
+        ("qwen_requests_total", {"route": "/v1/chat/completions", "status": "200"}, 1),
+        ("qwen_request_seconds_count", {"route": "/v1/chat/completions"}, 1),
+        ("qwen_first_token_seconds_count", {}, 1),
+        ("qwen_next_token_seconds_count", {}, 4),
+        ("qwen_tokens_total", {"kind": "generated"}, 5),
+    ],
+)
+def test_a_chat_is_counted(
+    tiny: LiveServer, name: str, labels: dict[str, str], grows_by: float
+) -> None:
+    before = number(tiny, name, **labels)
+    # Without the tokens that would end it early.
+    assert chat(tiny, logit_bias={"0": -100, "2": -100}).status_code == 200
+    assert number(tiny, name, **labels) == before + grows_by
+
+
+def test_prompts_and_what_was_known_of_them_are_counted(tiny: LiveServer) -> None:
+    def counts() -> tuple[float, float]:
+        return (
+            number(tiny, "qwen_tokens_total", kind="prompt"),
+            number(tiny, "qwen_tokens_total", kind="cached"),
+        )
+
+    before = counts()
+    usage = chat(tiny, sentiment=False).json()["usage"]
+    after = counts()
+    assert after[0] - before[0] == usage["prompt_tokens"]
+    assert after[1] - before[1] == usage["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_labels_and_their_source_are_counted(tiny: LiveServer) -> None:
+    label = chat(tiny).json()["sentiment"]["label"]
+    before = number(tiny, "qwen_labels_total", task="sentiment", label=label)
+    cached = number(tiny, "qwen_classifications_total", source="cache")
+    chat(tiny)
+    assert number(tiny, "qwen_labels_total", task="sentiment", label=label) == before + 1
+    assert number(tiny, "qwen_classifications_total", source="cache") == cached + 1
+
+
+def test_nothing_is_left_inside(tiny: LiveServer) -> None:
+    chat(tiny)
+    assert number(tiny, "qwen_sequences", state="running") == 0
+    assert number(tiny, "qwen_sequences", state="waiting") == 0
+    assert number(tiny, "qwen_requests_inside") == 0
+    assert number(tiny, "qwen_kv_tokens") == 0
+
+
+def test_strangers_make_no_names_up(tiny: LiveServer) -> None:
+    httpx.get(f"{tiny.url}/made-up-path")
+    assert "made-up" not in httpx.get(f"{tiny.url}/metrics").text
+    assert number(tiny, "qwen_requests_total", route="other", status="404") >= 1
+
+
+# --- the log --------------------------------------------------------------------------
+
+
+def record(message: str, **more: Any) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": message, "levelname": "INFO", "name": "a.b", **more})
+
+
+def test_json_lines_have_the_requests_id_and_the_exception() -> None:
+    token = request_id.set("req_1")
+    try:
+        raise ValueError("no")
+    except ValueError as error:
+        line = JsonFormatter().format(record("你好\n", exc_info=(ValueError, error, None)))
+    finally:
+        request_id.reset(token)
+    assert "\n" not in line
+    content = json.loads(line)
+    assert content["message"] == "你好\n" and content["request_id"] == "req_1"
+    assert content["level"] == "info" and "ValueError: no" in content["exception"]
+
+
+def test_text_lines_have_it_where_there_is_one() -> None:
+    assert TextFormatter().format(record("a")) == "INFO     a.b: a"
+    token = request_id.set("req_1")
+    try:
+        assert TextFormatter().format(record("a")) == "INFO     a.b: a [req_1]"
+    finally:
+        request_id.reset(token)
+
+
+def test_no_word_of_anybody_is_logged(tiny: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        text = chat(tiny, messages=[{"role": "user", "content": "my secret word"}]).json()
+        chat(tiny, messages=[{"role": "user", "content": "my secret word"}], temperature="secret")
+    logged = "\n".join(r.getMessage() for r in caplog.records if r.name.startswith("server"))
+    assert "/v1/chat/completions 200" in logged
+    assert "secret" not in logged and text["choices"][0]["message"]["content"] not in logged
