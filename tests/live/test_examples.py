@@ -117,6 +117,20 @@ def check_decisions(base_url: str) -> None:
     assert re.fullmatch(r"\d+ tokens, \d+ of them cached", usage)
 
 
+def check_structured_output(base_url: str) -> None:
+    output = output_of(base_url, "structured_output")
+    assert re.fullmatch(
+        r"topic        .*priority     (low|high)\nneeds reply  (True|False)\n", output, flags=re.S
+    )
+
+
+def check_tool_calls(base_url: str) -> None:
+    call, result, answer = output_of(base_url, "tool_calls").split("\n", 2)
+    assert re.fullmatch(r'call    CurrentTime \{"with_date": (true|false)\}', call)
+    assert re.fullmatch(r"result  .*\d\d:\d\d UTC", result)
+    assert answer.startswith("answer  ")
+
+
 def check_async_many(base_url: str) -> None:
     output = output_of(base_url, "async_many")
     assert output[0] in EMOJIS
