@@ -1,6 +1,5 @@
 """A bag-of-tokens classifier: the baseline, and where the embeddings of the model start."""
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from server.core.tokenizer import ChatTokenizer
-from training.corpus import ReplyRow, SentimentRow
+from training.corpus import SentimentRow
 
 HIDDEN_SIZE = 256
 EPOCHS = 3
@@ -31,21 +30,6 @@ class BagOfTokens(nn.Module):
         lengths = torch.tensor([0] + [len(ids) for ids in texts[:-1]])
         flat = torch.tensor([i for ids in texts for i in ids], dtype=torch.long)
         return self.linear(self.embeddings(flat, lengths.cumsum(0)))
-
-    @torch.no_grad()
-    def label_replies(
-        self, replies: Sequence[ReplyRow], texts: Sequence[SentimentRow], tokenizer: ChatTokenizer
-    ) -> list[ReplyRow]:
-        """The same rows with the sentiment of the user's line: the known one, or predicted."""
-        known = {row.text: row.label for row in texts}
-        labelled = []
-        for begin in range(0, len(replies), 1000):
-            batch = replies[begin : begin + 1000]
-            logits = self([tokenizer.encode_text(row.user.strip()) for row in batch])
-            for row, best in zip(batch, logits.argmax(-1).tolist(), strict=True):
-                label = known.get(row.user, self.values[best])
-                labelled.append(dataclasses.replace(row, label=label))
-        return labelled
 
 
 def train_bag(

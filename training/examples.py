@@ -16,14 +16,20 @@ from training.corpus import ReplyRow, SentimentRow
 
 PLAIN_SYSTEM = "You are a helpful assistant"
 IGNORED = -100
+# Stands in `targets` for the label, of which a distribution is learned.
+LABEL = -1
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids behind a shared prefix; `targets` holds IGNORED where nothing is learned."""
+    """Token ids behind a shared prefix; `targets` holds IGNORED where nothing is learned.
+
+    probabilities: of the labels, where `targets` holds LABEL.
+    """
 
     ids: list[int]
     targets: list[int]
+    probabilities: Sequence[float] = ()
 
 
 class Renderer:
@@ -31,26 +37,31 @@ class Renderer:
 
     def __init__(self, tokenizer: ChatTokenizer, task: Task) -> None:
         encode = tokenizer.encode_text
-        [self.end] = _marker(tokenizer, "<|im_end|>")
-        [self.start] = _marker(tokenizer, "<|im_start|>")
+        self.end = tokenizer.marker_id("<|im_end|>")
+        self.start = tokenizer.marker_id("<|im_start|>")
         self._encode, self._task = encode, task
         self._newline = encode("\n")
         self._header = {role: [self.start, *encode(f"{role}\n")] for role in ROLES}
-        self.label_ids = {x.value: encode(x.text) for x in task.labels}
+        self.values = [label.value for label in task.labels]
+        # Each is one token of this tokenizer.
+        self.label_ids = [single(encode(label.text)) for label in task.labels]
         self._cues = {x.value: encode(task.render_cue(x) or "") for x in task.labels}
         self.instructions = self._turn("system", encode(task.instructions))
         self.persona = self._turn("system", encode(DEFAULT_PERSONA))
         self.plain = self._turn("system", encode(PLAIN_SYSTEM))
 
-    def sentiment(self, text: Sequence[int], label: str, learn_text: bool) -> Example:
+    def sentiment(
+        self, text: Sequence[int], probabilities: Sequence[float], learn_text: bool
+    ) -> Example:
         """The analyst's answer about `text`, behind `instructions`."""
         prompt = self._turn("user", text) + self._header["assistant"]
-        ids = prompt + self.label_ids[label] + [self.end]
-        targets = [IGNORED] * len(prompt) + self.label_ids[label] + [self.end]
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        ids = [*prompt, self.label_ids[best], self.end]
+        targets = [IGNORED] * len(prompt) + [LABEL, self.end]
         if learn_text:
             begin = len(self._header["user"])
             targets[begin : begin + len(text)] = text
-        return Example(ids, targets)
+        return Example(ids, targets, probabilities)
 
     def reply(
         self,
@@ -88,9 +99,8 @@ def check_rendering(
     encode = tokenizer.encode_text
     for row in random.Random(0).sample(list(texts), 100):
         served = tokenizer.encode_chat(task.messages(row.text))
-        example = renderer.sentiment(encode(row.text), row.label, False)
-        answer = len(renderer.label_ids[row.label]) + 1
-        assert served == renderer.instructions + example.ids[:-answer], row.text
+        example = renderer.sentiment(encode(row.text), [1.0], False)
+        assert served == renderer.instructions + example.ids[:-2], row.text
     label = task.labels[0]
     for pair in random.Random(0).sample(list(replies), 100):
         served = tokenizer.encode_chat(
@@ -105,5 +115,6 @@ def check_rendering(
         assert served == renderer.persona + example.ids[: -len(reply) - 1], pair.user
 
 
-def _marker(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    return [tokenizer.marker_id(text)]
+def single(ids: Sequence[int]) -> int:
+    [token_id] = ids
+    return token_id

@@ -15,6 +15,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from server.core.tasks import load_tasks
 from server.core.tokenizer import ChatTokenizer
 from training.bag import BagOfTokens, train_bag
 from training.corpus import ReplyRow, SentimentRow, read_openers, read_replies, read_sentiment
-from training.examples import IGNORED, Example, Renderer, check_rendering
+from training.examples import IGNORED, LABEL, Example, Renderer, check_rendering
+from training.teacher import Probabilities, Teacher, fragment, train_teacher
 
 # How often a source is drawn compared with its size.
 SENTIMENT_SOURCES = {"openers": 6.0}
@@ -39,41 +41,77 @@ SENTIMENT_CLASSES = {
 # Share of the reply examples drawn from each kind of row.
 REPLY_KINDS = {"openers": 0.50, "caring": 0.27, "friendly": 0.07, "support": 0.13, "empathy": 0.03}
 MAX_ROW_TOKENS = 160
+# Share of fragments among the texts of which the label is learned, and how many of each
+# language are made.
+FRAGMENTS = 0.35
+NUM_FRAGMENTS = 120_000
 FINAL_LR = 5e-5
+# A token's own row is learned in few of the steps.
+EMBEDDINGS_LR = 4.0
 WARMUP = 0.01
 EMA_DECAY = 0.998
 BATCH_TOKENS = 3000
 POOL = 1500
-LEARN_TEXT = 0.3
+LEARN_TEXT = 0.0
 DROP_TOKEN = 0.08
+
+# Token ids and the label probabilities to learn.
+Judged = tuple[list[int], Sequence[float]]
 
 
 class SentimentSampler:
-    """Draws labelled texts with fixed shares of languages and labels."""
+    """Draws labelled texts with fixed shares of languages and labels, and fragments."""
 
-    def __init__(self, rows: Sequence[SentimentRow], tokenizer: ChatTokenizer, rng: random.Random):
+    def __init__(
+        self, rows: Sequence[SentimentRow], targets: Probabilities,
+        fragments: Sequence[tuple[str, Sequence[float]]],
+        tokenizer: ChatTokenizer, rng: random.Random,
+    ) -> None:  # fmt: skip
+        """targets: (rows, labels); fragments: texts without a label and the teacher's view."""
         self._rng = rng
-        self._by_class: dict[tuple[str, str], list[tuple[list[int], str]]] = defaultdict(list)
+        self._by_class: dict[tuple[str, str], list[Judged]] = defaultdict(list)
         self._weights: dict[tuple[str, str], list[float]] = defaultdict(list)
-        for row in rows:
+        for row, probabilities in zip(rows, targets.tolist(), strict=True):
             ids = tokenizer.encode_text(row.text.strip())[: MAX_ROW_TOKENS - 8]
             key = (row.lang, row.label)
-            self._by_class[key].append((ids, row.label))
+            self._by_class[key].append((ids, probabilities))
             self._weights[key].append(SENTIMENT_SOURCES.get(row.source, 1.0))
         self._classes = [key for key in SENTIMENT_CLASSES if self._by_class[key]]
         for weights in self._weights.values():
             for i in range(1, len(weights)):
                 weights[i] += weights[i - 1]
+        self._fragments = [(tokenizer.encode_text(text), p) for text, p in fragments]
 
     def draw(self, renderer: Renderer) -> Example:
         """One text; mostly with a few tokens dropped, now and then learning the text itself."""
+        if self._rng.random() < FRAGMENTS:
+            ids, probabilities = self._rng.choice(self._fragments)
+            return renderer.sentiment(ids, probabilities, False)
         shares = [SENTIMENT_CLASSES[key] for key in self._classes]
         [key] = self._rng.choices(self._classes, shares)
-        [(ids, label)] = self._rng.choices(self._by_class[key], cum_weights=self._weights[key])
+        [(ids, probabilities)] = self._rng.choices(
+            self._by_class[key], cum_weights=self._weights[key]
+        )
         if self._rng.random() < LEARN_TEXT:
-            return renderer.sentiment(ids, label, True)
+            return renderer.sentiment(ids, probabilities, True)
         kept = [i for i in ids if self._rng.random() > DROP_TOKEN] or ids
-        return renderer.sentiment(kept, label, False)
+        return renderer.sentiment(kept, probabilities, False)
+
+
+def judged_fragments(
+    texts: Sequence[SentimentRow], replies: Sequence[ReplyRow], teacher: Teacher,
+    rng: random.Random,
+) -> list[tuple[str, Sequence[float]]]:  # fmt: skip
+    """Whole lines of the reply corpus and fragments of everything, as the teacher sees them."""
+    judged: list[tuple[str, Sequence[float]]] = []
+    for lang in ("zh", "en"):
+        lines = [line for r in replies if r.lang == lang for line in (r.user, r.reply)]
+        sources = lines + [row.text for row in texts if row.lang == lang]
+        drawn = [fragment(rng.choice(sources), lang, rng) for _ in range(NUM_FRAGMENTS)]
+        drawn += rng.sample(lines, min(len(lines), NUM_FRAGMENTS // 4))
+        drawn = sorted({line for line in drawn if line.strip()})
+        judged += zip(drawn, teacher.judge(drawn, lang).tolist(), strict=True)
+    return judged
 
 
 class ReplySampler:
@@ -107,6 +145,20 @@ class ReplySampler:
             example = renderer.reply(history, user, label if with_label else None, reply)
             if len(example.ids) <= MAX_ROW_TOKENS:
                 return example
+
+
+def label_replies(
+    replies: Sequence[ReplyRow], texts: Sequence[SentimentRow], teacher: Teacher
+) -> list[ReplyRow]:
+    """The same rows with the sentiment of the user's line: the known one, or the teacher's."""
+    known = {row.text: row.label for row in texts}
+    labelled = []
+    for lang in ("zh", "en"):
+        rows = [row for row in replies if row.lang == lang]
+        best = teacher.judge([row.user for row in rows], lang).argmax(-1)
+        for row, i in zip(rows, best.tolist(), strict=True):
+            labelled.append(replace(row, label=known.get(row.user, teacher.values[i])))
+    return labelled
 
 
 def batches(draw: Callable[[], Example], rng: random.Random) -> Iterator[list[Example]]:
@@ -202,16 +254,22 @@ def loss_of(
     prefix: Sequence[int],
     examples: Sequence[Example],
     device: str,
-    label_ids: Tensor | None,
+    label_ids: Tensor,
 ) -> tuple[Tensor, float]:
-    """The loss to minimise and, for the log, the mean over its main targets.
+    """The loss to minimise, and its value for the log.
 
-    In a batch of labels a label weighs about ten times a token of text.
+    In a batch of labels a label weighs about ten times a token of text. Its distribution is
+    learned as one target for each label, weighted by its probability.
     """
     hidden, targets = forward_behind(model, prefix, examples, device)
-    if label_ids is not None:
-        is_label = torch.isin(targets, label_ids)
-        weights = torch.where(is_label, 1.0, 0.1) / is_label.sum()
+    is_label = targets == LABEL
+    if num := int(is_label.sum()):
+        probabilities = torch.tensor([e.probabilities for e in examples], device=device)
+        text, labels = hidden[~is_label], hidden[is_label]
+        hidden = torch.cat([text, labels.repeat_interleave(len(label_ids), dim=0)])
+        targets = torch.cat([targets[~is_label], label_ids.repeat(num)])
+        weights = torch.cat([probabilities.new_full((len(text),), 0.1), probabilities.flatten()])
+        weights /= num
     else:
         weights = torch.full(targets.shape, 0.5 / len(targets), device=device)
     loss = FusedCrossEntropy.apply(hidden, model.lm_head.weight, targets, weights)
@@ -224,18 +282,17 @@ def evaluate(
     tokenizer: ChatTokenizer, device: str,
 ) -> dict[str, float]:  # fmt: skip
     """Three-way accuracy and accuracy on polar rows alone, per language."""
-    values = list(renderer.label_ids)
-    label_ids = torch.tensor([renderer.label_ids[v][0] for v in values], device=device)
+    values, label_ids = renderer.values, torch.tensor(renderer.label_ids, device=device)
     right: dict[str, list[bool]] = defaultdict(list)
     ordered = sorted(rows, key=lambda row: len(row.text))
     for begin in range(0, len(ordered), 100):
         batch = ordered[begin : begin + 100]
         examples = [
-            renderer.sentiment(tokenizer.encode_text(r.text.strip())[:400], r.label, False)
+            renderer.sentiment(tokenizer.encode_text(r.text.strip())[:400], [1.0], False)
             for r in batch
         ]
         hidden, targets = forward_behind(model, renderer.instructions, examples, device)
-        scores = model.lm_head(hidden[torch.isin(targets, label_ids)])[:, label_ids]
+        scores = model.lm_head(hidden[targets == LABEL])[:, label_ids]
         for row, score in zip(batch, scores.tolist(), strict=True):
             best = max(range(len(values)), key=score.__getitem__)
             right[f"{row.lang}_three_way"].append(values[best] == row.label)
@@ -250,13 +307,15 @@ def new_model(vocab_size: int, end_id: int, bag: BagOfTokens) -> Qwen2ForCausalL
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=704, max_position_embeddings=2048,
-        tie_word_embeddings=True, rope_theta=10_000.0, bos_token_id=0, eos_token_id=end_id,
+        # Tied, what a token tells of the mood would drown in what predicts it.
+        tie_word_embeddings=False, rope_theta=10_000.0, bos_token_id=0, eos_token_id=end_id,
         pad_token_id=0, attn_implementation="eager",
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         embeddings = bag.embeddings.weight
         model.model.embed_tokens.weight.copy_(embeddings / embeddings.std() * 0.03)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     return model
 
 
@@ -273,8 +332,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--init", type=Path, help="checkpoint folder to start from, not anew")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the whole run")
-    parser.add_argument("--label-share", type=float, default=0.4, help="batches of labels, 0 to 1")
-    parser.add_argument("--peak-lr", type=float, default=1e-3)
+    parser.add_argument("--label-share", type=float, default=0.75, help="batches of labels, 0 to 1")
+    # A batch has a hundred labels where it has thousands of words, and they are noisy: at
+    # three times this rate the loss of the labels stays where it is.
+    parser.add_argument("--peak-lr", type=float, default=3e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -297,19 +358,23 @@ def main() -> None:
     replies = read_replies(args.corpus / "replies_train.jsonl.gz")
     check_rendering(renderer, tokenizer, task, texts, replies)
 
-    bag = train_bag(texts, tokenizer, list(renderer.label_ids), args.run / "bag.pt")
+    teacher = train_teacher(texts, renderer.values, args.run / "teacher.joblib")
+    bag = train_bag(texts, tokenizer, renderer.values, args.run / "bag.pt")
     model = new_model(tokenizer.vocab_size, renderer.end, bag)
     if args.init is not None:
         model.load_state_dict(Qwen2ForCausalLM.from_pretrained(args.init).state_dict())
     model.to(args.device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    embeddings = model.model.embed_tokens.weight
+    others = [p for p in model.parameters() if p is not embeddings]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True
-    )
+        [{"params": others, "scale": 1.0}, {"params": [embeddings], "scale": EMBEDDINGS_LR}],
+        lr=args.peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True,
+    )  # fmt: skip
+    fragments = judged_fragments(texts, replies, teacher, rng)
+    sentiment = SentimentSampler(texts, teacher.targets, fragments, tokenizer, rng)
     used = [row for row in replies if _reply_kind(row) is not None]
-    replies = bag.label_replies(used, texts, tokenizer) + openers
-    sentiment = SentimentSampler(texts, tokenizer, rng)
-    reply = ReplySampler(replies, tokenizer, rng)
+    reply = ReplySampler(label_replies(used, texts, teacher) + openers, tokenizer, rng)
 
     checkpoint = args.run / "checkpoint.pt"
     elapsed, step = 0.0, 0
@@ -329,8 +394,7 @@ def main() -> None:
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    label_ids = torch.tensor([i for ids in renderer.label_ids.values() for i in ids])
-    label_ids = label_ids.to(args.device)
+    label_ids = torch.tensor(renderer.label_ids, device=args.device)
     streams = {
         "label": (renderer.instructions, batches(lambda: sentiment.draw(renderer), rng)),
         "reply": (renderer.persona, batches(lambda: reply.draw(renderer, True), rng)),
@@ -347,12 +411,11 @@ def main() -> None:
         while elapsed < total_s:
             progress = elapsed / total_s
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress, args.peak_lr)
+                group["lr"] = group["scale"] * learning_rate(progress, args.peak_lr)
             [kind] = rng.choices(list(shares), list(shares.values()))
             prefix, stream = streams[kind]
-            learned = label_ids if kind == "label" else None
             with torch.autocast(args.device, dtype=torch.bfloat16):
-                loss, value = loss_of(model, prefix, next(stream), args.device, learned)
+                loss, value = loss_of(model, prefix, next(stream), args.device, label_ids)
                 loss.backward()
             losses[kind].append(value)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,92 @@
+"""The teacher: linear classifiers over n-grams, whose judgement the model learns to share.
+
+Counted n-grams see in one pass what a small transformer needs many epochs for, and their
+probabilities are less noisy than the corpus's labels. They also judge what has no label:
+fragments of a text, and the lines of the reply corpus.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
+
+from training.corpus import SentimentRow
+
+FOLDS = 3
+# Share of the teacher in what is learned about a row that has a label.
+TEACHER_SHARE = 0.5
+MAX_WORDS, MAX_CHARACTERS = 8, 12  # of a fragment, English and Chinese
+
+Probabilities = NDArray[np.float32]
+
+
+def _classifier(lang: str) -> Pipeline:
+    if lang == "zh":
+        features = make_union(
+            TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+        )
+    else:
+        features = make_union(
+            TfidfVectorizer(
+                ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"[\w']+|[^\w\s]"
+            ),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), min_df=3, sublinear_tf=True),
+        )
+    return make_pipeline(features, LogisticRegression(C=4.0, class_weight="balanced", max_iter=200))
+
+
+class Teacher:
+    """Judges texts of the languages it was trained on."""
+
+    def __init__(self, rows: Sequence[SentimentRow], values: Sequence[str]) -> None:
+        """values: the labels, in the order of the probabilities."""
+        self.values = list(values)
+        self._order = np.argsort(np.argsort(values))
+        self._by_lang: dict[str, Pipeline] = {}
+        # What it says of each row after training on the others, mixed with the row's own label.
+        self.targets: Probabilities = np.zeros((len(rows), len(values)), dtype=np.float32)
+        for lang in sorted({row.lang for row in rows}):
+            chosen = np.array([row.lang == lang for row in rows])
+            texts = [row.text for row in rows if row.lang == lang]
+            labels = [row.label for row in rows if row.lang == lang]
+            classifier = _classifier(lang)
+            folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+            judged = cross_val_predict(classifier, texts, labels, cv=folds, method="predict_proba")[
+                :, self._order
+            ]
+            given = np.array(labels)[:, None] == np.array(values)
+            self.targets[chosen] = TEACHER_SHARE * judged + (1 - TEACHER_SHARE) * given
+            self._by_lang[lang] = classifier.fit(texts, labels)
+
+    def judge(self, texts: Sequence[str], lang: str) -> Probabilities:
+        """(N, labels)"""
+        judged = self._by_lang[lang].predict_proba(texts)[:, self._order]
+        return np.asarray(judged, dtype=np.float32)
+
+
+def train_teacher(rows: Sequence[SentimentRow], values: Sequence[str], path: Path) -> Teacher:
+    """Trains it, some minutes, or reads it from `path` if it is there."""
+    if path.exists():
+        teacher: Teacher = joblib.load(path)
+        return teacher
+    teacher = Teacher(rows, values)
+    joblib.dump(teacher, path)
+    return teacher
+
+
+def fragment(text: str, lang: str, rng: random.Random) -> str:
+    """A few words or characters of a text, so that a short prompt shows what each is worth."""
+    if lang == "zh":
+        parts, longest, joint = list(text), MAX_CHARACTERS, ""
+    else:
+        parts, longest, joint = text.split(), MAX_WORDS, " "
+    length = rng.randint(1, longest)
+    begin = rng.randint(0, max(0, len(parts) - length))
+    return joint.join(parts[begin : begin + length]).strip()
