@@ -60,7 +60,10 @@ class Runner(Protocol):
         """Tokens that the memory in use has room for."""
 
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
-        """Computes the chunks; a result, or what went wrong, for every finished prompt."""
+        """Computes the chunks; a result, or what went wrong, for every finished prompt.
+
+        A step that raises has sampled nothing: its chunks may be tried again.
+        """
 
     def admit(self, sequence: Sequence) -> int | None:
         """Makes room for the sequence; returns how many of its tokens are known already.
@@ -284,18 +287,25 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return  # whoever was to run has failed
-        try:
-            results = self._runner.step(chunks)
-        except Exception as error:
-            # The step is lost for all; which sequence broke it cannot be told.
-            logger.exception("a step of %d sequences failed", len(chunks))
-            for chunk in chunks:
-                self._end(chunk.sequence, FailedEvent(error))
-            return
+        results = self._compute(chunks)
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
         for sequence, result in results.items():
             self._postprocess(sequence, result)
+
+    def _compute(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
+        """One step of the runner; if it fails, one for each chunk, so that only the guilty does."""
+        try:
+            return self._runner.step(chunks)
+        except Exception as error:
+            if len(chunks) == 1:
+                return {chunks[0].sequence: error}
+            logger.warning("a step of %d sequences failed; each is tried alone", len(chunks))
+            return {
+                sequence: result
+                for chunk in chunks
+                for sequence, result in self._compute([chunk]).items()
+            }
 
     def _postprocess(self, sequence: Sequence, result: StepResult | Exception) -> None:
         if isinstance(result, Exception):

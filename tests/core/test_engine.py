@@ -413,42 +413,41 @@ async def test_a_failing_score_raises_what_the_runner_says(runner: FakeRunner) -
         assert (await bounded(engine.score([2], [[5], [6]]))).logprobs == [0.0, -1.0]
 
 
-async def test_a_failing_step_fails_all_that_were_in_it_and_the_engine_goes_on(
-    runner: FakeRunner,
-) -> None:
+async def test_a_step_that_fails_is_tried_again_and_loses_nothing(runner: FakeRunner) -> None:
     def fail(number: int) -> None:
-        if number == 2:
+        if number == 3:
             raise RuntimeError("out of memory")
-
-    async with running(runner, max_num_seqs=2, max_prefill_tokens=4) as engine:
-        runner.before_step = fail
-        both = [engine.submit([i] * 9, ENDLESS) for i in (1, 2)]
-        waiting = engine.submit([3], SamplingParams(max_tokens=2))
-        with pytest.raises(RuntimeError, match="out of memory"):
-            await tokens_of(both[0])
-        # The second had no chunk in the failing step, so it lost nothing.
-        await first_token(both[1])
-        both[1].abort()
-        assert await tokens_of(waiting) == [100, 101]
-        assert engine.is_alive
-        assert (await bounded(engine.score([4], [[5]]))).logprobs == [0.0]
-
-
-async def test_a_failing_step_of_decoding_sequences_fails_each_once(runner: FakeRunner) -> None:
-    error = RuntimeError("out of memory")
-
-    def fail(number: int) -> None:
-        if number == 4:
-            raise error
 
     runner.before_step = fail
     async with running(runner) as engine:
-        streams = [engine.submit([i], ENDLESS) for i in (1, 2)]
+        streams = [engine.submit([i], SamplingParams(max_tokens=5)) for i in (1, 2)]
         for stream in streams:
-            with pytest.raises(RuntimeError, match="out of memory"):
-                await tokens_of(stream)
-        assert await events_of(engine, *streams) == [[], []]
-        assert Counter(runner.released) == Counter(runner.ran)
+            assert await tokens_of(stream) == [100, 101, 102, 103, 104]
+    assert runner.steps[2:5] == [[1, 2], [1], [2]]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+async def test_only_the_sequence_that_breaks_the_step_fails(
+    runner: FakeRunner, num_tokens: int
+) -> None:
+    """num_tokens: after so many, in prefill or in decode."""
+    error = RuntimeError("out of memory")
+
+    def step(chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
+        guilty = [c for c in chunks if c.sequence.prompt_ids[0] == 2]
+        if guilty and len(guilty[0].sequence.completion_ids) == num_tokens:
+            raise error
+        return FakeRunner.step(runner, chunks)
+
+    runner.step = step  # type: ignore[method-assign]
+    async with running(runner, max_prefill_tokens=4) as engine:
+        streams = [engine.submit([i] * 9, SamplingParams(max_tokens=5)) for i in (1, 2, 3)]
+        for innocent in (streams[0], streams[2]):
+            assert await tokens_of(innocent) == [100, 101, 102, 103, 104]
+        assert await events_of(engine, streams[1]) == [
+            [*tokens(*range(100, 100 + num_tokens)), FailedEvent(error)]
+        ]
+    assert set(Counter(runner.released).values()) == {1}
 
 
 async def test_a_failure_is_logged(runner: FakeRunner, caplog: pytest.LogCaptureFixture) -> None:
@@ -585,12 +584,13 @@ def test_a_reader_whose_event_loop_has_closed_does_not_stop_the_engine(runner: F
 
 
 class Disturber:
-    """Aborts streams at random and breaks three of the first steps. Use as `before_step`."""
+    """Aborts streams at random and breaks six of the first steps. Use as `before_step`."""
 
     def __init__(self, chance: random.Random) -> None:
         self.streams: list[TokenStream] = []
         self._chance = chance
-        self._failing_steps = set(chance.sample(range(5, 60), 3))
+        # Two in a row: the second is the first one's first sequence, tried alone.
+        self._failing_steps = {n + i for n in chance.sample(range(5, 60), 3) for i in (0, 1)}
 
     def __call__(self, number: int) -> None:
         for _ in range(self._chance.randrange(3)):

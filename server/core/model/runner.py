@@ -136,6 +136,8 @@ class ModelRunner:
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
         cache = self._states[sequence].cache
+        # More only if a step failed behind its forward; what it wrote there is written again.
+        cache.length = begin
         token_ids, positions = sequence.token_ids[begin:end], list(range(begin, end))
         if not (chunk.is_last and _num_extra(sequence)):
             return Segment(token_ids, positions, cache)
