@@ -3,15 +3,12 @@
 import asyncio
 import hashlib
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +22,8 @@ from starlette.routing import Route
 from server.__main__ import _bind, main
 from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
 from tests.conftest import run_app
+from tests.processes import START_TIMEOUT_S, environment, run_until_exit, started
 
-START_TIMEOUT_S = 120
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -101,83 +98,6 @@ def hub() -> Iterator[Hub]:
     stand_in = Hub()
     with run_app(stand_in.app()) as stand_in.url:
         yield stand_in
-
-
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def environment(home: Path, hub_url: str | None = None) -> dict[str, str]:
-    unreachable = f"http://127.0.0.1:{closed_port()}"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "QWEN_"))}
-    return {
-        **kept,
-        "HF_ENDPOINT": hub_url or unreachable,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-
-
-@dataclass
-class Running:
-    """A server process that has announced itself."""
-
-    process: subprocess.Popen[str]
-    url: str
-    output: list[str]
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path)
-
-
-@contextmanager
-def started(env: dict[str, str], *options: str, cwd: Path | None = None) -> Iterator[Running]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server", "--port", "0", *options],
-        env=env,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output: list[str] = []
-    announced = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            output.append(line)
-            if "Application startup complete" in line:
-                announced.set()
-        announced.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert announced.wait(START_TIMEOUT_S), "".join(output)
-        found = re.search(r"Serving .* on (http://127\.0\.0\.1:\d+)", "".join(output))
-        assert found, "".join(output)
-        yield Running(process, found[1], output)
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def run_until_exit(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server", "--port", "0", *options],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-        check=False,
-    )
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str], says: str) -> None:

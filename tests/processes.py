@@ -1,0 +1,99 @@
+"""`python -m server` as a process of its own."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_TIMEOUT_S = 120
+
+
+@dataclass
+class Running:
+    """A server process that has announced itself."""
+
+    process: subprocess.Popen[str]
+    url: str
+    output: list[str]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path)
+
+
+@contextmanager
+def started(
+    env: dict[str, str], *options: str, port: int = 0, cwd: Path | None = None
+) -> Iterator[Running]:
+    """A server that is ready; killed when the block ends, if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "--port", str(port), *options],
+        env=env,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output: list[str] = []
+    announced = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if "Application startup complete" in line:
+                announced.set()
+        announced.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert announced.wait(START_TIMEOUT_S), "".join(output)
+        found = re.search(r"Serving .* on (http://127\.0\.0\.1:\d+)", "".join(output))
+        assert found, "".join(output)
+        yield Running(process, found[1], output)
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def run_until_exit(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    """A server that does not start, or does not stay."""
+    return subprocess.run(
+        [sys.executable, "-m", "server", "--port", "0", *options],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+
+
+def environment(home: Path, hub_url: str | None = None) -> dict[str, str]:
+    """This process's, but with a hub of the test's own, or none, and its cache in `home`."""
+    unreachable = f"http://127.0.0.1:{closed_port()}"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "QWEN_"))}
+    return {
+        **kept,
+        "HF_ENDPOINT": hub_url or unreachable,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def closed_port() -> int:
+    """A port where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
