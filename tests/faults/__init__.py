@@ -1,0 +1,1 @@
+"""Overload, faults, hostile input, shutdown: nobody's reply is lost, mixed up or left hanging."""

@@ -1,0 +1,171 @@
+"""More requests than there is room for: each gets an answer or a clear refusal, in time."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.config import Settings
+from tests.conftest import LiveServer
+from tests.faults.conftest import BOUND_S, endless, events_of, held, num_inside, until_inside
+from tests.live.test_clients_at_once import is_idle, until
+from tests.live.test_errors import assert_error
+
+NUM_CLIENTS, MAX_QUEUE, MAX_NUM_SEQS = 200, 32, 16
+
+Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
+
+
+@pytest.fixture(scope="module")
+def crowded(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
+    settings = Settings(model=str(tiny_checkpoint), max_queue=MAX_QUEUE, max_num_seqs=MAX_NUM_SEQS)
+    with serve(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hasty(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
+    """One sequence at a time, and too little time to wait for a held engine."""
+    settings = Settings(model=str(tiny_checkpoint), max_num_seqs=1, request_timeout=0.4)
+    with serve(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
+    """One request at a time."""
+    settings = Settings(model=str(tiny_checkpoint), max_num_seqs=1, max_queue=0)
+    with serve(settings) as server:
+        yield server
+
+
+def url_of(server: LiveServer) -> str:
+    return f"{server.base_url}/chat/completions"
+
+
+def question(server: LiveServer, number: int) -> dict[str, Any]:
+    """Every third is streamed. The reply to each is as good as unique."""
+    return {
+        "model": server.model,
+        "messages": [{"role": "user", "content": f"question {number}"}],
+        "seed": number,
+        "temperature": 1.5,
+        "max_tokens": 8,
+        "stream": number % 3 == 0,
+    }
+
+
+def text_of(response: httpx.Response) -> str:
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return str(response.json()["choices"][0]["message"]["content"])
+    *chunks, end = events_of(response.text)
+    assert end == "[DONE]"
+    return "".join(json.loads(c)["choices"][0]["delta"].get("content", "") for c in chunks)
+
+
+def assert_refused(response: httpx.Response) -> None:
+    assert_error(response, 429, "rate_limit_error", None, "queue_full")
+    assert int(response.headers["retry-after"]) > 0
+
+
+async def test_of_200_clients_at_once_each_gets_its_own_reply_or_a_429(
+    client: httpx.AsyncClient, crowded: LiveServer
+) -> None:
+    statuses: Counter[int] = Counter()
+
+    async def ask(number: int) -> httpx.Response:
+        response = await client.post(url_of(crowded), json=question(crowded, number))
+        statuses[response.status_code] += 1
+        return response
+
+    num_accepted = MAX_QUEUE + MAX_NUM_SEQS
+    async with asyncio.timeout(BOUND_S):
+        with held(crowded.services):
+            asked = [asyncio.create_task(ask(number)) for number in range(NUM_CLIENTS)]
+            await until(lambda: statuses[429] == NUM_CLIENTS - num_accepted)
+            assert await num_inside(client, crowded) == num_accepted
+            # Who only looks is let in.
+            models = await client.get(f"{crowded.base_url}/models")
+            assert models.status_code == 200
+        responses = await asyncio.gather(*asked)
+    assert statuses == {200: num_accepted, 429: NUM_CLIENTS - num_accepted}
+    together, alone = [], []
+    for number, response in enumerate(responses):
+        if response.status_code == 429:
+            assert_refused(response)
+        else:
+            together.append(text_of(response))
+            alone.append(text_of(await ask(number)))
+    assert together == alone
+    assert len(set(together)) > num_accepted * 0.9
+    assert await num_inside(client, crowded) == 0
+    await until(lambda: is_idle(crowded.services.engine))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_hangs_up_makes_room_for_another(
+    client: httpx.AsyncClient, narrow: LiveServer, stream: bool
+) -> None:
+    body = endless(narrow, stream=stream)
+    with held(narrow.services):
+        first = asyncio.create_task(client.post(url_of(narrow), json=body))
+        await until_inside(client, narrow, 1)
+        assert_refused(await client.post(url_of(narrow), json=body))
+        first.cancel()
+        await until_inside(client, narrow, 0)
+        second = asyncio.create_task(client.post(url_of(narrow), json=question(narrow, 1)))
+        await until_inside(client, narrow, 1)
+    assert (await second).status_code == 200
+
+
+def assert_out_of_time(response: httpx.Response) -> None:
+    assert_error(response, 504, "server_error", None, "request_timeout")
+    # The work would only be done twice.
+    assert response.headers["x-should-retry"] == "false"
+
+
+async def test_the_deadline_ends_what_runs_and_what_waits(
+    client: httpx.AsyncClient, hasty: LiveServer
+) -> None:
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", endless(hasty)),
+        ("chat/completions", endless(hasty)),
+        # No response has begun as long as the mood is not known.
+        ("chat/completions", question(hasty, 0)),
+        ("completions", {"model": hasty.model, "prompt": "and then"}),
+        ("responses", {"model": hasty.model, "input": "and then"}),
+        ("classify", {"input": ["one text", "another"]}),
+    ]
+    async with asyncio.timeout(BOUND_S):
+        with held(hasty.services):
+            responses = await asyncio.gather(
+                *(client.post(f"{hasty.base_url}/{path}", json=body) for path, body in bodies)
+            )
+            for response in responses:
+                assert_out_of_time(response)
+            assert await num_inside(client, hasty) == 0
+    await until(lambda: is_idle(hasty.services.engine))
+
+
+async def test_the_deadline_ends_a_stream_with_an_error_and_done(
+    client: httpx.AsyncClient, hasty: LiveServer
+) -> None:
+    async with asyncio.timeout(BOUND_S):
+        with held(hasty.services):
+            # The first runs, the second waits.
+            responses = await asyncio.gather(
+                *(client.post(url_of(hasty), json=endless(hasty, stream=True)) for _ in range(2))
+            )
+            for response in responses:
+                assert response.status_code == 200
+                *_, error, end = events_of(response.text)
+                assert json.loads(error)["error"]["code"] == "request_timeout"
+                assert end == "[DONE]"
+            assert await num_inside(client, hasty) == 0
+    await until(lambda: is_idle(hasty.services.engine))
