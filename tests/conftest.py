@@ -33,9 +33,17 @@ def tokenizer() -> ChatTokenizer:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Qwen2 with the bundled tokenizer; it writes every kind of nonsense."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
+    save_random_model(folder, AutoTokenizer.from_pretrained(BUNDLED_FOLDER).vocab_size)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BUNDLED_FOLDER / name, folder)
+    return folder
+
+
+def save_random_model(folder: Path, vocab_size: int) -> None:
+    """Two layers of Qwen2 that end at the bundled tokenizer's markers, but have none themselves."""
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=AutoTokenizer.from_pretrained(BUNDLED_FOLDER).vocab_size,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -50,9 +58,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[2, 0])
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(BUNDLED_FOLDER / name, folder)
-    return folder
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from server.core.tokenizer import ChatTokenizer
 from server.core.tools import CALL_BEGIN, CALL_END, Tool, call_head
+from server.errors import InvalidRequestError
 
 # As json.dumps writes it, and as the models have read it most often.
 _WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -29,6 +29,10 @@ class GrammarError(Exception):
         self.tool = tool
 
 
+class FormatTooComplexError(InvalidRequestError):
+    """A schema could be compiled, but not followed."""
+
+
 class GrammarState:
     """Where one completion stands in its grammar."""
 
@@ -39,17 +43,28 @@ class GrammarState:
         """A bit for each token id, the lowest first: whether it may come next.
 
         Raises:
-            GrammarError: the grammar takes more steps than a token is allowed.
+            FormatTooComplexError: to tell takes more steps than there may be.
         """
         mask = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise GrammarError(self._matcher.get_error())
+        self._check()
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Goes on by a token that is allowed."""
-        accepted = self._matcher.consume_token(token_id)
-        assert accepted, self._matcher.get_error()
+        """Goes on by a token that is allowed.
+
+        Raises:
+            FormatTooComplexError: to go on takes more steps than there may be.
+        """
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise FormatTooComplexError(
+                f"The schema of the answer or of a tool is too complex to be followed ({reason}); "
+                "give a simpler one, with fewer alternatives that begin alike."
+            )
 
 
 @dataclass(frozen=True)
@@ -154,13 +169,32 @@ class GrammarCompiler:
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         # Takes two seconds for Qwen's vocabulary, so only those who need it wait.
-        return from_tokenizer(self._chat_tokenizer.fast, eos_token=self._eos_token_ids)
+        vocabulary = _Vocabulary(self._chat_tokenizer, self._eos_token_ids[0])
+        return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
 
     def _compile(self, grammar: str) -> Grammar:
         is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
         if is_wrong:
             raise GrammarError(messages[0])
         return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0))
+
+
+class _Vocabulary:
+    """The tokens as llguidance wants to see them.
+
+    Reading a tokenizer itself, it would take every added token for a special one, which no
+    text can hold; to Qwen2.5 the text `<tool_call>` is such a token.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, eos_token_id: int) -> None:
+        self.eos_token_id, self.bos_token_id = eos_token_id, None
+        token_bytes = tokenizer.token_bytes
+        self.special_token_ids = [i for i, data in enumerate(token_bytes) if not data]
+        self.tokens = [data or tokenizer.decode([i]).encode() for i, data in enumerate(token_bytes)]
+        self._encode = tokenizer.encode_own_text
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -66,16 +66,13 @@ class ChatTokenizer:
         self._template = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._plain = _without_added_tokens(self._backend)
+        self._own = Tokenizer.from_str(self._backend.to_str())
+        self._own.encode_special_tokens = True  # as plain text
         added = self._backend.get_added_tokens_decoder()
         self._marker_ids = {token.content: token_id for token_id, token in added.items()}
         # Longest first, so that a marker never hides in a longer one.
         markers = sorted(self._marker_ids, key=len, reverse=True)
         self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
-
-    @property
-    def fast(self) -> PreTrainedTokenizerFast:
-        """The tokenizer itself, for libraries that read its vocabulary."""
-        return self._template
 
     @property
     def vocab_size(self) -> int:
@@ -89,6 +86,13 @@ class ChatTokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
         return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_own_text(self, text: str) -> list[int]:
+        """Ids of `text` as the model itself writes it: with added tokens that are not special.
+
+        To Qwen2.5 `<tool_call>` is one; `<|im_end|>` stays plain text.
+        """
+        return self._own.encode(text, add_special_tokens=False).ids
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *,
@@ -231,7 +235,7 @@ def _map_strings(value: Any, function: Callable[[str], Any]) -> Any:
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, function) for key, item in value.items()}
+        return {function(key): _map_strings(item, function) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_map_strings(item, function) for item in value]
     return value

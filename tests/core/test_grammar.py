@@ -8,8 +8,16 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from server.core.grammar import Grammar, GrammarCompiler, GrammarError, OutputFormat
+from server.core.checkpoint import BUNDLED_FOLDER
+from server.core.grammar import (
+    FormatTooComplexError,
+    Grammar,
+    GrammarCompiler,
+    GrammarError,
+    OutputFormat,
+)
 from server.core.tokenizer import ChatTokenizer
 from server.core.tools import CallDelta, CallParser, TextDelta, Tool
 
@@ -24,6 +32,10 @@ WEATHER = Tool(
 )
 CLOCK = Tool("clock", {"type": "object", "properties": {}, "additionalProperties": False})
 MAX_TOKENS = 400
+# Compiles, but after the first brace it might be any of these.
+TOO_COMPLEX = {
+    "anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "string"}}} for i in range(200)]
+}
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +153,16 @@ def test_a_schema_that_cannot_be_guaranteed_is_refused(
     assert word in str(caught.value) and str(caught.value)
 
 
+def test_a_schema_that_cannot_be_followed_says_so_when_it_turns_out(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer
+) -> None:
+    state = compiler.json_schema(TOO_COMPLEX).begin()
+    [opening] = [i for i, data in enumerate(tokenizer.token_bytes) if data == b"{"]
+    assert opening in allowed_ids(state.allowed(), tokenizer.vocab_size)
+    with pytest.raises(FormatTooComplexError, match="2200 items"):
+        state.accept(opening)
+
+
 def test_two_completions_of_one_grammar_stand_apart(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer
 ) -> None:
@@ -216,6 +238,23 @@ def test_required_calls_are_read_back_and_fit_their_schema(
     arguments = json.loads("".join(delta.arguments for delta in calls))
     [tool] = [tool for tool in (WEATHER, CLOCK) if tool.name == name]
     jsonschema.validate(arguments, tool.parameters)
+
+
+def test_an_added_token_that_is_not_special_is_text_to_a_grammar() -> None:
+    bundled = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    bundled.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=False)
+    tokenizer = ChatTokenizer(bundled)
+    compiler = GrammarCompiler(tokenizer, [tokenizer.marker_id("<|im_end|>")])
+    grammar = compiler.tool_calls([CLOCK], is_required=True, is_parallel=False)
+    ids = tokenizer.encode_own_text(TIME)
+    assert tokenizer.marker_id("<tool_call>") == ids[0] != tokenizer.encode_text(TIME)[0]
+    state = grammar.begin()
+    for token_id in ids:
+        assert token_id in allowed_ids(state.allowed(), tokenizer.vocab_size)
+        state.accept(token_id)
+    # A special one is none, whatever a schema says.
+    quoting = compiler.json_schema({"const": "<|im_end|></tool_call>"})
+    assert walk(quoting, tokenizer, random.Random(0)) == '"<|im_end|></tool_call>"'
 
 
 def test_a_tool_with_parameters_that_cannot_be_guaranteed_is_named(
