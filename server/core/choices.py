@@ -145,14 +145,21 @@ def begin_choices(
     num_choices: int,
     token_bytes: Sequence[bytes],
     stop: Sequence[str],
+    *,
+    stop_until: str = "",
 ) -> tuple[Choice, ...]:
     """Starts to continue the prompt in several ways; the seed of each further one is one higher.
+
+    stop_until: a text from which on the stop strings count no more; "" for none.
 
     Raises:
         EngineClosedError: the engine is closing.
     """
     return tuple(
-        Choice(generator.submit(prompt_ids, _with_seed(params, i)), Detokenizer(token_bytes, stop))
+        Choice(
+            generator.submit(prompt_ids, _with_seed(params, i)),
+            Detokenizer(token_bytes, stop, stop_until=stop_until),
+        )
         for i in range(num_choices)
     )
 

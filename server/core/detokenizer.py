@@ -10,12 +10,18 @@ class Detokenizer:
     Bytes that are no UTF-8 are left out, so a piece never contains a broken character.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
-        """token_bytes: by token id; stop: non-empty strings that end the text."""
+    def __init__(
+        self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), *, stop_until: str = ""
+    ) -> None:
+        """token_bytes: by token id; stop: non-empty strings that end the text.
+
+        stop_until: a string from which on nothing ends the text any more; "" for none.
+        """
         assert all(stop)
         self.token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._stop = stop
+        self._stop_until = [stop_until] if stop_until else []
         self._held = ""
         self.is_stopped = False
 
@@ -24,13 +30,17 @@ class Detokenizer:
         if self.is_stopped:
             return ""
         self._held += self._decoder.decode(self.token_bytes[token_id])
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            # The one that is complete first, so that token borders do not matter.
-            _, begin = min(found)
-            self.is_stopped = True
-            return self._release(begin, forget_rest=True)
-        return self._release(len(self._held) - num_held_back(self._held, self._stop))
+        markers = [*self._stop, *self._stop_until]
+        found = [(at + len(one), at) for one in markers if (at := self._held.find(one)) >= 0]
+        if not found:
+            return self._release(len(self._held) - num_held_back(self._held, markers))
+        # The one that is complete first, so that token borders do not matter.
+        end, begin = min(found)
+        if self._held[begin:end] in self._stop_until:
+            self._stop, self._stop_until = [], []
+            return self._release(len(self._held))
+        self.is_stopped = True
+        return self._release(begin, forget_rest=True)
 
     def flush(self) -> str:
         """The text held back, for a sequence that has ended without a stop string."""

@@ -12,7 +12,7 @@ from server.core.engine import EngineClosedError
 from server.core.sequence import SamplingParams
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
-from server.core.tools import Tool
+from server.core.tools import CALL_OPENING, Tool
 from server.errors import ContextLengthError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,14 @@ class Replier:
             sentiment=sentiment,
             num_prompt_tokens=len(prompt_ids),
             choices=begin_choices(
-                self._generator, prompt_ids, params, num_choices, self._tokenizer.token_bytes, stop
+                self._generator,
+                prompt_ids,
+                params,
+                num_choices,
+                self._tokenizer.token_bytes,
+                # Cut off by a stop string, a call would be no call.
+                stop,
+                stop_until=CALL_OPENING if tools else "",
             ),
             num_prefilled_cached=num_cached,
         )

@@ -18,6 +18,8 @@ CALL_BEGIN = "<tool_call>"
 # A line break cannot stand in JSON, so this ends a call wherever it is seen.
 CALL_END = "}\n</tool_call>"
 
+# Unlike the tag alone, this cannot stand in an answer in JSON, which has no line breaks.
+CALL_OPENING = f"{CALL_BEGIN}\n"
 _HEAD = re.compile(re.escape(CALL_BEGIN) + r'\n\{"name": "(?P<name>[\w-]+)", "arguments": ')
 
 _INSTRUCTIONS = """# Tools
@@ -54,7 +56,7 @@ class Tool:
 
 def call_head(name: str) -> str:
     """A call of the tool of this name, up to its arguments."""
-    return f'{CALL_BEGIN}\n{{"name": {json.dumps(name)}, "arguments": '
+    return f'{CALL_BEGIN}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
 
 
 def without_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[Any]:
@@ -129,7 +131,7 @@ class CallParser:
         self._held += text
         deltas: list[Delta] = []
         while True:
-            marker = CALL_END if self._is_in_arguments else CALL_BEGIN
+            marker = CALL_END if self._is_in_arguments else CALL_OPENING
             at = self._held.find(marker)
             end = at if at >= 0 else len(self._held) - num_held_back(self._held, [marker])
             if end:
@@ -151,7 +153,10 @@ class CallParser:
     def flush(self) -> list[Delta]:
         """What was held back, when the answer is over. A call cut before its name is none."""
         held, self._held = self._held, ""
-        return [] if not held or held.startswith(CALL_BEGIN) else self._more(held)
+        # What might be the end of a call is untold, so that arguments never go beyond their JSON.
+        if not held or self._is_in_arguments or held.startswith(CALL_BEGIN):
+            return []
+        return self._more(held)
 
     def _more(self, text: str) -> list[Delta]:
         if self._is_in_arguments:

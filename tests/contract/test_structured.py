@@ -14,6 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
 from tests.contract.test_shapes import SENTIMENT, chat, events
+from tests.core.test_grammar import TOO_COMPLEX
 
 WEATHER = {
     "type": "function",
@@ -132,6 +133,18 @@ def test_a_schema_that_cannot_be_guaranteed_is_refused(
     assert error["param"] == param and word in error["message"]
 
 
+def test_a_schema_that_turns_out_too_complex_is_the_clients_to_change(tiny: LiveServer) -> None:
+    too_complex = {"type": "json_schema", "json_schema": {"name": "a", "schema": TOO_COMPLEX}}
+    body = {"model": tiny.model, "messages": [{"role": "user", "content": "hi"}]}
+    url = f"{tiny.base_url}/chat/completions"
+    whole = httpx.post(url, json={**body, "response_format": too_complex})
+    assert whole.status_code == 400
+    error = whole.json()["error"]
+    assert error["type"] == "invalid_request_error" and "simpler" in error["message"]
+    stream = httpx.post(url, json={**body, "response_format": too_complex, "stream": True})
+    assert events(stream)[-1] == {"error": error}
+
+
 # --- tools ----------------------------------------------------------------------------
 
 
@@ -166,6 +179,32 @@ def test_a_stream_of_calls_is_the_whole(tiny: LiveServer) -> None:
             calls[call["index"]]["arguments"] += call["function"]["arguments"]
     assert calls == [call["function"] for call in whole["message"]["tool_calls"]]
     assert chunks[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
+
+
+@pytest.mark.parametrize("stop", ["city", '"', "}", "\n"])
+def test_stop_strings_do_not_cut_a_call(tiny: LiveServer, stop: str) -> None:
+    changes = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
+    [choice] = chat(tiny, max_tokens=200, stop=stop, **changes).json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    jsonschema.validate(
+        json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"]
+    )
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_an_answer_in_json_may_quote_a_call(tiny: LiveServer) -> None:
+    quoting = {"const": "a <tool_call> b </tool_call>"}
+    changes = {
+        "tools": [WEATHER],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": quoting}},
+        # It must be the answer and no call.
+        "logit_bias": {str(tiny.services.tokenizer.encode_text('"')[0]): 100},
+        "max_tokens": 60,
+    }
+    [choice] = chat(tiny, **changes).json()["choices"]
+    assert json.loads(choice["message"]["content"]) == quoting["const"]
+    chunks = events(chat(tiny, stream=True, **changes))
+    assert content_of(chunks) == choice["message"]["content"]
 
 
 def test_without_need_a_model_may_just_talk(tiny: LiveServer) -> None:

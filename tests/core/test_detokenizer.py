@@ -117,6 +117,26 @@ def test_the_longest_possible_beginning_is_held_back_of_several_stop_strings() -
     assert pieces == ["x", "aab"]
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("a<c>Xb", ["X"], "a<c>Xb"),
+        ("aX<c>b", ["X"], "a"),
+        ("<c>X<c>X", ["X"], "<c>X<c>X"),
+        ("a<c>b", ["<c>b"], "a<c>b"),
+        ("a<c>b", ["<"], "a"),
+        ("a<c>b", ["c>"], "a<c>b"),
+        ("a<c", ["X"], "a<c"),
+    ],
+)
+def test_stop_strings_count_up_to_a_text_only(text: str, stop: list[str], expected: str) -> None:
+    for tokens in every_split(text.encode()):
+        detokenizer = Detokenizer(tokens, stop, stop_until="<c>")
+        pieces = [detokenizer.push(token_id) for token_id in range(len(tokens))]
+        assert "".join(pieces) + detokenizer.flush() == expected, tokens
+        assert detokenizer.is_stopped == (expected != text)
+
+
 def test_nothing_comes_after_a_stop_string() -> None:
     detokenizer = Detokenizer([b"aXb", b"c"], ["X"])
     assert detokenizer.push(0) == "a"

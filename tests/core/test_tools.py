@@ -116,6 +116,10 @@ LOOK_UP = ("look_up", '{"q": "}\\n<x>"}')
         (CALL[: CALL.index("}")], "", [("look_up", '{"q": "')]),
         (CALL[: len("<tool_call>\n{")], "", []),
         (f"{CALL}\n<tool_c", "", [LOOK_UP]),
+        (CALL[:-3], "", [LOOK_UP]),
+        (CALL[: CALL.rindex("}") + 1], "", [LOOK_UP]),
+        # JSON that quotes the tags.
+        ('{"a": "<tool_call>b</tool_call>"}', '{"a": "<tool_call>b</tool_call>"}', []),
     ],
 )
 def test_an_answer_is_told_apart_wherever_its_pieces_end(
