@@ -188,5 +188,7 @@ def refuse_unsupported(
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if item is not None}
     # False == 0 in Python; a client that sends the one for the other is wrong all the same.
     return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)

@@ -83,6 +83,7 @@ class _Response:
         # Of the item that is being written.
         self._item_id: str | None = None
         self._text, self._logprobs = "", list[dict[str, Any]]()
+        self._untold: list[TokenEvent] = []
         self._call: ToolCall | None = None
         sentiment = reply.sentiment
         self.headers = {"x-sentiment": sentiment.label.value} if sentiment else {}
@@ -93,13 +94,12 @@ class _Response:
         yield self._event("response.in_progress", response=self._response("in_progress"))
         [choice] = self.reply.choices
         async for piece in choice.pieces():
-            tokens = piece.tokens
+            self._untold += piece.tokens
             for delta in self._answer.add(piece.text):
-                for event in self._written(delta, tokens):
+                for event in self._written(delta):
                     yield event
-                tokens = ()
         for delta in self._answer.end():
-            for event in self._written(delta, ()):
+            for event in self._written(delta):
                 yield event
         status = "completed" if choice.finish_reason == "stop" else "incomplete"
         if not self._items and self._item_id is None:
@@ -109,12 +109,12 @@ class _Response:
             yield event
         yield self._event(f"response.{status}", response=self._response(status))
 
-    def _written(self, delta: Delta, tokens: Sequence[TokenEvent]) -> Iterator[Event]:
+    def _written(self, delta: Delta) -> Iterator[Event]:
+        told = self._tell_logprobs()
         match delta:
             case TextDelta(text):
                 if self._item_id is None:
                     yield from self._begin_message()
-                told = logprobs_content(tokens, self._services.tokenizer.token_bytes)
                 self._text += text
                 self._logprobs += told
                 yield self._item_event(
@@ -150,6 +150,8 @@ class _Response:
             item = call_item(self._item_id, status, self._call, arguments)
             yield self._item_event("response.function_call_arguments.done", arguments=arguments)
         else:
+            # The last tokens may have no text.
+            self._logprobs += self._tell_logprobs()
             part = text_part(self._text, self._logprobs)
             item = message_item(self._item_id, status, [part])
             yield self._item_event(
@@ -162,6 +164,12 @@ class _Response:
         yield self._event("response.output_item.done", output_index=len(self._items), item=item)
         self._items.append(item)
         self._item_id = self._call = None
+
+    def _tell_logprobs(self) -> list[dict[str, Any]]:
+        """Those of the tokens that came since the last time."""
+        told = logprobs_content(self._untold, self._services.tokenizer.token_bytes)
+        self._untold = []
+        return told
 
     def _item_event(self, kind: str, **fields: Any) -> Event:
         return self._event(kind, item_id=self._item_id, output_index=len(self._items), **fields)

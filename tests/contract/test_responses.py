@@ -127,6 +127,20 @@ def test_a_reply_that_is_cut_off_is_incomplete(tiny: LiveServer) -> None:
     assert response["usage"]["output_tokens"] == 2
 
 
+def test_every_token_of_a_text_has_its_log_probability(tiny: LiveServer) -> None:
+    """Also those whose text is held back, for it might begin a call."""
+    less_than = tiny.services.tokenizer.encode_text("<")[0]
+    tools = [{"type": "function", "name": "f"}]
+    response = respond(
+        tiny, tools=tools, include=["message.output_text.logprobs"], logit_bias={less_than: 12}
+    )
+    [part] = response["output"][0]["content"]
+    assert "<" in part["text"]
+    assert len(part["logprobs"]) == response["usage"]["output_tokens"] == 24
+    written = b"".join(bytes(entry["bytes"]) for entry in part["logprobs"])
+    assert written.decode(errors="ignore") == part["text"]
+
+
 def test_instructions_are_the_system_message(tiny: LiveServer) -> None:
     as_item = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     one = respond(tiny, input="Hi", instructions="Be brief.", temperature=0)
@@ -206,6 +220,7 @@ def test_what_cannot_be_done_is_refused_by_name(
         {"background": False},
         {"truncation": "disabled"},
         {"reasoning": {"effort": "none"}},
+        {"reasoning": {"effort": None, "summary": None}},
         {"text": {"verbosity": "medium"}},
         {"include": ["reasoning.encrypted_content"]},
     ],
