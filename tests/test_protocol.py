@@ -490,8 +490,19 @@ def test_further_fields_of_a_message_are_ignored(name: str) -> None:
         ),
         (
             {"role": "assistant", "tool_calls": [call("f", "{")]},
-            "messages[1].tool_calls[0].function",
+            "messages[1].tool_calls[0].function.arguments",
             "JSON",
+        ),
+        (
+            # A lone surrogate, which is no character.
+            {"role": "assistant", "tool_calls": [call("f", r'"\ud800"')]},
+            "messages[1].tool_calls[0].function.arguments",
+            "JSON",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call("f", "[" * 500 + "]" * 500)]},
+            "messages[1].tool_calls[0].function.arguments",
+            "recursion",
         ),
         ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages[1]", "only"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "'tool_calls'"),

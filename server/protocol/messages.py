@@ -1,13 +1,13 @@
 """Messages of a conversation on the wire, and as chat templates know them."""
 
-import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    Json,
     StrictStr,
     model_validator,
 )
@@ -29,15 +29,7 @@ class CalledFunction(BaseModel):
     """Which function an earlier answer called, and with what."""
 
     name: Annotated[StrictStr, Field(min_length=1)]
-    arguments: StrictStr
-
-    @model_validator(mode="after")
-    def _check_arguments(self) -> Self:
-        try:
-            json.loads(self.arguments)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"'arguments' is not JSON: {error}") from error
-        return self
+    arguments: Json[Any]
 
 
 class CalledTool(BaseModel):
@@ -49,12 +41,7 @@ class CalledTool(BaseModel):
 
     def for_template(self) -> dict[str, Any]:
         """The call as chat templates know it: the arguments are an object there."""
-        arguments = json.loads(self.function.arguments)
-        return {
-            "id": self.id,
-            "type": "function",
-            "function": {"name": self.function.name, "arguments": arguments},
-        }
+        return {"id": self.id, "type": "function", "function": self.function.model_dump()}
 
 
 class Message(BaseModel):
