@@ -16,7 +16,12 @@ from tests.conftest import LiveServer
 TEXT = st.text(max_size=12)
 JSON = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False), TEXT
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        # JSON has no infinity.
+        st.floats(allow_nan=False, allow_infinity=False),
+        TEXT,
     ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
     max_leaves=5,
