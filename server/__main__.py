@@ -1,11 +1,13 @@
 """The command: `python -m server`, or `qwen-all-in-one`.
 
 Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was
-stopped at once by a second signal; 2 wrong options; 3 the engine broke down.
+stopped at once by a second signal; 2 no such option; 3 the engine broke down, or failed from
+the start (uvicorn's own code).
 """
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from types import FrameType
@@ -104,7 +106,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called on SIGINT and SIGTERM, between two steps of the event loop."""
         if self._gate.is_closed:
-            self.exit_code, self.should_exit, self.force_exit = EXIT_FORCED, True, True
+            # Not by way of Python's end, which waits for a step and trips over open streams.
+            os._exit(EXIT_FORCED)
         self._gate.is_closed = True
 
     async def on_tick(self, counter: int) -> bool:
