@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.config import Settings
@@ -66,6 +66,7 @@ def create_app(settings: Settings, services: Services) -> Starlette:
         exception_handlers={
             APIError: _api_error,
             HTTPException: _http_exception,
+            ClientDisconnect: _left,
             Exception: _unexpected,
         },
     )
@@ -91,6 +92,10 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         response.headers.update(error.headers or {})
         return response
     return error_response(InvalidRequestError(str(error.detail)))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # as nginx logs it; there is nobody to read it
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

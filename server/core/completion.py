@@ -1,5 +1,6 @@
 """Continues raw text: no chat template, no persona, no sentiment."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -34,7 +35,11 @@ class Completer:
             ContextLengthError: a prompt leaves no room for a continuation.
             InvalidRequestError: the model has no such token.
         """
-        all_ids = [self._encode(place, prompt) for place, prompt in prompts.items()]
+        # Not on the event loop: megabytes take a second.
+        all_ids = [
+            await asyncio.to_thread(self._encode, place, prompt)
+            for place, prompt in prompts.items()
+        ]
         num_cached = None
         if num_choices > 1:
             # The choices copy what is computed here once.

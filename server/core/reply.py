@@ -57,7 +57,7 @@ class Replier:
             if all(message["role"] != "system" for message in conversation):
                 conversation.insert(0, {"role": "system", "content": self._persona})
             # Before the pass: a conversation that cannot be answered needs no sentiment.
-            plain_ids = self._encode(conversation, tools)
+            plain_ids = await asyncio.to_thread(self._encode, conversation, tools)
             sentiment, num_cached = await self._judge(messages, plain_ids)
         cue = self._task.render_cue(sentiment.label) if sentiment else None
         if cue is not None:
@@ -65,7 +65,8 @@ class Replier:
             # but an answer the client has begun stays last, to be continued.
             end = len(conversation) - (conversation[-1]["role"] == "assistant")
             conversation.insert(end, {"role": "system", "content": cue})
-        prompt_ids = self._encode(conversation, tools)
+        # Not on the event loop: megabytes take a second.
+        prompt_ids = await asyncio.to_thread(self._encode, conversation, tools)
         room = self._max_context - len(prompt_ids)
         params = replace(params, max_tokens=min(params.max_tokens, room))
         if num_choices > 1:
