@@ -1,6 +1,7 @@
 """What the tests of faults share: requests that last, and an engine that is held."""
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -74,3 +75,13 @@ async def until_inside(client: httpx.AsyncClient, server: LiveServer, number: in
 def events_of(text: str) -> list[str]:
     """The data of a stream's events."""
     return [block.split("data: ", 1)[1] for block in text.strip().split("\n\n")]
+
+
+def text_of(response: httpx.Response) -> str:
+    """What a chat was answered, whole or streamed."""
+    assert response.status_code == 200, response.text
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return str(response.json()["choices"][0]["message"]["content"])
+    *chunks, end = events_of(response.text)
+    assert end == "[DONE]"
+    return "".join(json.loads(c)["choices"][0]["delta"].get("content", "") for c in chunks)

@@ -13,7 +13,15 @@ import pytest
 
 from server.config import Settings
 from tests.conftest import LiveServer
-from tests.faults.conftest import BOUND_S, endless, events_of, held, num_inside, until_inside
+from tests.faults.conftest import (
+    BOUND_S,
+    endless,
+    events_of,
+    held,
+    num_inside,
+    text_of,
+    until_inside,
+)
 from tests.live.test_clients_at_once import is_idle, until
 from tests.live.test_errors import assert_error
 
@@ -59,14 +67,6 @@ def question(server: LiveServer, number: int) -> dict[str, Any]:
         "max_tokens": 8,
         "stream": number % 3 == 0,
     }
-
-
-def text_of(response: httpx.Response) -> str:
-    if not response.headers["content-type"].startswith("text/event-stream"):
-        return str(response.json()["choices"][0]["message"]["content"])
-    *chunks, end = events_of(response.text)
-    assert end == "[DONE]"
-    return "".join(json.loads(c)["choices"][0]["delta"].get("content", "") for c in chunks)
 
 
 def assert_refused(response: httpx.Response) -> None:

@@ -1,0 +1,234 @@
+"""A fault at every step of an answer: it fails the request it belongs to, and no other."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from server.core import choices, grammar
+from server.core.engine import Engine, TokenStream
+from server.core.model.runner import ModelRunner
+from server.core.model.sampler import Sampler
+from server.core.sequence import SamplingParams, Sequence
+from tests.conftest import LiveServer
+from tests.faults.conftest import BOUND_S, endless, events_of, held, text_of
+from tests.live.test_clients_at_once import is_idle, until
+from tests.live.test_errors import assert_error
+
+SEED = 666  # of the request that is hit
+NUM_OTHERS = 3
+MAX_TOKENS = 12
+
+
+class BrokenOnPurposeError(Exception):
+    """What is thrown in."""
+
+
+def is_hit(sequence: Sequence) -> bool:
+    return sequence.params is not None and sequence.params.seed == SEED
+
+
+def raising(*args: Any, **options: Any) -> Any:
+    raise BrokenOnPurposeError
+
+
+# --- where it can break: each puts a fault into a running server -----------------------
+
+
+def break_memory(method: str) -> Callable[[pytest.MonkeyPatch, ModelRunner], None]:
+    def install(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
+        plain = getattr(runner, method)
+
+        def broken(sequence: Sequence, *args: Any, **options: Any) -> Any:
+            if is_hit(sequence):
+                raise BrokenOnPurposeError
+            return plain(sequence, *args, **options)
+
+        patch.setattr(runner, method, broken)
+
+    return install
+
+
+def break_forward(num_tokens: int, *, is_done: bool) -> Callable[[Any, ModelRunner], None]:
+    """num_tokens: sampled before. is_done: behind the forward, which has written its keys."""
+
+    def install(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
+        forward = runner._model.forward
+
+        def broken(segments: Any) -> Any:
+            hit = [state.cache for sequence, state in runner._states.items()
+                   if is_hit(sequence) and len(sequence.completion_ids) == num_tokens]  # fmt: skip
+            is_in_step = any(segment.cache in hit for segment in segments)
+            if is_in_step and not is_done:
+                raise BrokenOnPurposeError
+            hidden = forward(segments)
+            if is_in_step:
+                raise BrokenOnPurposeError
+            return hidden
+
+        patch.setattr(runner._model, "forward", broken)
+
+    return install
+
+
+def break_sampler(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
+    sample = Sampler.sample
+
+    def broken(self: Sampler, logits: Any) -> Any:
+        if self._params.seed == SEED and self._counts:
+            raise BrokenOnPurposeError
+        return sample(self, logits)
+
+    patch.setattr(Sampler, "sample", broken)
+
+
+def break_detokenizer(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
+    begin = choices.begin_choices
+
+    def broken(generator: Any, prompt_ids: Any, params: Any, *args: Any, **options: Any) -> Any:
+        begun = begin(generator, prompt_ids, params, *args, **options)
+        if params.seed == SEED:
+            begun[0].detokenizer.push = raising  # type: ignore[method-assign]
+        return begun
+
+    patch.setattr("server.core.reply.begin_choices", broken)
+
+
+def break_grammar(name: str) -> Callable[[pytest.MonkeyPatch, ModelRunner], None]:
+    """Only the request that is hit has one."""
+
+    def install(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
+        owner = grammar.Grammar if name == "begin" else grammar.GrammarState
+        patch.setattr(owner, name, raising)
+
+    return install
+
+
+def break_compiler(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
+    patch.setattr(grammar.GrammarCompiler, "_compile", raising)
+
+
+FAULTS = {
+    "admission": break_memory("admit"),
+    "room for the next tokens": break_memory("reserve"),
+    "prefill": break_forward(0, is_done=False),
+    "behind a prefill": break_forward(0, is_done=True),
+    "decode": break_forward(3, is_done=False),
+    "behind a decode": break_forward(3, is_done=True),
+    "sampler": break_sampler,
+    "detokenizer": break_detokenizer,
+    "grammar's compiler": break_compiler,
+    "grammar's beginning": break_grammar("begin"),
+    "grammar's choice": break_grammar("allowed"),
+    "grammar's next state": break_grammar("accept"),
+}
+
+
+# --- what then happens ----------------------------------------------------------------
+
+
+async def ask_together(
+    client: httpx.AsyncClient, server: LiveServer, *bodies: dict[str, Any]
+) -> list[httpx.Response]:
+    """The responses to requests that share their steps, all but the first."""
+    url, engine = f"{server.base_url}/chat/completions", server.services.engine
+    submitted = []
+
+    def submit(prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+        submitted.append(params)
+        return Engine.submit(engine, prompt_ids, params)
+
+    def have_begun() -> bool:
+        # One may fail before it is submitted.
+        return len(submitted) + any(request.done() for request in asked) >= len(bodies)
+
+    async with asyncio.timeout(BOUND_S):
+        with pytest.MonkeyPatch.context() as patch, held(server.services):
+            patch.setattr(engine, "submit", submit)
+            asked = [asyncio.create_task(client.post(url, json=body)) for body in bodies]
+            await until(have_begun)
+        return await asyncio.gather(*asked)
+
+
+def others(server: LiveServer) -> list[dict[str, Any]]:
+    """Requests whose replies any disturbance would change: random, and of different lengths."""
+    return [
+        endless(
+            server,
+            messages=[{"role": "user", "content": f"question {i} " * (10 * i + 1)}],
+            seed=i,
+            temperature=1.5,
+            max_tokens=MAX_TOKENS,
+            stream=i == 1,
+        )
+        for i in range(NUM_OTHERS)
+    ]
+
+
+def replies(responses: list[httpx.Response]) -> list[str]:
+    return [text_of(response) for response in responses]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_fault_fails_the_request_it_belongs_to_and_no_other(
+    client: httpx.AsyncClient, tiny: LiveServer, fault: str, stream: bool
+) -> None:
+    undisturbed = replies(await ask_together(client, tiny, *others(tiny)))
+    hit = endless(tiny, seed=SEED, max_tokens=MAX_TOKENS, stream=stream)
+    if "grammar" in fault:
+        hit["response_format"] = {"type": "json_object"}
+    engine: Any = tiny.services.engine
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch, engine._runner)
+        *rest, failed = await ask_together(client, tiny, *others(tiny), hit)
+        await until(lambda: is_idle(engine))
+    assert replies(rest) == undisturbed
+    assert_failed(failed)
+    # And what they left behind is sound.
+    assert replies(await ask_together(client, tiny, *others(tiny))) == undisturbed
+
+
+def assert_failed(response: httpx.Response) -> None:
+    assert "BrokenOnPurpose" not in response.text
+    if response.status_code != 200:
+        assert_error(response, 500, "server_error", None)
+        assert response.headers["x-should-retry"] == "false"
+        return
+    *_, error, end = events_of(response.text)
+    assert json.loads(error)["error"]["type"] == "server_error"
+    assert end == "[DONE]"
+
+
+async def test_a_release_that_fails_costs_nobody_a_token(
+    client: httpx.AsyncClient, tiny: LiveServer
+) -> None:
+    undisturbed = replies(await ask_together(client, tiny, *others(tiny)))
+    engine: Any = tiny.services.engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._runner, "_remember", raising)
+        disturbed = replies(await ask_together(client, tiny, *others(tiny)))
+        await until(lambda: is_idle(engine))
+    assert disturbed == undisturbed
+
+
+async def test_an_event_loop_that_stalls_costs_nobody_a_token(
+    client: httpx.AsyncClient, tiny: LiveServer
+) -> None:
+    undisturbed = replies(await ask_together(client, tiny, *others(tiny)))
+    push = choices.Detokenizer.push
+    stalls = iter([0.3, 0.3])
+
+    def slow(self: Any, token_id: int) -> str:
+        time.sleep(next(stalls, 0))
+        return push(self, token_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choices.Detokenizer, "push", slow)
+        stalled = replies(await ask_together(client, tiny, *others(tiny)))
+    assert stalled == undisturbed
+    assert next(stalls, None) is None
