@@ -77,11 +77,18 @@ def events_of(text: str) -> list[str]:
     return [block.split("data: ", 1)[1] for block in text.strip().split("\n\n")]
 
 
-def text_of(response: httpx.Response) -> str:
-    """What a chat was answered, whole or streamed."""
+def contents_of(response: httpx.Response) -> list[dict[str, Any]]:
+    """The one object of a whole reply, or all of a stream's."""
     assert response.status_code == 200, response.text
     if not response.headers["content-type"].startswith("text/event-stream"):
-        return str(response.json()["choices"][0]["message"]["content"])
+        return [response.json()]
     *chunks, end = events_of(response.text)
     assert end == "[DONE]"
-    return "".join(json.loads(c)["choices"][0]["delta"].get("content", "") for c in chunks)
+    return [json.loads(chunk) for chunk in chunks]
+
+
+def text_of(response: httpx.Response) -> str:
+    """What a chat was answered, whole or streamed."""
+    choices = [content["choices"][0] for content in contents_of(response)]
+    said = [choice.get("message") or choice["delta"] for choice in choices]
+    return "".join(message.get("content", "") for message in said)

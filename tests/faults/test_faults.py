@@ -15,7 +15,7 @@ from server.core.model.runner import ModelRunner
 from server.core.model.sampler import Sampler
 from server.core.sequence import SamplingParams, Sequence
 from tests.conftest import LiveServer
-from tests.faults.conftest import BOUND_S, endless, events_of, held, text_of
+from tests.faults.conftest import BOUND_S, contents_of, endless, events_of, held, text_of
 from tests.live.test_clients_at_once import is_idle, until
 from tests.live.test_errors import assert_error
 
@@ -155,7 +155,7 @@ async def ask_together(
 
 
 def others(server: LiveServer) -> list[dict[str, Any]]:
-    """Requests whose replies any disturbance would change: random, and of different lengths."""
+    """Requests of different lengths, whose log-probabilities any disturbance would change."""
     return [
         endless(
             server,
@@ -163,34 +163,45 @@ def others(server: LiveServer) -> list[dict[str, Any]]:
             seed=i,
             temperature=1.5,
             max_tokens=MAX_TOKENS,
+            logprobs=True,
             stream=i == 1,
         )
         for i in range(NUM_OTHERS)
     ]
 
 
-def replies(responses: list[httpx.Response]) -> list[str]:
-    return [text_of(response) for response in responses]
+def assert_same(responses: list[httpx.Response], expected: list[httpx.Response]) -> None:
+    """Texts and log-probabilities; these differ by rounding with who else is computed."""
+    assert len(responses) == len(expected)
+    for one, other in zip(responses, expected, strict=True):
+        assert text_of(one) == text_of(other)
+        assert logprobs_of(one) == pytest.approx(logprobs_of(other), abs=1e-3)
+
+
+def logprobs_of(response: httpx.Response) -> list[float]:
+    choices = [content["choices"][0] for content in contents_of(response)]
+    told = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
+    return [token["logprob"] for tokens in told for token in tokens]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_fails_the_request_it_belongs_to_and_no_other(
-    client: httpx.AsyncClient, tiny: LiveServer, fault: str, stream: bool
+    client: httpx.AsyncClient, mini: LiveServer, fault: str, stream: bool
 ) -> None:
-    undisturbed = replies(await ask_together(client, tiny, *others(tiny)))
-    hit = endless(tiny, seed=SEED, max_tokens=MAX_TOKENS, stream=stream)
+    undisturbed = await ask_together(client, mini, *others(mini))
+    hit = endless(mini, seed=SEED, max_tokens=MAX_TOKENS, stream=stream)
     if "grammar" in fault:
         hit["response_format"] = {"type": "json_object"}
-    engine: Any = tiny.services.engine
+    engine: Any = mini.services.engine
     with pytest.MonkeyPatch.context() as patch:
         FAULTS[fault](patch, engine._runner)
-        *rest, failed = await ask_together(client, tiny, *others(tiny), hit)
+        *rest, failed = await ask_together(client, mini, *others(mini), hit)
         await until(lambda: is_idle(engine))
-    assert replies(rest) == undisturbed
+    assert_same(rest, undisturbed)
     assert_failed(failed)
     # And what they left behind is sound.
-    assert replies(await ask_together(client, tiny, *others(tiny))) == undisturbed
+    assert_same(await ask_together(client, mini, *others(mini)), undisturbed)
 
 
 def assert_failed(response: httpx.Response) -> None:
@@ -205,21 +216,21 @@ def assert_failed(response: httpx.Response) -> None:
 
 
 async def test_a_release_that_fails_costs_nobody_a_token(
-    client: httpx.AsyncClient, tiny: LiveServer
+    client: httpx.AsyncClient, mini: LiveServer
 ) -> None:
-    undisturbed = replies(await ask_together(client, tiny, *others(tiny)))
-    engine: Any = tiny.services.engine
+    undisturbed = await ask_together(client, mini, *others(mini))
+    engine: Any = mini.services.engine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._runner, "_remember", raising)
-        disturbed = replies(await ask_together(client, tiny, *others(tiny)))
+        disturbed = await ask_together(client, mini, *others(mini))
         await until(lambda: is_idle(engine))
-    assert disturbed == undisturbed
+    assert_same(disturbed, undisturbed)
 
 
 async def test_an_event_loop_that_stalls_costs_nobody_a_token(
-    client: httpx.AsyncClient, tiny: LiveServer
+    client: httpx.AsyncClient, mini: LiveServer
 ) -> None:
-    undisturbed = replies(await ask_together(client, tiny, *others(tiny)))
+    undisturbed = await ask_together(client, mini, *others(mini))
     push = choices.Detokenizer.push
     stalls = iter([0.3, 0.3])
 
@@ -229,6 +240,6 @@ async def test_an_event_loop_that_stalls_costs_nobody_a_token(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choices.Detokenizer, "push", slow)
-        stalled = replies(await ask_together(client, tiny, *others(tiny)))
-    assert stalled == undisturbed
+        stalled = await ask_together(client, mini, *others(mini))
+    assert_same(stalled, undisturbed)
     assert next(stalls, None) is None
