@@ -6,6 +6,7 @@ the start (uvicorn's own code).
 """
 
 import asyncio
+import ipaddress
 import logging
 import os
 import socket
@@ -81,8 +82,8 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=CLOSING_S,
     )
     server = Server(config, app.state.gate, services.engine, settings.grace_period)
-    if services.warning:
-        print(f"\nWARNING: {services.warning}", file=sys.stderr, flush=True)
+    for warning in filter(None, (services.warning, _exposure(settings))):
+        print(f"\nWARNING: {warning}", file=sys.stderr, flush=True)
     print(_banner(services.model_id, url), flush=True)
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
@@ -158,6 +159,20 @@ def _bind(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port"
         ) from error
     return listener
+
+
+def _exposure(settings: Settings) -> str | None:
+    """What to say if others than this machine's users may come in without a key."""
+    if settings.api_key or _is_loopback(settings.host):
+        return None
+    return f"whoever reaches {settings.host} may use this server: no --api-key is set"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _banner(model_id: str, url: str) -> str:

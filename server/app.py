@@ -13,7 +13,6 @@ from starlette.responses import Response
 from server.config import Settings
 from server.errors import (
     APIError,
-    InternalError,
     InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
@@ -24,6 +23,7 @@ from server.middleware import (
     AdmissionMiddleware,
     ApiKeyMiddleware,
     BodyMiddleware,
+    FailureMiddleware,
     RequestIdMiddleware,
     error_response,
 )
@@ -62,12 +62,13 @@ def create_app(settings: Settings, services: Services) -> Starlette:
             Middleware(ApiKeyMiddleware, keys=settings.api_key),
             Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes),
             Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
+            # Innermost, so that a 500, too, gets its id and the headers a browser asks for.
+            Middleware(FailureMiddleware),
         ],
         exception_handlers={
             APIError: _api_error,
             HTTPException: _http_exception,
             ClientDisconnect: _left,
-            Exception: _unexpected,
         },
     )
     app.state.services = services
@@ -96,8 +97,3 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 async def _left(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # as nginx logs it; there is nobody to read it
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
-    # Starlette raises it again behind this answer, and uvicorn logs it.
-    return error_response(InternalError("The server failed on this request; see its log."))

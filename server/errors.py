@@ -72,6 +72,16 @@ class MethodNotAllowedError(APIError):
     type = "invalid_request_error"
 
 
+class BodyTimeoutError(APIError):
+    """The client is too slow in sending its request."""
+
+    status = 408
+    type = "invalid_request_error"
+
+    def headers(self) -> dict[str, str]:
+        return {"connection": "close"}
+
+
 class RequestTooLargeError(APIError):
     """The body is larger than the server reads."""
 

@@ -18,13 +18,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import (
     APIError,
     AuthenticationError,
-    RequestTimeoutError,
+    BodyTimeoutError,
+    InternalError,
     RequestTooLargeError,
 )
 from server.gate import Gate
 from server.logs import request_id
 from server.metrics import Metrics
 
+logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 OPEN_PATHS = ("/health", "/ready")
@@ -141,7 +143,7 @@ class BodyMiddleware:
             try:
                 message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
             except TimeoutError:
-                raise RequestTimeoutError(
+                raise BodyTimeoutError(
                     f"The rest of the request body did not come within {BODY_TIMEOUT_S} s."
                 ) from None
             if message["type"] == "http.disconnect":
@@ -174,3 +176,27 @@ class AdmissionMiddleware:
             await self._app(scope, receive, send)
         finally:
             self._gate.leave()
+
+
+class FailureMiddleware:
+    """The last resort: what nobody expected becomes a 500 like any other answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception:
+            if has_begun:
+                raise  # uvicorn logs it and closes the connection
+            logger.exception("a request failed")
+            error = InternalError("The server failed on this request; see its log.")
+            await error_response(error)(scope, receive, send)

@@ -1,0 +1,182 @@
+"""Who gets in: keys on every route, pages of named origins, ids in and out."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.__main__ import _exposure
+from server.config import Settings
+from server.middleware import OPEN_PATHS
+from server.routes import ROUTES
+from tests.conftest import LiveServer
+from tests.live.test_errors import assert_error
+
+KEY, OTHER_KEY = "sk-the-right-one", "sk-another"
+ORIGIN = "https://chat.example"
+WRONG = {
+    "none": None,
+    "no value": "Bearer",
+    "no scheme": KEY,
+    "another scheme": f"Basic {KEY}",
+    "a prefix": f"Bearer {KEY[:-1]}",
+    "a longer one": f"Bearer {KEY}1",
+    "the other's end": f"Bearer {KEY}{OTHER_KEY}",
+    "both": f"Bearer {KEY},{OTHER_KEY}",
+    "another case": f"Bearer {KEY.upper()}",
+    "very long": "Bearer " + KEY * 3000,
+    "no ASCII": "Bearer schlüssel".encode("latin-1"),
+}
+
+Methods = list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tiny_checkpoint: Path, serve: Callable[[Settings], AbstractContextManager[LiveServer]]
+) -> Iterator[LiveServer]:
+    settings = Settings(
+        model=str(tiny_checkpoint),
+        api_key=(KEY, OTHER_KEY),
+        cors_origin=(ORIGIN,),  # type: ignore[arg-type]
+    )
+    with serve(settings) as server:
+        yield server
+
+
+def every_route() -> Methods:
+    return [
+        (method, route.path.replace("{model_id:path}", "any"))
+        for route in ROUTES
+        for method in sorted(route.methods or ())
+    ]
+
+
+@pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
+def test_a_wrong_key_opens_no_route_but_the_probes(
+    guarded: LiveServer, value: str | bytes | None
+) -> None:
+    headers: Any = {} if value is None else {"authorization": value}
+    with httpx.Client(base_url=guarded.url, headers=headers) as client:
+        for method, path in [*every_route(), ("GET", "/nowhere")]:
+            response = client.request(method, path)
+            if path in OPEN_PATHS:
+                assert response.status_code == 200
+            elif method == "HEAD":
+                assert response.status_code == 401
+            else:
+                assert_error(response, 401, "authentication_error", None, "invalid_api_key")
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert KEY not in response.text
+
+
+@pytest.mark.parametrize(
+    "path", ["//health", "/health/", "/HEALTH", "/health%2f", "/v1/models?/health"]
+)
+def test_what_only_looks_like_a_probe_is_guarded(guarded: LiveServer, path: str) -> None:
+    assert httpx.get(guarded.url + path).status_code == 401
+
+
+@pytest.mark.parametrize("value", [f"Bearer {KEY}", f"bearer  {OTHER_KEY}"])
+def test_either_key_opens_every_route(guarded: LiveServer, value: str) -> None:
+    with httpx.Client(base_url=guarded.url, headers={"authorization": value}) as client:
+        for method, path in every_route():
+            assert client.request(method, path).status_code in (200, 400, 404)
+
+
+def test_a_body_is_not_read_for_a_wrong_key(guarded: LiveServer) -> None:
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        # The body that is announced never comes.
+        connection.sendall(b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+
+
+def preflight(server: LiveServer, origin: str) -> httpx.Response:
+    headers = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+    }
+    return httpx.options(f"{server.base_url}/chat/completions", headers=headers)
+
+
+def test_a_named_origin_is_let_in_before_it_has_shown_a_key(guarded: LiveServer) -> None:
+    response = preflight(guarded, ORIGIN)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == ORIGIN
+    assert "authorization" in response.headers["access-control-allow-headers"]
+    # Even a refusal can be read by the page.
+    refused = httpx.get(f"{guarded.base_url}/models", headers={"origin": ORIGIN})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == ORIGIN
+    assert "x-request-id" in refused.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", f"{ORIGIN}.evil.example", "http://chat.example", "null"]
+)
+def test_other_origins_are_not(guarded: LiveServer, tiny: LiveServer, origin: str) -> None:
+    for server in (guarded, tiny):
+        response = preflight(server, origin)
+        assert response.status_code in (400, 401, 405)
+        assert "access-control-allow-origin" not in response.headers
+        health = httpx.get(f"{server.url}/health", headers={"origin": origin})
+        assert "access-control-allow-origin" not in health.headers
+
+
+def test_a_request_keeps_its_own_id_whatever_becomes_of_it(
+    guarded: LiveServer, tiny: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.services.tokenizer, "encode_text", lambda text: 1 / 0)
+    headers = {"x-request-id": "mine-1"}
+    for url, status in [
+        (f"{guarded.base_url}/classify", 401),
+        (f"{tiny.base_url}/nowhere", 404),
+        (f"{tiny.base_url}/classify", 400),
+        (f"{tiny.base_url}/completions", 500),
+    ]:
+        body = {"model": tiny.model, "prompt": "a"}
+        response = httpx.post(url, json=body, headers=headers)
+        assert response.status_code == status, response.text
+        assert response.headers["x-request-id"] == "mine-1"
+
+
+@pytest.mark.parametrize("given", [None, "", "a" * 129, "two words", "<b>", "ü".encode()])
+def test_an_id_that_is_none_is_replaced(tiny: LiveServer, given: str | bytes | None) -> None:
+    headers: Any = {} if given is None else {"x-request-id": given}
+    ids = {
+        httpx.get(f"{tiny.url}/health", headers=headers).headers["x-request-id"] for _ in range(2)
+    }
+    assert len(ids) == 2
+    assert all(each.startswith("req_") for each in ids)
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "is_warned"),
+    [
+        ("127.0.0.1", "", False),
+        ("127.1.2.3", "", False),
+        ("::1", "", False),
+        ("localhost", "", False),
+        ("0.0.0.0", "", True),
+        ("::", "", True),
+        ("192.168.1.2", "", True),
+        ("my-machine", "", True),
+        ("0.0.0.0", KEY, False),
+    ],
+)
+def test_a_server_that_is_open_to_others_says_so(host: str, keys: str, is_warned: bool) -> None:
+    settings = Settings(host=host, api_key=keys)  # type: ignore[arg-type]
+    assert (_exposure(settings) is not None) == is_warned
+
+
+def test_keys_are_never_shown(guarded: LiveServer) -> None:
+    settings = Settings(api_key=KEY)  # type: ignore[arg-type]
+    assert (
+        KEY not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
+    )
