@@ -175,7 +175,7 @@ def test_a_server_that_is_open_to_others_says_so(host: str, keys: str, is_warned
     assert (_exposure(settings) is not None) == is_warned
 
 
-def test_keys_are_never_shown(guarded: LiveServer) -> None:
+def test_keys_are_never_shown() -> None:
     settings = Settings(api_key=KEY)  # type: ignore[arg-type]
     assert (
         KEY not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
