@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 from starlette.types import Message
 
 from server.routes.streaming import stream
@@ -28,7 +29,9 @@ async def test_a_client_that_leaves_without_reading_ends_the_work(blocked: str) 
             is_blocked.set()
             await asyncio.Event().wait()  # the client's buffers are full
 
-    response = stream(contents(), lambda: aborts.append(1), headers={})
+    deadline = asyncio.get_running_loop().time() + BOUND_S
+    scope = {"type": "http", "method": "POST", "deadline": deadline}
+    response = stream(Request(scope), contents(), lambda: aborts.append(1), headers={})
     async with asyncio.timeout(BOUND_S):
-        await response({"type": "http", "method": "POST"}, receive, send)
+        await response(scope, receive, send)
     assert aborts
