@@ -76,7 +76,7 @@ class Hub:
             return Response(headers=headers)
         self.downloaded.append(path.name)
         if self.breaks_off and path.suffix == ".safetensors":
-            return StreamingResponse(_half(content), headers=headers)
+            return StreamingResponse(_begin(content), headers=headers)
         return Response(content, headers=headers)
 
 
@@ -88,8 +88,9 @@ def _etag(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-async def _half(content: bytes) -> object:
-    yield content[: len(content) // 2]
+async def _begin(content: bytes) -> object:
+    # Less than huggingface_hub reads at once: as long as there is progress, it tries again.
+    yield content[:1_000_000]
     raise ConnectionResetError("the hub goes away")
 
 
