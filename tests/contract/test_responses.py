@@ -1,6 +1,7 @@
 """/v1/responses: shapes, the order of events, and the client's own helpers."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -239,8 +240,9 @@ class Person(pydantic.BaseModel):
 
 
 @pytest.fixture
-def client(tiny: LiveServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=tiny.base_url, api_key="unused")
+def client(tiny: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=tiny.base_url, api_key="unused") as client:
+        yield client
 
 
 def test_the_client_reads_text_and_sentiment(tiny: LiveServer, client: openai.OpenAI) -> None:

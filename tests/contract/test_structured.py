@@ -1,7 +1,7 @@
 """JSON, schemas and calls of tools: what comes out always fits, whole and streamed."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -256,8 +256,9 @@ class Mood(pydantic.BaseModel):
 
 
 @pytest.fixture
-def client(tiny: LiveServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=tiny.base_url, api_key="unused")
+def client(tiny: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=tiny.base_url, api_key="unused") as client:
+        yield client
 
 
 def test_the_client_parses_an_answer_into_a_model(tiny: LiveServer, client: openai.OpenAI) -> None:
