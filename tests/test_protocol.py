@@ -20,6 +20,7 @@ from server.protocol.completions import (
     CompletionRequest,
     LogprobsWriter,
 )
+from server.protocol.responses import ResponsesRequest, TextOptions
 from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
 from server.protocol.tools import MAX_TOOLS
 
@@ -144,6 +145,19 @@ def test_null_counts_as_absent(name: str) -> None:
 def test_null_counts_as_absent_inside_stream_options() -> None:
     body = parse_chat(stream=True, stream_options={"include_usage": None})
     assert body.stream_options is not None and body.stream_options.include_usage is False
+
+
+def test_null_counts_as_absent_inside_an_earlier_call() -> None:
+    function = {"name": "f", "arguments": "{}"}
+    given = {"role": "assistant", "tool_calls": [{"id": None, "type": None, "function": function}]}
+    [message] = parse_chat(messages=[given]).messages
+    assert message.tool_calls[0].type == "function" and message.tool_calls[0].id == ""
+
+
+def test_null_counts_as_absent_inside_the_text_options_of_a_response() -> None:
+    options = {"format": None, "verbosity": None}
+    with_nulls = _json({"model": "m", "input": "Hi", "text": options})
+    assert ResponsesRequest.parse(with_nulls).text == TextOptions()
 
 
 @pytest.mark.parametrize("name", ["task", "instructions", "labels", "model", "something_new"])

@@ -40,6 +40,17 @@ def _to_float(value: Any) -> float:
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_to_float)]
 
 
+class Options(BaseModel):
+    """Base of objects inside a request in which explicit null counts as absent."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
 class Request(BaseModel):
     """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
 

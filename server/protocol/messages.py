@@ -12,6 +12,8 @@ from pydantic import (
     model_validator,
 )
 
+from server.protocol.base import Options
+
 
 def _joined(content: Any) -> Any:
     if isinstance(content, list):
@@ -32,7 +34,7 @@ class CalledFunction(BaseModel):
     arguments: Json[Any]
 
 
-class CalledTool(BaseModel):
+class CalledTool(Options):
     """A call of an earlier answer."""
 
     id: StrictStr = ""

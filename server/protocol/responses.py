@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, Tag, mo
 from server.core.grammar import OutputFormat
 from server.core.tools import ToolCall
 from server.errors import InvalidRequestError
-from server.protocol.base import branch, of_type, refuse_unsupported
+from server.protocol.base import Options, branch, of_type, refuse_unsupported
 from server.protocol.items import Items, conversation
 from server.protocol.sampling import MAX_TOP_LOGPROBS, SamplingRequest
 from server.protocol.tools import (
@@ -88,7 +88,7 @@ class JsonSchemaFormat(BaseModel):
         return self.schema_
 
 
-class TextOptions(BaseModel):
+class TextOptions(Options):
     """How the text is written."""
 
     format: Annotated[

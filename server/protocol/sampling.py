@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     StrictBool,
@@ -16,7 +15,7 @@ from pydantic import (
 
 from server.core.sequence import TokenEvent
 from server.errors import InvalidRequestError
-from server.protocol.base import Number, Request
+from server.protocol.base import Number, Options, Request
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 16
@@ -25,17 +24,10 @@ MAX_TOP_LOGPROBS = 20
 MIN_LOGPROB = -9999.0
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Options):
     """What a stream holds beside the text."""
 
     include_usage: StrictBool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
 
 
 def _stop_list(stop: Any) -> Any:
