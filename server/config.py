@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="origin whose pages may call from a browser, '*' for all; several as keys"
     )
+    ssl_certfile: Path | None = Field(
+        None, description="certificate chain (PEM), to be reached by https"
+    )
+    ssl_keyfile: Path | None = Field(
+        None, description="its private key (PEM), unless --ssl-certfile holds it too"
+    )
     log_format: Literal["text", "json"] = Field(
         "text", description="lines for people, or one JSON object a line with the request's id"
     )
