@@ -1,5 +1,6 @@
 # make serve   set up and start the server      make test    set up and run the tests
 # make check   lint and type-check              make bench   measure against the peers
+# make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -9,13 +10,16 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
 	--extra-index-url $(TORCH_INDEX) --constraint constraints.txt
 
-.PHONY: serve test check bench format clean
+.PHONY: serve test soak check bench format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak --capture=no tests/faults $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 import sys
 from types import FrameType
 
@@ -43,6 +44,7 @@ def main() -> None:
         if settings.check:
             _check(settings)
             return
+        _check_certificate(settings)
         # First the port: nobody should wait for a model only to learn that it is taken.
         with _bind(settings.host, settings.port) as listener:
             _serve(settings, listener)
@@ -72,7 +74,8 @@ def _check(settings: Settings) -> None:
 def _serve(settings: Settings, listener: socket.socket) -> None:
     services = load_services(settings)
     host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "https" if settings.ssl_certfile else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     app = create_app(settings, services)
     config = uvicorn.Config(
         app,
@@ -80,6 +83,8 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         log_config=None,  # ours, for its lines, too
         access_log=False,  # ours has the request's id
         timeout_graceful_shutdown=CLOSING_S,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
     )
     server = Server(config, app.state.gate, services.engine, settings.grace_period)
     for warning in filter(None, (services.warning, _exposure(settings))):
@@ -143,6 +148,18 @@ def _read_settings() -> Settings:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         sys.exit(f"error: {option} {first['input']!r}: {first['msg']}")
+
+
+def _check_certificate(settings: Settings) -> None:
+    """Reads it early, as the port: nobody should wait for a model to learn that it is wrong."""
+    try:
+        if settings.ssl_certfile:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+        elif settings.ssl_keyfile:
+            raise OSError("it is missing, --ssl-keyfile needs it")
+    except OSError as error:  # ssl's errors, too
+        raise OSError(f"cannot serve https by --ssl-certfile: {error}") from error
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -17,6 +17,14 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _keys(value: Any) -> Any:
+    keys = _split(value)
+    if value is not None and not isinstance(value, tuple) and not keys:
+        # As from an environment variable that is not set: nobody means an open server by it.
+        raise ValueError("there is no key in it; leave the option out to let everybody in")
+    return keys
+
+
 class Settings(BaseSettings):
     """An OpenAI-compatible server on one small Qwen that reads the mood, then answers."""
 
@@ -78,11 +86,17 @@ class Settings(BaseSettings):
         4096, description="results of sentiment and other tasks kept, 0 for none"
     )
     max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
-    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)] = Field(
         (), description="key clients must send; several: give it again, or put commas between"
     )
     cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="origin whose pages may call from a browser, '*' for all; several as keys"
+    )
+    ssl_certfile: Path | None = Field(
+        None, description="certificate chain (PEM), to be reached by https"
+    )
+    ssl_keyfile: Path | None = Field(
+        None, description="its private key (PEM), unless --ssl-certfile holds it too"
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="lines for people, or one JSON object a line with the request's id"

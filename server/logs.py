@@ -1,8 +1,13 @@
 """How the log is written: lines for people, or JSON for machines."""
 
+import contextlib
 import contextvars
 import json
 import logging
+import sys
+from typing import TextIO
+
+OWN_LOGGERS = ("server", "uvicorn")
 
 # The id of the request that is being served.
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -35,8 +40,37 @@ class TextFormatter(logging.Formatter):
         return line if request_id.get() == "-" else f"{line} [{request_id.get()}]"
 
 
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Outlives a log that cannot be written: says so once."""
+
+    has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called when a line could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        if not self.has_failed:
+            # Not the log itself, so one may still be read where the other is not.
+            _try_print(f"error: the log cannot be written: {error}")
+        self.has_failed = True
+
+
+def _try_print(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
 def configure_logs(level: str, log_format: str) -> None:
     """level: as in logging, in lower case. log_format: 'text' or 'json'."""
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    # Of other libraries no more than warnings: sse-starlette's debug lines hold whole replies.
+    logging.basicConfig(level=max(logging.WARNING, _number(level)), handlers=[handler])
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def _number(level: str) -> int:
+    return logging.getLevelNamesMapping()[level.upper()]

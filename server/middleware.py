@@ -29,7 +29,7 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
-OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/health",)
 BODY_TIMEOUT_S = 30  # between two parts of a body
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)

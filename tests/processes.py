@@ -56,7 +56,7 @@ def started(
     reader.start()
     try:
         assert announced.wait(START_TIMEOUT_S), "".join(output)
-        found = re.search(r"Serving .* on (http://127\.0\.0\.1:\d+)", "".join(output))
+        found = re.search(r"Serving .* on (https?://127\.0\.0\.1:\d+)", "".join(output))
         assert found, "".join(output)
         yield Running(process, found[1], output)
     finally:

@@ -63,3 +63,12 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 def test_every_example_is_reachable_from_the_readme() -> None:
     assert "python -m openai_examples.repl" in README
     assert (ROOT / "openai_examples" / "repl.py").exists()
+
+
+def test_every_promise_names_a_test_there_is() -> None:
+    promises = README.split("## What is promised")[1].split("\n## ")[0]
+    named = re.findall(r"`(test_\w+)` \|$", promises, re.M)
+    written = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("*.py"))
+    assert len(named) > 10
+    for name in named:
+        assert re.search(rf"^(async )?def {name}\(", written, re.M), name

@@ -212,9 +212,10 @@ class ChatTokenizer:
                 # Qwen3 thinks aloud by default, which a small CPU model has no time for.
                 enable_thinking=False,
             )
-        # ValueError: the template drops the final message that was to be continued.
-        except (TemplateError, ValueError) as error:
-            raise ChatTemplateError(str(error)) from error
+        # ValueError: the template drops the final message that was to be continued. The others:
+        # it calculates with what is no number, or counts further than the sandbox lets it.
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise ChatTemplateError(first_line(error)) from error
         return str(rendered)
 
     def _break_markers(self, value: Any, break_char: str) -> Any:

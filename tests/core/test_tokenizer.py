@@ -373,6 +373,33 @@ def test_a_template_that_refuses_a_conversation_says_why(copy_with: Callable[...
         tokenizer.encode_chat(chat("user: Hi", "user: Hi"))
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ raise_exception.__globals__['os'].system('true') }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{{ 'a' + 1 }}",
+    ],
+)
+def test_a_hostile_template_reaches_nothing_and_is_a_checkpoint_error(
+    copy_with: Callable[..., Path], hostile: str
+) -> None:
+    with pytest.raises(CheckpointError, match="the chat template is broken"):
+        ChatTokenizer.from_folder(copy_with(template=hostile))
+
+
+def test_a_template_that_breaks_on_what_is_said_refuses_it(copy_with: Callable[..., Path]) -> None:
+    template = "{% if messages | length > 1 %}{{ messages.__class__.__mro__ }}{% endif %}"
+    tokenizer = ChatTokenizer.from_folder(copy_with(template=template))
+    with pytest.raises(ChatTemplateError):
+        tokenizer.encode_chat(chat("user: Hi", "user: Hi"))
+
+
 def test_a_template_that_drops_the_message_to_be_continued_refuses_it(
     copy_with: Callable[..., Path],
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from server.__main__ import _exposure
 from server.config import Settings
@@ -57,7 +58,7 @@ def every_route() -> Methods:
 
 
 @pytest.mark.parametrize("value", WRONG.values(), ids=WRONG)
-def test_a_wrong_key_opens_no_route_but_the_probes(
+def test_a_wrong_key_opens_no_route_but_health(
     guarded: LiveServer, value: str | bytes | None
 ) -> None:
     headers: Any = {} if value is None else {"authorization": value}
@@ -75,9 +76,9 @@ def test_a_wrong_key_opens_no_route_but_the_probes(
 
 
 @pytest.mark.parametrize(
-    "path", ["//health", "/health/", "/HEALTH", "/health%2f", "/v1/models?/health"]
+    "path", ["/ready", "//health", "/health/", "/HEALTH", "/health%2f", "/v1/models?/health"]
 )
-def test_what_only_looks_like_a_probe_is_guarded(guarded: LiveServer, path: str) -> None:
+def test_what_only_looks_like_health_is_guarded(guarded: LiveServer, path: str) -> None:
     assert httpx.get(guarded.url + path).status_code == 401
 
 
@@ -93,7 +94,7 @@ def test_a_body_is_not_read_for_a_wrong_key(guarded: LiveServer) -> None:
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         # The body that is announced never comes.
         connection.sendall(b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 401 ")
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 401 ")
 
 
 def preflight(server: LiveServer, origin: str) -> httpx.Response:
@@ -171,8 +172,14 @@ def test_an_id_that_is_none_is_replaced(tiny: LiveServer, given: str | bytes | N
     ],
 )
 def test_a_server_that_is_open_to_others_says_so(host: str, keys: str, is_warned: bool) -> None:
-    settings = Settings(host=host, api_key=keys)  # type: ignore[arg-type]
+    settings = Settings(host=host, api_key=keys or ())  # type: ignore[arg-type]
     assert (_exposure(settings) is not None) == is_warned
+
+
+@pytest.mark.parametrize("keys", ["", " ", ",,"])
+def test_a_key_that_is_none_opens_no_server(keys: str) -> None:
+    with pytest.raises(ValidationError, match="there is no key in it"):
+        Settings(api_key=keys)  # type: ignore[arg-type]
 
 
 def test_keys_are_never_shown() -> None:

@@ -4,8 +4,10 @@ import asyncio
 import hashlib
 import json
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,6 +219,9 @@ async def test_small_packets_are_sent_at_once() -> None:
         (("--max-num-seqs", "0"), "--max-num-seqs"),
         (("--tasks", "/no/such/file.toml", "--port", "0"), "/no/such/file.toml"),
         (("--model", __file__, "--port", "0"), "is a file"),
+        (("--ssl-certfile", "/no/such/file.pem", "--port", "0"), "--ssl-certfile"),
+        (("--ssl-certfile", __file__, "--port", "0"), "--ssl-certfile"),
+        (("--ssl-keyfile", __file__, "--port", "0"), "--ssl-certfile"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(
@@ -231,3 +236,17 @@ def test_a_folder_that_is_no_model_is_one_sentence(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     says = in_process(monkeypatch, "--model", str(tmp_path), "--port", "0")
     assert "Qwen" in says
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_with_a_certificate_it_speaks_https(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*make.split(), *names, *files], check=True, capture_output=True)
+    options = ("--model", "mini", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    with started(environment(tmp_path), *options) as server:
+        assert server.url.startswith("https://")
+        assert httpx.get(f"{server.url}/health", verify=trusted).status_code == 200

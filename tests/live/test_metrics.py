@@ -1,5 +1,7 @@
 """What an operator sees: numbers at /metrics, lines in the log."""
 
+import errno
+import io
 import json
 import logging
 from typing import Any
@@ -8,7 +10,14 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.logs import JsonFormatter, TextFormatter, request_id
+from server.logs import (
+    OWN_LOGGERS,
+    JsonFormatter,
+    LogHandler,
+    TextFormatter,
+    configure_logs,
+    request_id,
+)
 from tests.conftest import LiveServer
 
 
@@ -120,9 +129,34 @@ def test_text_lines_have_it_where_there_is_one() -> None:
 
 
 def test_no_word_of_anybody_is_logged(tiny: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG):
-        text = chat(tiny, messages=[{"role": "user", "content": "my secret word"}]).json()
-        chat(tiny, messages=[{"role": "user", "content": "my secret word"}], temperature="secret")
-    logged = "\n".join(r.getMessage() for r in caplog.records if r.name.startswith("server"))
+    root = logging.getLogger()
+    with pytest.MonkeyPatch.context() as patch:
+        # As the command does it, at the level that tells most.
+        patch.setattr(root, "handlers", [])
+        for name in ("", *OWN_LOGGERS):
+            patch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+        configure_logs("debug", "text")
+        patch.setattr(root, "handlers", [caplog.handler])
+        said = [{"role": "user", "content": "my secret word"}]
+        text = chat(tiny, messages=said).json()["choices"][0]["message"]["content"]
+        stream = chat(tiny, messages=said, stream=True)
+        chat(tiny, messages=said, temperature="secret")
+    logged = "\n".join(record.getMessage() for record in caplog.records)
     assert "/v1/chat/completions 200" in logged
-    assert "secret" not in logged and text["choices"][0]["message"]["content"] not in logged
+    assert stream.status_code == 200 and "delta" not in logged
+    assert "secret" not in logged and text not in logged
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_stops_nobody(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    handler = LogHandler(Full())
+    for _ in range(3):
+        handler.handle(record("a"))
+    told = capsys.readouterr()
+    assert told.out.count("\n") == 1 and "No space left on device" in told.out
+    assert not told.err
