@@ -10,6 +10,10 @@ from torch import Tensor
 
 from server.core.model.kv_cache import KVCache, KVPool
 
+# Below this many scores a head, two plain products beat F.scaled_dot_product_attention, which
+# is made for many; 32 rows over 92 tokens take 121 instead of 197 µs, 256 over 1,024 twice as long.
+_MAX_SCORES = 32_768
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -41,7 +45,7 @@ class _Run:
     num_sequences: int  # B
     num_tokens: int  # T, of each
     end: int  # S, of the longest with its new tokens
-    # Prefill: (T, S), True where a token may look; None is causal.
+    # Prefill: (T, S), added to the scores, 0 or -inf; None is causal without a past.
     # Decode: (B, 1, S, 1), True where a sequence has no token; None if all are of one length.
     mask: Tensor | None
 
@@ -130,8 +134,11 @@ def _prefill(run: _Run, layer: int, queries: Tensor, keys: Tensor, values: Tenso
     run.pool.values[layer, slot, :, :, new] = values.transpose(1, 2)
     if new.start:
         keys = run.pool.keys[layer, slot, :, : run.end]
-        # The kernel wants values by rows; the copy is small beside the product.
-        values = run.pool.values[layer, slot, ..., : run.end].transpose(1, 2).contiguous()
+        values = run.pool.values[layer, slot, ..., : run.end].transpose(1, 2)
+    if run.mask is not None and run.mask.numel() <= _MAX_SCORES:
+        return _few(queries, keys, values, run.mask)
+    # The kernel wants values by rows; the copy is small beside the product.
+    keys, values = keys.contiguous(), values.contiguous()
     attended = F.scaled_dot_product_attention(
         queries[None],
         keys[None],
@@ -142,6 +149,19 @@ def _prefill(run: _Run, layer: int, queries: Tensor, keys: Tensor, values: Tenso
         enable_gqa=len(queries) != len(keys),
     )
     return attended[0].transpose(0, 1).flatten(1)
+
+
+def _few(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """A short prompt behind a known one, such as a text behind its instruction.
+
+    queries: (H, T, D). keys, values: (H_kv, S, D). mask: (T, S).
+    """
+    num_kv_heads, head_dim = len(keys), keys.shape[-1]
+    group = len(queries) // num_kv_heads
+    rows = queries.reshape(num_kv_heads, -1, head_dim)
+    scores = torch.baddbmm(mask.repeat(group, 1), rows, keys.transpose(1, 2))
+    mixed = torch.bmm(scores.softmax(-1), values)
+    return mixed.view(len(queries), -1, head_dim).transpose(0, 1).flatten(1)
 
 
 def step_order(segments: Sequence[Segment]) -> list[int]:
@@ -183,9 +203,12 @@ def _run(row: int, segments: Sequence[Segment]) -> _Run:
     slots = slice(first.cache.slot, first.cache.slot + len(segments))
     lengths = torch.tensor([segment.cache.length for segment in segments])
     end = int(lengths.max()) + num_tokens
-    mask = first.mask
-    if num_tokens > 1 and mask is None and num_tokens < end:
-        mask = torch.ones(num_tokens, end, dtype=torch.bool).tril(end - num_tokens)
+    mask = None
+    if num_tokens > 1 and (first.mask is not None or num_tokens < end):
+        may_look = first.mask
+        if may_look is None:
+            may_look = torch.ones(num_tokens, end, dtype=torch.bool).tril(end - num_tokens)
+        mask = torch.zeros(num_tokens, end).masked_fill_(~may_look, -torch.inf)
     elif num_tokens == 1 and (lengths < end - 1).any():
         mask = (torch.arange(end) > lengths[:, None])[:, None, :, None]
     return _Run(

@@ -97,10 +97,12 @@ class Int8Linear:
         high = x.amax(-1, keepdim=True).clamp_min_(0)
         scales = (high - low).div_(255 if self._has_vnni else 127).clamp_min_(_TINY)
         zero_points = (low / scales).round_().neg_()
+        # addcdiv, which would do this in one call, takes six times as long on many rows.
+        quantized = (x * scales.reciprocal()).add_(zero_points)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            torch.addcdiv(zero_points, x, scales), 1.0, 0, self._packed
+            quantized, 1.0, 0, self._packed
         )
-        return torch.addcmul(y, zero_points, self._row_sums, value=-1).mul_(scales)
+        return y.addcmul_(zero_points, self._row_sums, value=-1).mul_(scales)
 
     @staticmethod
     def is_supported() -> bool:
