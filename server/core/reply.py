@@ -116,15 +116,20 @@ class Replier:
     async def _judge_while_prefilling(
         self, text: str, plain_ids: list[int]
     ) -> tuple[Classification, int | None]:
+        judging = asyncio.create_task(self._classifier.classify(self._task, text))
+        # Lets the pass be queued, so that both reach the engine in one turn of the event loop:
+        # it then finds both before its next step, which they share.
+        await asyncio.sleep(0)
         prefill = asyncio.create_task(self._generator.prefill(plain_ids))
         try:
-            sentiment = await self._classifier.classify(self._task, text)
+            sentiment = await judging
             # If it fails, the engine has logged it, and the reply computes everything itself.
             await asyncio.wait([prefill])
             return sentiment, None if prefill.exception() else prefill.result()
         finally:
+            judging.cancel()
             prefill.cancel()
-            await asyncio.gather(prefill, return_exceptions=True)
+            await asyncio.gather(judging, prefill, return_exceptions=True)
 
     def _encode(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         try:

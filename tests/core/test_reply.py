@@ -288,6 +288,39 @@ async def test_the_conversation_is_computed_while_it_is_judged(
     assert reply.num_cached_tokens == 3
 
 
+async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    loop, turn = asyncio.get_running_loop(), 0
+
+    def tick() -> None:
+        nonlocal turn, ticking
+        turn += 1
+        ticking = loop.call_soon(tick)
+
+    class Prefilling(FakeGenerator):
+        async def prefill(self, prompt_ids: list[int]) -> int:
+            prefilled_in.append(turn)
+            return await super().prefill(prompt_ids)
+
+    class Scoring(FakeScorer):
+        async def score(self, *args: Any, **kwargs: Any) -> Scores:
+            scored_in.append(turn)
+            return await super().score(*args, **kwargs)
+
+    prefilled_in: list[int] = []
+    scored_in: list[int] = []
+    classifier = Classifier(Scoring(-0.1, -3.0, -4.0), tokenizer, max_context=2048, cache_size=8)
+    ticking = loop.call_soon(tick)
+    try:
+        await make(Prefilling(), classifier).reply([user("hi")], PARAMS, (), with_sentiment=True)
+    finally:
+        ticking.cancel()
+    # Then the engine's thread finds both before its next step.
+    assert prefilled_in == scored_in
+    assert len(scored_in) == 1
+
+
 async def test_several_choices_compute_the_prompt_once_and_differ_in_their_seed(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
