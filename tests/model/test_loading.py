@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
+from server.core.model import load_runner
 from server.core.model.attention import Segment
 from server.core.model.config import read_model_config
 from server.core.model.kv_cache import KVCache
 from server.core.model.qwen import QwenModel, load_qwen
+from server.core.model.runner import ModelRunner
 from server.loading import load_services
 
 
@@ -140,3 +144,20 @@ def test_a_context_that_memory_cannot_hold_is_one_clear_sentence(tiny_checkpoint
 def test_int4_refuses_matrices_it_cannot_group(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="use --dtype int8"):
         load_services(Settings(model=str(tiny_checkpoint), dtype="int4"))
+
+
+def test_the_model_is_loaded_on_a_thread_that_ends(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP's helpers of any other thread would slow the engine's down."""
+    loaded_on: list[threading.Thread] = []
+
+    def load_and_note(*args: Any, **kwargs: Any) -> ModelRunner:
+        loaded_on.append(threading.current_thread())
+        return load_runner(*args, **kwargs)
+
+    monkeypatch.setattr("server.loading.load_runner", load_and_note)
+    load_services(Settings(model=str(tiny_checkpoint))).engine.close()
+    [thread] = loaded_on
+    assert thread is not threading.main_thread()
+    assert not thread.is_alive()
