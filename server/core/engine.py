@@ -26,6 +26,7 @@ from server.core.sequence import (
     Sequence,
     TokenEvent,
 )
+from server.core.timings import note_queue
 from server.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -358,6 +359,7 @@ class _Memory:
         sequence.num_computed = num_known
         if sequence.num_cached is None:
             sequence.num_cached = num_known
+            sequence.context.run(note_queue, time.perf_counter() - sequence.last_event_at)
         return True
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:

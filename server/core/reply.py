@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from server.core.classifier import Classification, Classifier
 from server.core.engine import EngineClosedError
 from server.core.sequence import SamplingParams
 from server.core.tasks import Task
+from server.core.timings import note_sentiment
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.tools import CALL_OPENING, Tool
 from server.errors import ContextLengthError, InvalidRequestError
@@ -105,7 +107,7 @@ class Replier:
         text = texts[-1]
         try:
             if self._classifier.is_known(self._task, text):
-                return await self._classifier.classify(self._task, text), None
+                return await self._classify(text), None
             return await self._judge_while_prefilling(text, plain_ids)
         except EngineClosedError:
             raise  # there will be no answer either
@@ -118,13 +120,20 @@ class Replier:
     ) -> tuple[Classification, int | None]:
         prefill = asyncio.create_task(self._generator.prefill(plain_ids))
         try:
-            sentiment = await self._classifier.classify(self._task, text)
+            sentiment = await self._classify(text)
             # If it fails, the engine has logged it, and the reply computes everything itself.
             await asyncio.wait([prefill])
             return sentiment, None if prefill.exception() else prefill.result()
         finally:
             prefill.cancel()
             await asyncio.gather(prefill, return_exceptions=True)
+
+    async def _classify(self, text: str) -> Classification:
+        begin = time.perf_counter()
+        try:
+            return await self._classifier.classify(self._task, text)
+        finally:
+            note_sentiment(time.perf_counter() - begin)
 
     def _encode(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         try:
