@@ -1,7 +1,9 @@
 """Checkpoints that cannot be served: one sentence each, naming what is wrong."""
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,3 +142,25 @@ def test_a_context_that_memory_cannot_hold_is_one_clear_sentence(tiny_checkpoint
 def test_int4_refuses_matrices_it_cannot_group(tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="use --dtype int8"):
         load_services(Settings(model=str(tiny_checkpoint), dtype="int4"))
+
+
+class Terminal(io.StringIO):
+    """What a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_terminal_shows_how_far_the_loading_is_and_a_log_does_not(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    shown = {}
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        load_qwen(tiny_checkpoint, read_model_config(tiny_checkpoint), dtype)
+        shown[stderr.isatty()] = stderr.getvalue()
+    assert "loading" in shown[True] and "0/2" in shown[True]
+    # And it wipes the line in the end.
+    assert not shown[True].rpartition("\r")[0].rpartition("\r")[2].strip()
+    assert shown[False] == ""
