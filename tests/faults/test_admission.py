@@ -40,7 +40,7 @@ def crowded(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
 @pytest.fixture(scope="module")
 def hasty(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
     """One sequence at a time, and too little time to wait for a held engine."""
-    settings = Settings(model=str(tiny_checkpoint), max_num_seqs=1, request_timeout=0.4)
+    settings = Settings(model=str(tiny_checkpoint), max_num_seqs=1, request_timeout=1.0)
     with serve(settings) as server:
         yield server
 
