@@ -41,6 +41,7 @@ def main() -> None:
     configure_logs(settings.log_level, settings.log_format)
     print(f"loading {settings.model!r} ...", flush=True)
     try:
+        logger.debug("%d API keys", len(settings.keys))  # read early, as the port is taken
         if settings.check:
             _check(settings)
             return
@@ -147,7 +148,8 @@ def _read_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        sys.exit(f"error: {option} {first['input']!r}: {first['msg']}")
+        reason = first["msg"].removeprefix("Value error, ")
+        sys.exit(f"error: {option} {first['input']!r}: {reason}")
 
 
 def _check_certificate(settings: Settings) -> None:
@@ -180,7 +182,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _exposure(settings: Settings) -> str | None:
     """What to say if others than this machine's users may come in without a key."""
-    if settings.api_key or _is_loopback(settings.host):
+    if settings.keys or _is_loopback(settings.host):
         return None
     return f"whoever reaches {settings.host} may use this server: no --api-key is set"
 

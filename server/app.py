@@ -61,7 +61,7 @@ def create_app(settings: Settings, services: Services) -> Starlette:
                 allow_headers=["*"],
                 expose_headers=["x-sentiment", "x-request-id", "retry-after", "server-timing"],
             ),
-            Middleware(ApiKeyMiddleware, keys=settings.api_key),
+            Middleware(ApiKeyMiddleware, keys=settings.keys),
             Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes),
             Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
             # Innermost, so that a 500, too, gets its id and the headers a browser asks for.

@@ -219,6 +219,13 @@ async def test_small_packets_are_sent_at_once() -> None:
         (("--max-num-seqs", "0"), "--max-num-seqs"),
         (("--tasks", "/no/such/file.toml", "--port", "0"), "/no/such/file.toml"),
         (("--model", __file__, "--port", "0"), "is a file"),
+        (
+            ("--api-key-file", "/no/such/file", "--port", "0"),
+            "--api-key-file /no/such/file: No such",
+        ),
+        (("--api-key-file", "/dev/null", "--port", "0"), "no key in --api-key-file /dev/null"),
+        (("--api-key-file", sys.executable, "--port", "0"), "it is not text in UTF-8"),
+        (("--api-key", ",", "--port", "0"), "--api-key ',': there is no key in it"),
         (("--ssl-certfile", "/no/such/file.pem", "--port", "0"), "--ssl-certfile"),
         (("--ssl-certfile", __file__, "--port", "0"), "--ssl-certfile"),
         (("--ssl-keyfile", __file__, "--port", "0"), "--ssl-certfile"),
