@@ -186,6 +186,29 @@ def test_text_lines_have_it_where_there_is_one() -> None:
         request_id.reset(token)
 
 
+def test_what_the_engine_logs_of_a_sequence_has_its_requests_id(
+    tiny: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = []
+
+    def explode(chunks: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.append(json.loads(JsonFormatter().format(record)))
+        return True
+
+    caplog.handler.addFilter(keep)
+    headers = {"x-request-id": "mine-7"}
+    body = {"model": tiny.model, "prompt": "hit"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.services.engine._runner, "step", explode)
+        httpx.post(f"{tiny.base_url}/completions", json=body, headers=headers)
+    caplog.handler.removeFilter(keep)
+    told = {line["message"]: line["request_id"] for line in lines}
+    assert told["a sequence failed"] == "mine-7"
+
+
 def test_no_word_of_anybody_is_logged(tiny: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
     root = logging.getLogger()
     with pytest.MonkeyPatch.context() as patch:
