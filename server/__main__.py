@@ -26,7 +26,7 @@ from server.core.sequence import SamplingParams
 from server.core.tasks import TaskFileError
 from server.gate import Gate
 from server.loading import load_services
-from server.logs import configure_logs
+from server.logs import configure_logs, try_print
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def main() -> None:
     """Reads the settings, loads the model and serves until told to stop."""
     settings = _read_settings()
     configure_logs(settings.log_level, settings.log_format)
-    print(f"loading {settings.model!r} ...", flush=True)
+    try_print(f"loading {settings.model!r} ...")
     try:
         logger.debug("%d API keys", len(settings.keys))  # read early, as the port is taken
         if settings.check:
@@ -89,8 +89,8 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     )
     server = Server(config, app.state.gate, services.engine, settings.grace_period)
     for warning in filter(None, (services.warning, _exposure(settings))):
-        print(f"\nWARNING: {warning}", file=sys.stderr, flush=True)
-    print(_banner(services.model_id, url), flush=True)
+        try_print(f"\nWARNING: {warning}", sys.stderr)
+    try_print(_banner(services.model_id, url))
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
 

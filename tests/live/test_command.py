@@ -1,6 +1,7 @@
 """`python -m server` as a process: what it prints, where models come from, how it fails."""
 
 import asyncio
+import errno
 import hashlib
 import json
 import re
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from server.__main__ import _bind, main
 from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
 from tests.conftest import run_app
-from tests.processes import START_TIMEOUT_S, environment, run_until_exit, started
+from tests.processes import START_TIMEOUT_S, closed_port, environment, run_until_exit, started
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -145,6 +146,58 @@ def test_a_download_that_breaks_off_is_told_apart_from_a_model_that_is_there(
     assert_one_sentence(done, "cannot be reached")
     with started(environment(tmp_path)) as server:
         assert server.get("/health").json()["model"] == "qwen-mini-fallback"
+
+
+@pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
+def test_a_cache_that_cannot_be_written_is_one_sentence(
+    hub: Hub, tmp_path: Path, model: str
+) -> None:
+    (tmp_path / "file").touch()
+    done = run_until_exit(environment(tmp_path / "file" / "cache", hub.url), "--model", model)
+    assert_one_sentence(done, f"cannot store '{DEFAULT_MODEL}' in the cache")
+
+
+@pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
+def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    def fill(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("server.core.checkpoint.snapshot_download", fill)
+    says = in_process(monkeypatch, "--model", model, "--port", "0")
+    assert f"cannot store '{DEFAULT_MODEL}'" in says and "No space left on device" in says
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("is_all_full", [False, True])
+def test_a_server_whose_log_cannot_be_written_goes_on(tmp_path: Path, is_all_full: bool) -> None:
+    port = closed_port()
+    # Falls back, which it warns of.
+    command = [sys.executable, "-m", "server", "--port", str(port), "--model", "auto"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            command,
+            env=environment(tmp_path),
+            stdout=full if is_all_full else subprocess.PIPE,
+            stderr=full,
+            text=True,
+        )
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=60) as client:
+            url = f"http://127.0.0.1:{port}"
+            model = client.get(f"{url}/health").json()["model"]
+            body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+            for _ in range(2):
+                reply = client.post(f"{url}/v1/chat/completions", json=body | {"max_tokens": 2})
+                assert reply.status_code == 200, reply.text
+        process.terminate()
+        said, _ = process.communicate(timeout=START_TIMEOUT_S)
+    finally:
+        process.kill()
+        process.wait()
+    if not is_all_full:
+        assert process.returncode == 0
+        assert said.count("the log cannot be written") == 1
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
