@@ -220,6 +220,8 @@ def test_check_answers_once_and_exits(tmp_path: Path) -> None:
     done = run_until_exit(environment(tmp_path), "--model", "mini", "--check")
     assert done.returncode == 0, done.stderr
     assert "qwen-mini works: sentiment" in done.stdout
+    # No progress bar where nobody watches.
+    assert "layers" not in done.stderr
     assert "Serving" not in done.stdout
 
 
