@@ -26,7 +26,7 @@ from server.core.sequence import SamplingParams
 from server.core.tasks import TaskFileError
 from server.gate import Gate
 from server.loading import load_services
-from server.logs import configure_logs
+from server.logs import configure_logs, try_print
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,9 @@ def main() -> None:
     """Reads the settings, loads the model and serves until told to stop."""
     settings = _read_settings()
     configure_logs(settings.log_level, settings.log_format)
-    print(f"loading {settings.model!r} ...", flush=True)
+    try_print(f"loading {settings.model!r} ...")
     try:
+        logger.debug("%d API keys", len(settings.keys))  # read early, as the port is taken
         if settings.check:
             _check(settings)
             return
@@ -88,8 +89,8 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     )
     server = Server(config, app.state.gate, services.engine, settings.grace_period)
     for warning in filter(None, (services.warning, _exposure(settings))):
-        print(f"\nWARNING: {warning}", file=sys.stderr, flush=True)
-    print(_banner(services.model_id, url), flush=True)
+        try_print(f"\nWARNING: {warning}", sys.stderr)
+    try_print(_banner(services.model_id, url))
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
 
@@ -147,7 +148,8 @@ def _read_settings() -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        sys.exit(f"error: {option} {first['input']!r}: {first['msg']}")
+        reason = first["msg"].removeprefix("Value error, ")
+        sys.exit(f"error: {option} {first['input']!r}: {reason}")
 
 
 def _check_certificate(settings: Settings) -> None:
@@ -180,7 +182,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 def _exposure(settings: Settings) -> str | None:
     """What to say if others than this machine's users may come in without a key."""
-    if settings.api_key or _is_loopback(settings.host):
+    if settings.keys or _is_loopback(settings.host):
         return None
     return f"whoever reaches {settings.host} may use this server: no --api-key is set"
 

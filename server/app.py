@@ -25,6 +25,7 @@ from server.middleware import (
     BodyMiddleware,
     FailureMiddleware,
     RequestIdMiddleware,
+    TimingsMiddleware,
     error_response,
 )
 from server.routes import ROUTES
@@ -51,15 +52,16 @@ def create_app(settings: Settings, services: Services) -> Starlette:
                 metrics=metrics,
                 routes={route.path for route in ROUTES if "{" not in route.path},
             ),
+            Middleware(TimingsMiddleware),
             # Before the key: a browser sends none when it asks whether it may.
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origin,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-sentiment", "x-request-id", "retry-after"],
+                expose_headers=["x-sentiment", "x-request-id", "retry-after", "server-timing"],
             ),
-            Middleware(ApiKeyMiddleware, keys=settings.api_key),
+            Middleware(ApiKeyMiddleware, keys=settings.keys),
             Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes),
             Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
             # Innermost, so that a 500, too, gets its id and the headers a browser asks for.

@@ -1,5 +1,7 @@
 """Every setting, its default and its help text, once."""
 
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,6 +91,7 @@ class Settings(BaseSettings):
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)] = Field(
         (), description="key clients must send; several: give it again, or put commas between"
     )
+    api_key_file: Path | None = Field(None, description="file of more such keys, one a line")
     cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="origin whose pages may call from a browser, '*' for all; several as keys"
     )
@@ -104,3 +107,25 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="how much is logged"
     )
+
+    @cached_property
+    def keys(self) -> tuple[SecretStr, ...]:
+        """All keys, those of the file included; it is read once.
+
+        Raises:
+            OSError: the file cannot be read, or has no key in it.
+        """
+        return (*self.api_key, *(_read_keys(self.api_key_file) if self.api_key_file else ()))
+
+
+def _read_keys(path: Path) -> Iterator[SecretStr]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise OSError(f"cannot read --api-key-file {path}: {reason}") from error
+    keys = [key for line in lines if (key := line.strip())]
+    if not keys:
+        # Nobody means an open server by it.
+        raise OSError(f"there is no key in --api-key-file {path}")
+    return map(SecretStr, keys)

@@ -53,13 +53,14 @@ class LogHandler(logging.StreamHandler[TextIO]):
             return
         if not self.has_failed:
             # Not the log itself, so one may still be read where the other is not.
-            _try_print(f"error: the log cannot be written: {error}")
+            try_print(f"error: the log cannot be written: {error}")
         self.has_failed = True
 
 
-def _try_print(line: str) -> None:
+def try_print(line: str, file: TextIO | None = None) -> None:
+    """To `file` or standard output; where that cannot be written, life goes on."""
     with contextlib.suppress(OSError):
-        print(line, flush=True)
+        print(line, file=file, flush=True)
 
 
 def configure_logs(level: str, log_format: str) -> None:

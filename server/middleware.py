@@ -1,4 +1,4 @@
-"""What every request passes on its way in: an id, a key, its body, a place in the queue."""
+"""What every request passes on its way in: an id, a clock, a key, a body, a place inside."""
 
 import asyncio
 import json
@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.core.timings import Timings, timings
 from server.errors import (
     APIError,
     AuthenticationError,
@@ -76,6 +77,35 @@ class RequestIdMiddleware:
             access_logger.info("%s %s %s %.3f s", method, path, status or "left", seconds)
             route = path if path in self._routes else "other"
             self._metrics.request_answered(route, status, seconds)
+
+
+class TimingsMiddleware:
+    """Tells in the head of every response how long its parts took, as far as they are over."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        own = Timings()
+        timings.set(own)
+
+        async def send_with_timings(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["server-timing"] = _server_timing(own)
+            await send(message)
+
+        await self._app(scope, receive, send_with_timings)
+
+
+def _server_timing(own: Timings) -> str:
+    """In milliseconds, as browsers read it: https://www.w3.org/TR/server-timing/."""
+    parts = {"queue": own.queue_s, "sentiment": own.sentiment_s, "total": own.total_s}
+    return ", ".join(
+        f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items() if seconds is not None
+    )
 
 
 class ApiKeyMiddleware:

@@ -28,6 +28,25 @@ class Running:
         return httpx.get(self.url + path)
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a process holds of the machine."""
+
+    resident_kib: int
+    num_threads: int
+    num_descriptors: int
+
+    @classmethod
+    def of(cls, process_id: int) -> "Footprint":
+        status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
+        values = dict(line.split(":", 1) for line in status.splitlines())
+        return cls(
+            resident_kib=int(values["VmRSS"].split()[0]),
+            num_threads=int(values["Threads"]),
+            num_descriptors=len(list(Path(f"/proc/{process_id}/fd").iterdir())),
+        )
+
+
 @contextmanager
 def started(
     env: dict[str, str], *options: str, port: int = 0, cwd: Path | None = None

@@ -26,6 +26,7 @@ from server.core.sequence import (
     Sequence,
     TokenEvent,
 )
+from server.core.timings import note_queue
 from server.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -309,7 +310,7 @@ class Engine:
 
     def _postprocess(self, sequence: Sequence, result: StepResult | Exception) -> None:
         if isinstance(result, Exception):
-            logger.error("a sequence failed", exc_info=result)
+            sequence.context.run(logger.error, "a sequence failed", exc_info=result)
             self._end(sequence, FailedEvent(result))
             return
         if not isinstance(result, TokenEvent):
@@ -336,7 +337,7 @@ class Engine:
                 self._runner.release(sequence, is_sound=not isinstance(event, FailedEvent))
             except Exception:
                 # Only what others could have reused is lost.
-                logger.exception("a sequence was not released in order")
+                sequence.context.run(logger.exception, "a sequence was not released in order")
             if self._observer is not None:
                 self._observer.sequence_ended(sequence)
             sequence.deliver(event)
@@ -358,6 +359,7 @@ class _Memory:
         sequence.num_computed = num_known
         if sequence.num_cached is None:
             sequence.num_cached = num_known
+            sequence.context.run(note_queue, time.perf_counter() - sequence.last_event_at)
         return True
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -374,7 +376,7 @@ class _Memory:
         sequence.num_computed = 0
 
     def _failed(self, sequence: Sequence, error: Exception) -> bool:
-        logger.error("no memory could be had for a sequence", exc_info=error)
+        sequence.context.run(logger.error, "no memory could be had for a sequence", exc_info=error)
         self._end(sequence, FailedEvent(error))
         return False
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from server.core.classifier import Classification, Classifier
 from server.core.engine import EngineClosedError
 from server.core.sequence import SamplingParams
 from server.core.tasks import Task
+from server.core.timings import note_sentiment
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.tools import CALL_OPENING, Tool
 from server.errors import ContextLengthError, InvalidRequestError
@@ -105,7 +107,7 @@ class Replier:
         text = texts[-1]
         try:
             if self._classifier.is_known(self._task, text):
-                return await self._classifier.classify(self._task, text), None
+                return await self._classify(text), None
             return await self._judge_while_prefilling(text, plain_ids)
         except EngineClosedError:
             raise  # there will be no answer either
@@ -116,7 +118,7 @@ class Replier:
     async def _judge_while_prefilling(
         self, text: str, plain_ids: list[int]
     ) -> tuple[Classification, int | None]:
-        judging = asyncio.create_task(self._classifier.classify(self._task, text))
+        judging = asyncio.create_task(self._classify(text))
         # Lets the pass be queued, so that both reach the engine in one turn of the event loop:
         # it then finds both before its next step, which they share.
         await asyncio.sleep(0)
@@ -130,6 +132,13 @@ class Replier:
             judging.cancel()
             prefill.cancel()
             await asyncio.gather(judging, prefill, return_exceptions=True)
+
+    async def _classify(self, text: str) -> Classification:
+        begin = time.perf_counter()
+        try:
+            return await self._classifier.classify(self._task, text)
+        finally:
+            note_sentiment(time.perf_counter() - begin)
 
     def _encode(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         try:

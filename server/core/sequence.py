@@ -1,5 +1,6 @@
 """What the engine works on: token sequences, how to sample them, and how they end."""
 
+import contextvars
 import enum
 import time
 from collections.abc import Callable
@@ -120,6 +121,8 @@ class Sequence:
     num_cached: int | None = None
     # When it was made, or sampled its last token; in seconds of time.perf_counter.
     last_event_at: float = field(default_factory=time.perf_counter)
+    # Of the request it belongs to, for what is noted and logged on the engine's thread.
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     @property
     def token_ids(self) -> list[int]:

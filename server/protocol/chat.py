@@ -9,7 +9,7 @@ from server.core.grammar import OutputFormat
 from server.core.tools import ToolCall
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
-from server.protocol.messages import Message
+from server.protocol.messages import MAX_MESSAGES, Message
 from server.protocol.sampling import MAX_TOP_LOGPROBS, ChoicesRequest
 from server.protocol.tools import (
     MAX_TOOLS,
@@ -51,7 +51,7 @@ class ChatCompletionRequest(ChoicesRequest):
 
     known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from server.protocol.base import branch, of_type
+from server.protocol.messages import MAX_MESSAGES
 
 
 class _Frozen(BaseModel):
@@ -190,7 +191,7 @@ def _check_calls(items: list[Item]) -> list[Item]:
 # A string, which the user said, or a conversation.
 Items = Annotated[
     list[Item],
-    Field(min_length=1),
+    Field(min_length=1, max_length=MAX_MESSAGES),
     BeforeValidator(_as_items),
     AfterValidator(_check_not_empty),
     AfterValidator(_check_calls),

@@ -23,6 +23,8 @@ def _joined(content: Any) -> Any:
     return content
 
 
+MAX_MESSAGES = 2048
+
 # A string or text parts, which are joined.
 Text = Annotated[str, BeforeValidator(_joined)]
 

@@ -7,7 +7,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
 from server.protocol.base import Request, refuse_unsupported
-from server.protocol.messages import Message
+from server.protocol.messages import MAX_MESSAGES, Message
 from server.protocol.tools import MAX_TOOLS, ToolDefinition
 
 # Parameters of vLLM's that would change the tokens, with the values that leave them alone.
@@ -29,7 +29,7 @@ class TokenizeRequest(Request):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: StrictBool = True  # Qwen's tokenizers have none to add
     return_token_strs: StrictBool = False

@@ -31,6 +31,7 @@ from server.core.sequence import (
     Terminal,
     TokenEvent,
 )
+from server.core.timings import Timings, timings
 
 T = TypeVar("T")
 
@@ -794,3 +795,24 @@ async def test_an_engine_that_breaks_down_ends_every_sequence_and_takes_no_more(
         assert not engine.is_alive
         with pytest.raises(EngineClosedError):
             engine.submit([3], ENDLESS)
+
+
+async def test_a_request_learns_how_long_it_waited_to_be_taken_up(runner: FakeRunner) -> None:
+    runner.before_step = hold = Hold()
+    timings.set(own := Timings())
+    async with running(runner, max_num_seqs=1) as engine:
+        first = engine.submit([1], SamplingParams(max_tokens=1))
+        await hold.reached()
+        known = own.queue_s
+        assert known is not None
+        timings.set(other := Timings())
+        waiting = [engine.submit([i], SamplingParams(max_tokens=1)) for i in (2, 3)]
+        assert other.queue_s is None
+        hold.let_go()
+        await tokens_of(first)
+        await tokens_of(waiting[0])
+        waited = other.queue_s
+        assert waited is not None
+        await tokens_of(waiting[1])
+        # The first one counts.
+        assert (own.queue_s, other.queue_s) == (known, waited)

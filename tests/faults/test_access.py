@@ -16,8 +16,9 @@ from server.middleware import OPEN_PATHS
 from server.routes import ROUTES
 from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
+from tests.processes import environment, run_until_exit
 
-KEY, OTHER_KEY = "sk-the-right-one", "sk-another"
+KEY, OTHER_KEY, FILED_KEY = "sk-the-right-one", "sk-another", "sk-from-a-file"
 ORIGIN = "https://chat.example"
 WRONG = {
     "none": None,
@@ -28,6 +29,7 @@ WRONG = {
     "a longer one": f"Bearer {KEY}1",
     "the other's end": f"Bearer {KEY}{OTHER_KEY}",
     "both": f"Bearer {KEY},{OTHER_KEY}",
+    "a part of a line": "Bearer sk-a",
     "another case": f"Bearer {KEY.upper()}",
     "very long": "Bearer " + KEY * 3000,
     "no ASCII": "Bearer schlüssel".encode("latin-1"),
@@ -38,11 +40,16 @@ Methods = list[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def guarded(
-    tiny_checkpoint: Path, serve: Callable[[Settings], AbstractContextManager[LiveServer]]
+    tiny_checkpoint: Path,
+    serve: Callable[[Settings], AbstractContextManager[LiveServer]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[LiveServer]:
+    key_file = tmp_path_factory.mktemp("keys") / "keys.txt"
+    key_file.write_text(f"\n  {FILED_KEY} \r\nsk-a,b\n")
     settings = Settings(
         model=str(tiny_checkpoint),
         api_key=(KEY, OTHER_KEY),
+        api_key_file=key_file,
         cors_origin=(ORIGIN,),  # type: ignore[arg-type]
     )
     with serve(settings) as server:
@@ -82,8 +89,11 @@ def test_what_only_looks_like_health_is_guarded(guarded: LiveServer, path: str) 
     assert httpx.get(guarded.url + path).status_code == 401
 
 
-@pytest.mark.parametrize("value", [f"Bearer {KEY}", f"bearer  {OTHER_KEY}"])
-def test_either_key_opens_every_route(guarded: LiveServer, value: str) -> None:
+@pytest.mark.parametrize(
+    "value",
+    [f"Bearer {KEY}", f"bearer  {OTHER_KEY}", f"Bearer {FILED_KEY}", "Bearer sk-a,b"],
+)
+def test_any_key_opens_every_route(guarded: LiveServer, value: str) -> None:
     with httpx.Client(base_url=guarded.url, headers={"authorization": value}) as client:
         for method, path in every_route():
             assert client.request(method, path).status_code in (200, 400, 404)
@@ -187,3 +197,26 @@ def test_keys_are_never_shown() -> None:
     assert (
         KEY not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
     )
+
+
+def test_a_key_of_a_file_is_not_shown_either(tmp_path: Path) -> None:
+    key_file = tmp_path / "keys.txt"
+    key_file.write_text(KEY)
+    settings = Settings(api_key_file=key_file)
+    assert [key.get_secret_value() for key in settings.keys] == [KEY]
+    assert KEY not in f"{settings!r} {settings.keys} {settings.model_dump_json()}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--help",), ("--port", "many"), ("--api-key", f"{KEY}1", "--dtype", "no"), ("--no-such",)],
+    ids=lambda options: " ".join(options[-2:]),
+)
+def test_no_key_is_shown_by_a_command_that_does_not_start(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    env = environment(tmp_path) | {"QWEN_API_KEY": KEY}
+    done = run_until_exit(env, *options)
+    assert "--api-key" in done.stdout or done.returncode
+    assert KEY not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

@@ -24,8 +24,10 @@ from tests.faults.conftest import (
 )
 from tests.live.test_clients_at_once import is_idle, until
 from tests.live.test_errors import assert_error
+from tests.processes import Footprint, environment, started
 
 NUM_CLIENTS, MAX_QUEUE, MAX_NUM_SEQS = 200, 32, 16
+NUM_CROWDS, MAX_GROWTH = 3, 1.05
 
 Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
 
@@ -40,7 +42,7 @@ def crowded(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
 @pytest.fixture(scope="module")
 def hasty(tiny_checkpoint: Path, serve: Serve) -> Iterator[LiveServer]:
     """One sequence at a time, and too little time to wait for a held engine."""
-    settings = Settings(model=str(tiny_checkpoint), max_num_seqs=1, request_timeout=0.4)
+    settings = Settings(model=str(tiny_checkpoint), max_num_seqs=1, request_timeout=1.0)
     with serve(settings) as server:
         yield server
 
@@ -57,10 +59,10 @@ def url_of(server: LiveServer) -> str:
     return f"{server.base_url}/chat/completions"
 
 
-def question(server: LiveServer, number: int) -> dict[str, Any]:
+def question(model: str, number: int) -> dict[str, Any]:
     """Every third is streamed. The reply to each is as good as unique."""
     return {
-        "model": server.model,
+        "model": model,
         "messages": [{"role": "user", "content": f"question {number}"}],
         "seed": number,
         "temperature": 1.5,
@@ -80,7 +82,7 @@ async def test_of_200_clients_at_once_each_gets_its_own_reply_or_a_429(
     statuses: Counter[int] = Counter()
 
     async def ask(number: int) -> httpx.Response:
-        response = await client.post(url_of(crowded), json=question(crowded, number))
+        response = await client.post(url_of(crowded), json=question(crowded.model, number))
         statuses[response.status_code] += 1
         return response
 
@@ -108,6 +110,33 @@ async def test_of_200_clients_at_once_each_gets_its_own_reply_or_a_429(
     await until(lambda: is_idle(crowded.services.engine))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+async def test_crowds_of_200_leave_no_memory_behind(
+    client: httpx.AsyncClient, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--model", str(tiny_checkpoint), "--max-queue", str(MAX_QUEUE))
+    with started(environment(tmp_path), *options) as server:
+        url = f"{server.url}/v1/chat/completions"
+
+        async def crowds() -> Footprint:
+            for _ in range(NUM_CROWDS):
+                responses = await asyncio.gather(
+                    *(client.post(url, json=body) for body in questions)
+                )
+                for response in responses:
+                    if response.status_code == 429:
+                        assert_refused(response)
+                    else:
+                        assert text_of(response) is not None
+            return Footprint.of(server.process.pid)
+
+        model = server.get("/v1/models").json()["data"][0]["id"]
+        questions = [question(model, number) for number in range(NUM_CLIENTS)]
+        before, after = await crowds(), await crowds()
+    assert after.resident_kib < MAX_GROWTH * before.resident_kib
+    assert after.num_threads <= before.num_threads
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_hangs_up_makes_room_for_another(
     client: httpx.AsyncClient, narrow: LiveServer, stream: bool
@@ -119,7 +148,7 @@ async def test_a_client_that_hangs_up_makes_room_for_another(
         assert_refused(await client.post(url_of(narrow), json=body))
         first.cancel()
         await until_inside(client, narrow, 0)
-        second = asyncio.create_task(client.post(url_of(narrow), json=question(narrow, 1)))
+        second = asyncio.create_task(client.post(url_of(narrow), json=question(narrow.model, 1)))
         await until_inside(client, narrow, 1)
     assert (await second).status_code == 200
 
@@ -137,7 +166,7 @@ async def test_the_deadline_ends_what_runs_and_what_waits(
         ("chat/completions", endless(hasty)),
         ("chat/completions", endless(hasty)),
         # No response has begun as long as the mood is not known.
-        ("chat/completions", question(hasty, 0)),
+        ("chat/completions", question(hasty.model, 0)),
         ("completions", {"model": hasty.model, "prompt": "and then"}),
         ("responses", {"model": hasty.model, "input": "and then"}),
         ("classify", {"input": ["one text", "another"]}),

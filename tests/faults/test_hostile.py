@@ -258,6 +258,16 @@ async def first_token_s(client: httpx.AsyncClient, server: LiveServer) -> float:
 async def test_slow_readers_and_writers_do_not_keep_others_waiting(
     client: httpx.AsyncClient, mini: LiveServer
 ) -> None:
+    # The machine itself may have been busy; slow clients would be in the way every time.
+    for _ in range(3):
+        before, during, after = await first_tokens_s(client, mini)
+        if during < 2 * max(before, after):
+            return
+    pytest.fail(f"{during} s to the first token among slow clients, {before} and {after} without")
+
+
+async def first_tokens_s(client: httpx.AsyncClient, mini: LiveServer) -> tuple[float, float, float]:
+    """Seconds to the first word before slow clients are there, among them, and afterwards."""
     whole = raw(endless(mini, stream=True, max_tokens=100))
     before = await first_token_s(client, mini)
     with contextlib.ExitStack() as stack:
@@ -270,8 +280,7 @@ async def test_slow_readers_and_writers_do_not_keep_others_waiting(
         await until_inside(client, mini, 0)
         assert is_idle(mini.services.engine)
         during = await first_token_s(client, mini)
-    after = await first_token_s(client, mini)
-    assert during < 2 * max(before, after)
+    return before, during, await first_token_s(client, mini)
 
 
 async def test_a_reader_that_never_reads_is_given_up(

@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.core.tokenizer import ChatTokenizer
 from tests.faults.conftest import BOUND_S, contents_of, text_of
-from tests.processes import Running, environment, started
+from tests.processes import Footprint, Running, environment, started
 
 MODEL = "qwen-mini"
 NUM_CLIENTS = 24
@@ -184,25 +184,6 @@ class Crowd:
             self.answered[question.kind] += 1
             usual_s = self._usual_s.setdefault(question.kind, time.monotonic() - begin)
             self._usual_s[question.kind] = 0.9 * usual_s + 0.1 * (time.monotonic() - begin)
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a process holds of the machine."""
-
-    resident_kib: int
-    num_threads: int
-    num_descriptors: int
-
-    @classmethod
-    def of(cls, process_id: int) -> "Footprint":
-        status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
-        values = dict(line.split(":", 1) for line in status.splitlines())
-        return cls(
-            resident_kib=int(values["VmRSS"].split()[0]),
-            num_threads=int(values["Threads"]),
-            num_descriptors=len(list(Path(f"/proc/{process_id}/fd").iterdir())),
-        )
 
 
 def metrics(server: Running) -> dict[tuple[str, ...], float]:

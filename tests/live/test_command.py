@@ -1,6 +1,7 @@
 """`python -m server` as a process: what it prints, where models come from, how it fails."""
 
 import asyncio
+import errno
 import hashlib
 import json
 import re
@@ -24,7 +25,7 @@ from starlette.routing import Route
 from server.__main__ import _bind, main
 from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
 from tests.conftest import run_app
-from tests.processes import START_TIMEOUT_S, environment, run_until_exit, started
+from tests.processes import START_TIMEOUT_S, closed_port, environment, run_until_exit, started
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -147,6 +148,58 @@ def test_a_download_that_breaks_off_is_told_apart_from_a_model_that_is_there(
         assert server.get("/health").json()["model"] == "qwen-mini-fallback"
 
 
+@pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
+def test_a_cache_that_cannot_be_written_is_one_sentence(
+    hub: Hub, tmp_path: Path, model: str
+) -> None:
+    (tmp_path / "file").touch()
+    done = run_until_exit(environment(tmp_path / "file" / "cache", hub.url), "--model", model)
+    assert_one_sentence(done, f"cannot store '{DEFAULT_MODEL}' in the cache")
+
+
+@pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
+def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    def fill(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("server.core.checkpoint.snapshot_download", fill)
+    says = in_process(monkeypatch, "--model", model, "--port", "0")
+    assert f"cannot store '{DEFAULT_MODEL}'" in says and "No space left on device" in says
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("is_all_full", [False, True])
+def test_a_server_whose_log_cannot_be_written_goes_on(tmp_path: Path, is_all_full: bool) -> None:
+    port = closed_port()
+    # Falls back, which it warns of.
+    command = [sys.executable, "-m", "server", "--port", str(port), "--model", "auto"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(
+            command,
+            env=environment(tmp_path),
+            stdout=full if is_all_full else subprocess.PIPE,
+            stderr=full,
+            text=True,
+        )
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=60) as client:
+            url = f"http://127.0.0.1:{port}"
+            model = client.get(f"{url}/health").json()["model"]
+            body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+            for _ in range(2):
+                reply = client.post(f"{url}/v1/chat/completions", json=body | {"max_tokens": 2})
+                assert reply.status_code == 200, reply.text
+        process.terminate()
+        said, _ = process.communicate(timeout=START_TIMEOUT_S)
+    finally:
+        process.kill()
+        process.wait()
+    if not is_all_full:
+        assert process.returncode == 0
+        assert said.count("the log cannot be written") == 1
+        assert "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [("nobody/nothing", "no public model 'nobody/nothing'"), ("./not/here/", "neither a folder")],
@@ -167,6 +220,8 @@ def test_check_answers_once_and_exits(tmp_path: Path) -> None:
     done = run_until_exit(environment(tmp_path), "--model", "mini", "--check")
     assert done.returncode == 0, done.stderr
     assert "qwen-mini works: sentiment" in done.stdout
+    # No progress bar where nobody watches.
+    assert "layers" not in done.stderr
     assert "Serving" not in done.stdout
 
 
@@ -219,6 +274,13 @@ async def test_small_packets_are_sent_at_once() -> None:
         (("--max-num-seqs", "0"), "--max-num-seqs"),
         (("--tasks", "/no/such/file.toml", "--port", "0"), "/no/such/file.toml"),
         (("--model", __file__, "--port", "0"), "is a file"),
+        (
+            ("--api-key-file", "/no/such/file", "--port", "0"),
+            "--api-key-file /no/such/file: No such",
+        ),
+        (("--api-key-file", "/dev/null", "--port", "0"), "no key in --api-key-file /dev/null"),
+        (("--api-key-file", sys.executable, "--port", "0"), "it is not text in UTF-8"),
+        (("--api-key", ",", "--port", "0"), "--api-key ',': there is no key in it"),
         (("--ssl-certfile", "/no/such/file.pem", "--port", "0"), "--ssl-certfile"),
         (("--ssl-certfile", __file__, "--port", "0"), "--ssl-certfile"),
         (("--ssl-keyfile", __file__, "--port", "0"), "--ssl-certfile"),

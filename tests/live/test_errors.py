@@ -1,11 +1,13 @@
 """Every error: status, OpenAI's shape, the field, and what to do."""
 
+import socket
 from typing import Any
 
 import httpx
 import pytest
 
 from server.config import Settings
+from server.protocol.messages import MAX_MESSAGES
 from tests.conftest import LiveServer
 
 USER = [{"role": "user", "content": "hi"}]
@@ -34,6 +36,7 @@ def chat(live: LiveServer, **changes: Any) -> httpx.Response:
     [
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
+        ({"messages": USER * (MAX_MESSAGES + 1)}, "messages"),
         ({"messages": [{"role": "pirate", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
@@ -58,6 +61,23 @@ def chat(live: LiveServer, **changes: Any) -> httpx.Response:
 def test_a_wrong_value_is_named(tiny: LiveServer, changes: dict[str, Any], param: str) -> None:
     message = assert_error(chat(tiny, **changes), 400, "invalid_request_error", param)
     assert param in message
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [("v1/responses", "input"), ("v1/decisions", "input"), ("tokenize", "messages")],
+)
+def test_too_long_a_conversation_is_refused_at_every_route(
+    tiny: LiveServer, path: str, param: str
+) -> None:
+    body = {
+        "model": tiny.model,
+        "questions": [{"type": "predicate", "instructions": "Is it long?"}],
+        param: USER * (MAX_MESSAGES + 1),
+    }
+    response = httpx.post(f"{tiny.url}/{path}", json=body)
+    message = assert_error(response, 400, "invalid_request_error", param)
+    assert str(MAX_MESSAGES) in message
 
 
 def test_a_known_parameter_that_is_not_honoured_is_refused(tiny: LiveServer) -> None:
@@ -202,6 +222,15 @@ def test_a_body_over_the_limit_is_refused(guarded: LiveServer, is_announced: boo
         content=content if is_announced else iter([content]),
     )
     assert_error(response, 413, "invalid_request_error", None)
+
+
+def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(tiny: LiveServer) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        length = Settings().max_body_bytes + 1
+        head = f"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 413 ")
 
 
 def test_an_exception_in_the_engine_is_a_500_that_is_not_retried(tiny: LiveServer) -> None:

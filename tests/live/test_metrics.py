@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
@@ -19,6 +20,8 @@ from server.logs import (
     request_id,
 )
 from tests.conftest import LiveServer
+from tests.faults.conftest import held
+from tests.live.test_clients_at_once import until
 
 
 def samples(live: LiveServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -98,6 +101,61 @@ def test_strangers_make_no_names_up(tiny: LiveServer) -> None:
     assert number(tiny, "qwen_requests_total", route="other", status="404") >= 1
 
 
+# --- the times of one request ----------------------------------------------------------
+
+
+def timings_of(response: httpx.Response) -> dict[str, float]:
+    """Milliseconds by part."""
+    parts = (part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+    return {name: float(milliseconds) for name, milliseconds in parts}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_head_of_a_chat_tells_its_times(tiny: LiveServer, stream: bool) -> None:
+    told = timings_of(chat(tiny, stream=stream))
+    assert list(told)[-2:] == ["sentiment", "total"]
+    assert 0 <= told["sentiment"] <= told["total"]
+    said = [{"role": "user", "content": f"judged only here, stream {stream}"}]
+    told = timings_of(chat(tiny, stream=stream, messages=said))
+    assert list(told) == ["queue", "sentiment", "total"]
+    assert 0 <= told["queue"] <= told["sentiment"] <= told["total"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "names"),
+    [
+        ("responses", {"input": "timed", "max_output_tokens": 16}, ["queue", "sentiment", "total"]),
+        ("completions", {"prompt": "timed"}, ["queue", "total"]),
+        ("classify", {"input": "timed as a label"}, ["queue", "total"]),
+        (
+            "decisions",
+            {"input": "timed", "questions": [{"type": "predicate", "instructions": "Is it?"}]},
+            ["queue", "total"],
+        ),
+        ("classify", {"input": 3}, ["total"]),
+        ("nowhere", {}, ["total"]),
+    ],
+)
+def test_every_response_tells_the_times_it_has(
+    tiny: LiveServer, path: str, body: dict[str, Any], names: list[str]
+) -> None:
+    response = httpx.post(f"{tiny.base_url}/{path}", json={"model": tiny.model, **body}, timeout=60)
+    assert list(timings_of(response)) == names, response.text
+
+
+async def test_a_stream_tells_what_is_known_when_it_begins(tiny: LiveServer) -> None:
+    body = {"model": tiny.model, "prompt": "not taken up yet", "stream": True, "max_tokens": 2}
+    url = f"{tiny.base_url}/completions"
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(httpx.AsyncClient(timeout=60))
+        stack.enter_context(held(tiny.services))
+        await stack.enter_async_context(client.stream("POST", url, json=body))
+        # Its step is held, and who comes now is not taken up.
+        await until(lambda: tiny.services.engine.num_running == 1)
+        late = await stack.enter_async_context(client.stream("POST", url, json=body))
+        assert list(timings_of(late)) == ["total"]
+
+
 # --- the log --------------------------------------------------------------------------
 
 
@@ -126,6 +184,29 @@ def test_text_lines_have_it_where_there_is_one() -> None:
         assert TextFormatter().format(record("a")) == "INFO     a.b: a [req_1]"
     finally:
         request_id.reset(token)
+
+
+def test_what_the_engine_logs_of_a_sequence_has_its_requests_id(
+    tiny: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = []
+
+    def explode(chunks: Any) -> Any:
+        raise RuntimeError("broken on purpose")
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.append(json.loads(JsonFormatter().format(record)))
+        return True
+
+    caplog.handler.addFilter(keep)
+    headers = {"x-request-id": "mine-7"}
+    body = {"model": tiny.model, "prompt": "hit"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.services.engine._runner, "step", explode)
+        httpx.post(f"{tiny.base_url}/completions", json=body, headers=headers)
+    caplog.handler.removeFilter(keep)
+    told = {line["message"]: line["request_id"] for line in lines}
+    assert told["a sequence failed"] == "mine-7"
 
 
 def test_no_word_of_anybody_is_logged(tiny: LiveServer, caplog: pytest.LogCaptureFixture) -> None:

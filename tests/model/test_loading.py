@@ -1,7 +1,9 @@
 """Checkpoints that cannot be served: one sentence each, naming what is wrong."""
 
+import io
 import json
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -161,3 +163,25 @@ def test_the_model_is_loaded_on_a_thread_that_ends(
     [thread] = loaded_on
     assert thread is not threading.main_thread()
     assert not thread.is_alive()
+
+
+class Terminal(io.StringIO):
+    """What a person looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_terminal_shows_how_far_the_loading_is_and_a_log_does_not(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    shown = {}
+    for stderr in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        load_qwen(tiny_checkpoint, read_model_config(tiny_checkpoint), dtype)
+        shown[stderr.isatty()] = stderr.getvalue()
+    assert "loading" in shown[True] and "0/2" in shown[True]
+    # And it wipes the line in the end.
+    assert not shown[True].rpartition("\r")[0].rpartition("\r")[2].strip()
+    assert shown[False] == ""

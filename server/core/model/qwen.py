@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from server.core.model.attention import Segment, StepAttention, step_order
 from server.core.model.config import ModelConfig
@@ -46,7 +47,9 @@ class QwenModel:
             self._embeddings = reader.mapped(
                 "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
             )
-        self._layers = [_read_layer(c, reader, make, i) for i in range(c.num_layers)]
+        # disable=None: on a terminal only, so that no log is full of it.
+        indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
+        self._layers = [_read_layer(c, reader, make, i) for i in indices]
         self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
         self._epsilons = {
             size: torch.tensor(math.sqrt(size * c.rms_norm_eps))
