@@ -34,7 +34,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 WITHOUT_EFFECT = (
     "access_programs",
-    "include",  # but for log-probabilities: there is never more to include
     "max_tool_calls",  # of tools that run at the server, of which there are none
     "prompt_cache_key",
     "prompt_cache_options",
@@ -130,6 +129,7 @@ class ResponsesRequest(SamplingRequest):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, default_factory=list)]
     tool_choice: ToolChoice | NamedFunction = "auto"
     parallel_tool_calls: StrictBool = True
+    # Nothing but log-probabilities: there is never more to include.
     include: Annotated[list[StrictStr], Field(default_factory=list)]
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict)]
