@@ -402,12 +402,14 @@ def test_a_call_and_its_result_reach_the_template() -> None:
             {"role": "assistant", "content": None, "tool_calls": [call("f", '{"a": 1}')]},
             {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "2"}]},
             {"role": "function", "name": "f", "content": "3"},
+            {"role": "function", "name": "f", "content": None},
         ]
     )
-    _, called, result, legacy = [message.for_template() for message in body.messages]
+    _, called, result, legacy, nothing = [message.for_template() for message in body.messages]
     assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     assert result == {"role": "tool", "content": "2"}
     assert legacy == {"role": "tool", "content": "3"}
+    assert nothing == {"role": "tool", "content": ""}
 
 
 # --- messages -------------------------------------------------------------------------
@@ -466,6 +468,23 @@ def test_text_parts_are_joined_to_one_string(role: str, parts: list[str], joined
 )
 def test_an_assistant_message_of_an_earlier_response_may_be_sent_back(message: Any) -> None:
     assert one_message(message) == {"role": "assistant", "content": ""}
+
+
+REFUSAL = {"type": "refusal", "refusal": "I can't."}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"content": [REFUSAL]}, "I can't."),
+        ({"content": [{"type": "text", "text": "No. "}, REFUSAL]}, "No. I can't."),
+        ({"content": None, "refusal": "I can't."}, "I can't."),
+        ({"content": "", "refusal": "I can't."}, "I can't."),
+        ({"content": "No.", "refusal": "I can't."}, "No."),
+    ],
+)
+def test_what_an_assistant_refused_is_what_it_said(fields: dict[str, Any], text: str) -> None:
+    assert one_message({"role": "assistant", **fields}) == {"role": "assistant", "content": text}
 
 
 @pytest.mark.parametrize("name", ["name", "something_new"])
@@ -529,6 +548,13 @@ def test_further_fields_of_a_message_are_ignored(name: str) -> None:
         ),
         ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages[1]", "only"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "'tool_calls'"),
+        ({"role": "user", "content": [REFUSAL]}, "messages[1].content", "'refusal'"),
+        (
+            {"role": "assistant", "content": [{"type": "refusal"}]},
+            "messages[1].content",
+            "'refusal'",
+        ),
+        ({"role": "assistant", "refusal": 5}, "messages[1].content", "string"),
     ],
 )
 def test_a_wrong_message_is_refused_with_its_place_and_the_reason(
