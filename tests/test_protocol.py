@@ -275,7 +275,8 @@ def test_every_parameter_of_the_openai_client_is_known(kind: type[Request], writ
         ("tools", {}),
         ("tools", [{}] * (MAX_TOOLS + 1)),
         ("tool_choice", "always"),
-        ("tool_choice", {"type": "function"}),
+        ("tool_choice", {"type": "custom", "custom": {"name": "f"}}),
+        ("tool_choice", ["auto"]),
         ("parallel_tool_calls", 1),
         ("response_format", "json"),
         ("response_format", {"type": "xml"}),
@@ -328,6 +329,12 @@ def test_a_missing_field_is_required_by_name(name: str, is_null: bool) -> None:
 # --- tools and formats ----------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "f"}}
+OTHER_TOOL = {"type": "function", "function": {"name": "g"}}
+
+
+def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
+    """A choice that leaves these tools."""
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
 
 @pytest.mark.parametrize(
@@ -335,6 +342,14 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     [
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tool_choice": allowed("none", TOOL)}, "tool_choice.allowed_tools.mode"),
+        ({"tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
+        (
+            {"tool_choice": allowed("auto", {"type": "mcp"})},
+            "tool_choice.allowed_tools.tools[0].type",
+        ),
         ({"tools": [{**TOOL, "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{**TOOL, "function": {"name": ""}}]}, "tools[0].function.name"),
         (
@@ -367,7 +382,9 @@ def test_a_wrong_tool_or_format_is_refused_with_its_place(
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": TOOL}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": OTHER_TOOL}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": allowed("auto", TOOL, OTHER_TOOL)}, "tool_choice"),
+        ({"tool_choice": allowed("auto", TOOL)}, "tool_choice"),
     ],
 )
 def test_tools_and_their_choice_must_go_together(fields: dict[str, Any], param: str) -> None:
@@ -382,7 +399,9 @@ def test_tools_and_their_choice_must_go_together(fields: dict[str, Any], param: 
         ("none", [], False),
         ("auto", ["f", "g"], False),
         ("required", ["f", "g"], True),
-        ({"type": "function", "function": {"name": "g"}}, ["g"], True),
+        (OTHER_TOOL, ["g"], True),
+        (allowed("auto", OTHER_TOOL), ["g"], False),
+        (allowed("required", OTHER_TOOL, TOOL), ["f", "g"], True),
     ],
 )
 def test_the_choice_says_which_tools_may_and_must_be_called(
@@ -393,6 +412,12 @@ def test_the_choice_says_which_tools_may_and_must_be_called(
     assert [tool.name for tool in output.tools] == names
     assert output.is_call_required == is_required
     assert all(tool.parameters["type"] == "object" for tool in output.tools)
+
+
+def test_a_choice_there_is_not_is_told_all_there_are() -> None:
+    for choice in ("always", {"type": "custom", "custom": {"name": "f"}}):
+        message = refused_chat(tool_choice=choice).message
+        assert "'none', 'auto', 'required', or an object of type function, allowed_tools" in message
 
 
 def test_a_call_and_its_result_reach_the_template() -> None:

@@ -57,7 +57,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "tools": st.lists(
         st.builds(lambda name: {"type": "function", "function": {"name": name}}, TEXT), max_size=2
     ),
-    "tool_choice": st.sampled_from(["none", "auto", "required", "never"]),
+    "tool_choice": st.sampled_from(["none", "auto", "required", "never", {"type": "function"}]),
 }
 MESSAGES = st.lists(
     st.one_of(

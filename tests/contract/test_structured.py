@@ -46,6 +46,9 @@ PERSON = {
 AS_PERSON = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
 
 
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 def function(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
     """A tool without description, or what names it as the choice."""
     more = {} if parameters is None else {"parameters": parameters}
@@ -162,6 +165,25 @@ def test_a_required_call_is_made_and_fits(tiny: LiveServer, choice: Any, seed: i
     jsonschema.validate(
         json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"]
     )
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_several_tools_only_the_allowed_ones_are_called(tiny: LiveServer, mode: str) -> None:
+    allowed = {"mode": mode, "tools": [function("clock"), function("date")]}
+    changes = {
+        "tools": [function(name, NO_PARAMETERS) for name in ("clock", "date", "weather")],
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
+        # Without an end it goes on to call.
+        "logit_bias": {"0": -100, "2": -100},
+        "max_tokens": 200,
+    }
+    response = chat(tiny, **changes).json()
+    calls = response["choices"][0]["message"].get("tool_calls", [])
+    if mode == "required":
+        assert {call["function"]["name"] for call in calls} == {"clock", "date"}
+    # The others are not told of at all.
+    fewer = chat(tiny, tools=changes["tools"][:2], max_tokens=1).json()
+    assert response["usage"]["prompt_tokens"] == fewer["usage"]["prompt_tokens"]
 
 
 def test_a_stream_of_calls_is_the_whole(tiny: LiveServer) -> None:
