@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from openai.types import completion_create_params as completion_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 
 from server.core.classifier import Classification
 from server.core.sequence import TokenEvent
@@ -20,11 +23,25 @@ from server.protocol.completions import (
     CompletionRequest,
     LogprobsWriter,
 )
+from server.protocol.decisions import DecisionsRequest
 from server.protocol.responses import ResponsesRequest, TextOptions
 from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.protocol.tools import MAX_TOOLS
 
 HI = [{"role": "user", "content": "Hi"}]
+# What each request must hold at least.
+LEAST: dict[type[Request], dict[str, Any]] = {
+    ChatCompletionRequest: {"model": "m", "messages": HI},
+    CompletionRequest: {"model": "m", "prompt": "Hi"},
+    ResponsesRequest: {"model": "m", "input": "Hi"},
+    ClassifyRequest: {"input": "Hi"},
+    DecisionsRequest: {
+        "model": "m", "input": "Hi", "questions": [{"type": "predicate", "instructions": "True?"}]
+    },
+    TokenizeRequest: {"prompt": "Hi"},
+    DetokenizeRequest: {"tokens": [5]},
+}  # fmt: skip
 
 
 def parse_chat(**fields: Any) -> ChatCompletionRequest:
@@ -118,28 +135,18 @@ def test_a_single_stop_string_is_a_list_of_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("kind", "name"),
     [
-        "stream",
-        "stream_options",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "stop",
-        "n",
-        "logprobs",
-        "top_logprobs",
-        "sentiment",
-        *UNSUPPORTED,
-        *WITHOUT_EFFECT,
-        "something_new",
+        (kind, name)
+        for kind, least in LEAST.items()
+        for name in sorted(
+            ({info.alias or name for name, info in kind.model_fields.items()} - least.keys())
+            | kind.known | {"something_new"}
+        )
     ],
-)
-def test_null_counts_as_absent(name: str) -> None:
-    assert parse_chat(**{name: None}) == parse_chat()
+)  # fmt: skip
+def test_null_counts_as_absent(kind: type[Request], name: str) -> None:
+    assert kind.parse(_json({**LEAST[kind], name: None})) == kind.parse(_json(LEAST[kind]))
 
 
 def test_null_counts_as_absent_inside_stream_options() -> None:
@@ -158,11 +165,6 @@ def test_null_counts_as_absent_inside_the_text_options_of_a_response() -> None:
     options = {"format": None, "verbosity": None}
     with_nulls = _json({"model": "m", "input": "Hi", "text": options})
     assert ResponsesRequest.parse(with_nulls).text == TextOptions()
-
-
-@pytest.mark.parametrize("name", ["task", "instructions", "labels", "model", "something_new"])
-def test_null_counts_as_absent_in_a_classify_request(name: str) -> None:
-    assert parse_classify(**{name: None}) == parse_classify()
 
 
 @pytest.mark.parametrize("value", [0, "", [], {}, False, "x", [1, {"a": None}], float("nan")])
@@ -202,11 +204,18 @@ def test_an_unsupported_parameter_is_refused_at_any_other_value(name: str, value
     assert f"'{name}'" in error.message
 
 
-def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
-    assert {"audio", "moderation", "web_search_options"} <= set(UNSUPPORTED)
-    assert {"user", "metadata", "store", "service_tier"} <= set(WITHOUT_EFFECT)
-    own = set(ChatCompletionRequest.model_fields)
-    assert not (set(UNSUPPORTED) & set(WITHOUT_EFFECT)) and not own & set(UNSUPPORTED)
+@pytest.mark.parametrize(
+    ("kind", "written"),
+    [
+        (ChatCompletionRequest, chat_params.CompletionCreateParamsStreaming),
+        (CompletionRequest, completion_params.CompletionCreateParamsStreaming),
+        (ResponsesRequest, response_params.ResponseCreateParamsStreaming),
+    ],
+)
+def test_every_parameter_of_the_openai_client_is_known(kind: type[Request], written: Any) -> None:
+    fields = {info.alias or name for name, info in kind.model_fields.items()}
+    assert get_type_hints(written).keys() <= fields | kind.known
+    assert not fields & kind.known
 
 
 # --- fields out of range --------------------------------------------------------------
@@ -266,7 +275,8 @@ def test_the_parameters_openai_documents_beyond_ours_are_all_known() -> None:
         ("tools", {}),
         ("tools", [{}] * (MAX_TOOLS + 1)),
         ("tool_choice", "always"),
-        ("tool_choice", {"type": "function"}),
+        ("tool_choice", {"type": "custom", "custom": {"name": "f"}}),
+        ("tool_choice", ["auto"]),
         ("parallel_tool_calls", 1),
         ("response_format", "json"),
         ("response_format", {"type": "xml"}),
@@ -319,6 +329,12 @@ def test_a_missing_field_is_required_by_name(name: str, is_null: bool) -> None:
 # --- tools and formats ----------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "f"}}
+OTHER_TOOL = {"type": "function", "function": {"name": "g"}}
+
+
+def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
+    """A choice that leaves these tools."""
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
 
 @pytest.mark.parametrize(
@@ -326,6 +342,14 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     [
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tool_choice": allowed("none", TOOL)}, "tool_choice.allowed_tools.mode"),
+        ({"tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
+        (
+            {"tool_choice": allowed("auto", {"type": "mcp"})},
+            "tool_choice.allowed_tools.tools[0].type",
+        ),
         ({"tools": [{**TOOL, "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{**TOOL, "function": {"name": ""}}]}, "tools[0].function.name"),
         (
@@ -358,7 +382,9 @@ def test_a_wrong_tool_or_format_is_refused_with_its_place(
         ({"tools": [TOOL, TOOL]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": TOOL}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {**TOOL, "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": OTHER_TOOL}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": allowed("auto", TOOL, OTHER_TOOL)}, "tool_choice"),
+        ({"tool_choice": allowed("auto", TOOL)}, "tool_choice"),
     ],
 )
 def test_tools_and_their_choice_must_go_together(fields: dict[str, Any], param: str) -> None:
@@ -373,7 +399,9 @@ def test_tools_and_their_choice_must_go_together(fields: dict[str, Any], param: 
         ("none", [], False),
         ("auto", ["f", "g"], False),
         ("required", ["f", "g"], True),
-        ({"type": "function", "function": {"name": "g"}}, ["g"], True),
+        (OTHER_TOOL, ["g"], True),
+        (allowed("auto", OTHER_TOOL), ["g"], False),
+        (allowed("required", OTHER_TOOL, TOOL), ["f", "g"], True),
     ],
 )
 def test_the_choice_says_which_tools_may_and_must_be_called(
@@ -386,6 +414,12 @@ def test_the_choice_says_which_tools_may_and_must_be_called(
     assert all(tool.parameters["type"] == "object" for tool in output.tools)
 
 
+def test_a_choice_there_is_not_is_told_all_there_are() -> None:
+    for choice in ("always", {"type": "custom", "custom": {"name": "f"}}):
+        message = refused_chat(tool_choice=choice).message
+        assert "'none', 'auto', 'required', or an object of type function, allowed_tools" in message
+
+
 def test_a_call_and_its_result_reach_the_template() -> None:
     body = parse_chat(
         messages=[
@@ -393,12 +427,14 @@ def test_a_call_and_its_result_reach_the_template() -> None:
             {"role": "assistant", "content": None, "tool_calls": [call("f", '{"a": 1}')]},
             {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "2"}]},
             {"role": "function", "name": "f", "content": "3"},
+            {"role": "function", "name": "f", "content": None},
         ]
     )
-    _, called, result, legacy = [message.for_template() for message in body.messages]
+    _, called, result, legacy, nothing = [message.for_template() for message in body.messages]
     assert called["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     assert result == {"role": "tool", "content": "2"}
     assert legacy == {"role": "tool", "content": "3"}
+    assert nothing == {"role": "tool", "content": ""}
 
 
 # --- messages -------------------------------------------------------------------------
@@ -457,6 +493,23 @@ def test_text_parts_are_joined_to_one_string(role: str, parts: list[str], joined
 )
 def test_an_assistant_message_of_an_earlier_response_may_be_sent_back(message: Any) -> None:
     assert one_message(message) == {"role": "assistant", "content": ""}
+
+
+REFUSAL = {"type": "refusal", "refusal": "I can't."}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"content": [REFUSAL]}, "I can't."),
+        ({"content": [{"type": "text", "text": "No. "}, REFUSAL]}, "No. I can't."),
+        ({"content": None, "refusal": "I can't."}, "I can't."),
+        ({"content": "", "refusal": "I can't."}, "I can't."),
+        ({"content": "No.", "refusal": "I can't."}, "No."),
+    ],
+)
+def test_what_an_assistant_refused_is_what_it_said(fields: dict[str, Any], text: str) -> None:
+    assert one_message({"role": "assistant", **fields}) == {"role": "assistant", "content": text}
 
 
 @pytest.mark.parametrize("name", ["name", "something_new"])
@@ -520,6 +573,13 @@ def test_further_fields_of_a_message_are_ignored(name: str) -> None:
         ),
         ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages[1]", "only"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "'tool_calls'"),
+        ({"role": "user", "content": [REFUSAL]}, "messages[1].content", "'refusal'"),
+        (
+            {"role": "assistant", "content": [{"type": "refusal"}]},
+            "messages[1].content",
+            "'refusal'",
+        ),
+        ({"role": "assistant", "refusal": 5}, "messages[1].content", "string"),
     ],
 )
 def test_a_wrong_message_is_refused_with_its_place_and_the_reason(
@@ -758,14 +818,6 @@ def test_the_least_completion_takes_openais_defaults() -> None:
     body = parse_completion()
     assert body.max_tokens == DEFAULT_MAX_TOKENS == 16
     assert (body.echo, body.logprobs, body.n, body.stop, body.stream) == (False, None, 1, [], False)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["max_tokens", "echo", "logprobs", "n", "stop", "seed", "suffix", "best_of", "user", "new"],
-)
-def test_null_counts_as_absent_in_a_completion(name: str) -> None:
-    assert parse_completion(**{name: None}) == parse_completion()
 
 
 @pytest.mark.parametrize(

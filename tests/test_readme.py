@@ -6,11 +6,17 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from server.config import DEFAULT_PERSONA, Settings
+from server.protocol import completions, responses
+from server.protocol.base import Request
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
+from server.protocol.sampling import SamplingRequest
 from server.routes import ROUTES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+OTHER_ROUTES = README.split("The other routes that write know these:")[1].split("\n\n")[1]
 
 
 def settings_table() -> str:
@@ -41,6 +47,29 @@ def test_the_parameter_table_says_what_happens_to_each() -> None:
     assert sorted(told["honoured"]) == sorted(ChatCompletionRequest.model_fields)
     assert sorted(told["refused"]) == sorted(UNSUPPORTED)
     assert sorted(told["without effect"]) == sorted(WITHOUT_EFFECT)
+
+
+def test_the_table_of_the_other_routes_says_what_happens_to_each() -> None:
+    rows = {
+        what: [re.findall(r"`(\w+)`", cell) for cell in cells]
+        for what, *cells in re.findall(r"^\| ([a-z ,]+) \| (.*) \| (.*) \|$", OTHER_ROUTES, re.M)
+    }
+    assert rows["honoured by both"] == [list(SamplingRequest.model_fields), []]
+    stored = "previous_response_id"  # a field, so that its refusal can say why
+    for i, (route, kind, never) in enumerate(
+        [
+            (completions, completions.CompletionRequest, set()),
+            (responses, responses.ResponsesRequest, {stored}),
+        ]
+    ):
+        own = fields_of(kind) - fields_of(SamplingRequest)
+        assert sorted(rows["honoured"][i]) == sorted(own - never)
+        assert sorted(rows["refused, unless off"][i]) == sorted({*route.UNSUPPORTED, *never})
+        assert sorted(rows["without effect"][i]) == sorted(route.WITHOUT_EFFECT)
+
+
+def fields_of(kind: type[Request]) -> set[str]:
+    return {info.alias or name for name, info in kind.model_fields.items()}
 
 
 def test_every_route_is_named() -> None:

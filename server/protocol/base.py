@@ -146,10 +146,14 @@ def branch(name: str) -> str:
     return f"({name})"
 
 
-def of_type(*expected: str, default: str | None = None, hint: str = "") -> Discriminator:
-    """Chooses among objects by their field `type`."""
+def of_type(
+    *expected: str, words: tuple[str, ...] = (), default: str | None = None, hint: str = ""
+) -> Discriminator:
+    """Chooses among objects by their field `type`, and the branch `word` for one of the words."""
 
     def tag(value: Any) -> str | None:
+        if isinstance(value, str):
+            return branch("word") if value in words else None
         is_json = isinstance(value, dict)
         # A model where it is written rather than read.
         kind = value.get("type", default) if is_json else getattr(value, "type", None)
@@ -158,7 +162,10 @@ def of_type(*expected: str, default: str | None = None, hint: str = "") -> Discr
     return Discriminator(
         tag,
         custom_error_type="type",
-        custom_error_message=f"must be an object of type {', '.join(expected)}{hint}",
+        custom_error_message=(
+            f"must be {''.join(f'{word!r}, ' for word in words)}{'or ' if words else ''}"
+            f"an object of type {', '.join(expected)}{hint}"
+        ),
     )
 
 

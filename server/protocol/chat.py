@@ -13,7 +13,6 @@ from server.protocol.messages import MAX_MESSAGES, Message
 from server.protocol.sampling import MAX_TOP_LOGPROBS, ChoicesRequest
 from server.protocol.tools import (
     MAX_TOOLS,
-    NamedToolChoice,
     ResponseFormat,
     ToolChoice,
     ToolDefinition,
@@ -57,7 +56,7 @@ class ChatCompletionRequest(ChoicesRequest):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, default_factory=list)]
-    tool_choice: ToolChoice | NamedToolChoice = "auto"
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: StrictBool = True
     sentiment: StrictBool = True
 
@@ -71,7 +70,7 @@ class ChatCompletionRequest(ChoicesRequest):
         return output_format(
             self.response_format.output_schema if self.response_format else None,
             [tool.function.tool() for tool in self.tools],
-            choice.function if isinstance(choice, NamedToolChoice) else choice,
+            choice if isinstance(choice, str) else choice.subset(),
             self.parallel_tool_calls,
         )
 

@@ -1,7 +1,7 @@
 """/v1/completions on the wire: OpenAI's older route, which continues raw text."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -15,6 +15,13 @@ DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
 # Choices of one request, of all its prompts together.
 MAX_TOTAL_CHOICES = 256
+# Known parameters this server does not implement, with the values that mean "off".
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),  # or n, which is off as well
+    "suffix": ("",),
+}
+# Known parameters that cannot change the text.
+WITHOUT_EFFECT = ("user",)
 
 
 def _is_prompt(value: Any) -> bool:
@@ -36,6 +43,8 @@ class CompletionRequest(ChoicesRequest):
 
     prompts: texts and token ids to continue, by their place in the request.
     """
+
+    known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
 
     prompts: Annotated[
         dict[str, StrictStr | list[StrictInt]], Field(alias="prompt"), BeforeValidator(_by_place)
@@ -68,7 +77,7 @@ class CompletionRequest(ChoicesRequest):
                 "are not computed; leave one of them out.",
                 param="echo",
             )
-        refuse_unsupported(self.model_extra, {"suffix": ("",), "best_of": (1, self.n)})
+        refuse_unsupported(self.model_extra, {**UNSUPPORTED, "best_of": (1, self.n)})
         return self
 
 

@@ -9,15 +9,17 @@ from pydantic import (
     Field,
     Json,
     StrictStr,
+    ValidationInfo,
     model_validator,
 )
 
 from server.protocol.base import Options
 
 
-def _joined(content: Any) -> Any:
+def _joined(content: Any, info: ValidationInfo) -> Any:
     if isinstance(content, list):
-        return "".join(_text_of(part) for part in content)
+        kinds = ("text", "refusal") if info.data.get("role") == "assistant" else ("text",)
+        return "".join(_text_of(part, kinds) for part in content)
     if not isinstance(content, str):
         raise ValueError("must be a string or a list of text parts")
     return content
@@ -25,7 +27,7 @@ def _joined(content: Any) -> Any:
 
 MAX_MESSAGES = 2048
 
-# A string or text parts, which are joined.
+# A string or text parts, which are joined. What an assistant said in refusal is text of its own.
 Text = Annotated[str, BeforeValidator(_joined)]
 
 
@@ -70,8 +72,11 @@ class Message(BaseModel):
             raise ValueError("only the assistant has 'tool_calls'")
         if role == "tool" and not isinstance(given.get("tool_call_id"), str):
             raise ValueError("'tool_call_id' is missing: give the id of the call it answers")
-        if "content" not in given and role != "assistant":
+        if "content" not in given and role not in ("assistant", "function"):
             raise ValueError("'content' is missing: give a string or a list of text parts")
+        if role == "assistant" and "refusal" in given:
+            # It stands in the place of the content, or beside an empty one.
+            return {**given, "content": given.get("content") or given["refusal"]}
         return given
 
     def for_template(self) -> dict[str, Any]:
@@ -83,11 +88,11 @@ class Message(BaseModel):
         return message
 
 
-def _text_of(part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else part
+def _text_of(part: Any, kinds: tuple[str, ...]) -> str:
+    kind = part.get("type") if isinstance(part, dict) else part
+    if not isinstance(part, dict) or kind not in kinds:
         raise ValueError(f"content part {kind!r} is not supported: this model reads text only")
-    text = part.get("text")
+    text = part.get(kind)
     if not isinstance(text, str):
-        raise ValueError("a text part needs a string 'text'")
+        raise ValueError(f"a {kind} part needs a string {kind!r}")
     return text

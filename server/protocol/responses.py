@@ -14,10 +14,12 @@ from server.protocol.sampling import MAX_TOP_LOGPROBS, SamplingRequest
 from server.protocol.tools import (
     ANY_OBJECT,
     MAX_TOOLS,
+    TOOL_MODES,
     FunctionDefinition,
     FunctionName,
     Name,
-    ToolChoice,
+    ToolMode,
+    ToolSubset,
     output_format,
 )
 
@@ -34,7 +36,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 WITHOUT_EFFECT = (
     "access_programs",
-    "include",  # but for log-probabilities: there is never more to include
     "max_tool_calls",  # of tools that run at the server, of which there are none
     "prompt_cache_key",
     "prompt_cache_options",
@@ -110,9 +111,34 @@ Tool = Annotated[Annotated[FunctionTool, Tag(branch("function"))], of_type("func
 
 
 class NamedFunction(FunctionName):
-    """The one function that must be called."""
+    """A function by name; as a choice the one that must be called."""
 
     type: Literal["function"]
+
+    def subset(self) -> ToolSubset:
+        """The choice in the words of all routes."""
+        return ToolSubset([self.name], is_required=True)
+
+
+class AllowedToolsChoice(BaseModel):
+    """Leaves some of the functions to choose from."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1)]
+
+    def subset(self) -> ToolSubset:
+        """The choice in the words of all routes."""
+        names = [tool.name for tool in self.tools]
+        return ToolSubset(names, is_required=self.mode == "required")
+
+
+ToolChoice = Annotated[
+    Annotated[ToolMode, Tag(branch("word"))]
+    | Annotated[NamedFunction, Tag(branch("function"))]
+    | Annotated[AllowedToolsChoice, Tag(branch("allowed_tools"))],
+    of_type("function", "allowed_tools", words=TOOL_MODES),
+]
 
 
 # --- the request ----------------------------------------------------------------------
@@ -128,8 +154,9 @@ class ResponsesRequest(SamplingRequest):
     max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     text: TextOptions = TextOptions()
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, default_factory=list)]
-    tool_choice: ToolChoice | NamedFunction = "auto"
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: StrictBool = True
+    # Nothing but log-probabilities: there is never more to include.
     include: Annotated[list[StrictStr], Field(default_factory=list)]
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict)]
@@ -147,10 +174,11 @@ class ResponsesRequest(SamplingRequest):
         Raises:
             InvalidRequestError: tools and their choice do not go together.
         """
+        choice = self.tool_choice
         return output_format(
             self.text.format.output_schema,
             [tool.tool() for tool in self.tools],
-            self.tool_choice,
+            choice if isinstance(choice, str) else choice.subset(),
             self.parallel_tool_calls,
         )
 

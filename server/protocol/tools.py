@@ -1,7 +1,8 @@
 """Tools and output formats on the wire."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr, Tag
 
@@ -43,14 +44,55 @@ class FunctionName(BaseModel):
     name: StrictStr
 
 
-class NamedToolChoice(BaseModel):
-    """The one tool that must be called."""
+ToolMode = Literal["none", "auto", "required"]
+TOOL_MODES: tuple[str, ...] = get_args(ToolMode)
+
+
+@dataclass(frozen=True)
+class ToolSubset:
+    """Names of the tools that may be called, and whether one of them must be."""
+
+    names: Sequence[str]
+    is_required: bool
+
+
+class NamedTool(BaseModel):
+    """A tool by name; as a choice the one that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
+    def subset(self) -> ToolSubset:
+        """The choice in the words of all routes."""
+        return ToolSubset([self.function.name], is_required=True)
 
-ToolChoice = Literal["none", "auto", "required"]
+
+class AllowedTools(BaseModel):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class AllowedToolsChoice(BaseModel):
+    """Leaves some of the tools to choose from."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+    def subset(self) -> ToolSubset:
+        """The choice in the words of all routes."""
+        allowed = self.allowed_tools
+        names = [tool.function.name for tool in allowed.tools]
+        return ToolSubset(names, is_required=allowed.mode == "required")
+
+
+ToolChoice = Annotated[
+    Annotated[ToolMode, Tag(branch("word"))]
+    | Annotated[NamedTool, Tag(branch("function"))]
+    | Annotated[AllowedToolsChoice, Tag(branch("allowed_tools"))],
+    of_type("function", "allowed_tools", words=TOOL_MODES),
+]
 
 
 class JsonSchema(BaseModel):
@@ -107,28 +149,29 @@ ResponseFormat = Annotated[
 def output_format(
     schema: Mapping[str, Any] | None,
     tools: Sequence[Tool],
-    choice: ToolChoice | FunctionName,
+    choice: ToolMode | ToolSubset,
     is_parallel: bool,
 ) -> OutputFormat:
     """What the answer must look like.
 
     Raises:
-        InvalidRequestError: two tools have one name, or the choice is none of them.
+        InvalidRequestError: two tools have one name, or the choice names none of them.
     """
-    by_name = {tool.name: tool for tool in tools}
-    if len(by_name) < len(tools):
+    names = {tool.name for tool in tools}
+    if len(names) < len(tools):
         raise InvalidRequestError("'tools' must differ in their names.", param="tools")
-    if isinstance(choice, FunctionName):
-        if choice.name not in by_name:
+    if isinstance(choice, ToolSubset):
+        if unknown := [name for name in choice.names if name not in names]:
             raise InvalidRequestError(
-                f"'tool_choice' names {choice.name!r}, which is not among 'tools'.",
+                f"'tool_choice' names {unknown[0]!r}, which is not among 'tools'.",
                 param="tool_choice",
             )
-        tools = [by_name[choice.name]]
-    elif choice == "none":
-        tools = []
-    elif choice == "required" and not tools:
+        tools = [tool for tool in tools if tool.name in choice.names]
+        return OutputFormat(schema, tools, choice.is_required, is_parallel)
+    if choice == "required" and not tools:
         raise InvalidRequestError(
             "'tool_choice' is 'required', but there are no 'tools'.", param="tool_choice"
         )
-    return OutputFormat(schema, tools, choice not in ("none", "auto"), is_parallel)
+    return OutputFormat(
+        schema, [] if choice == "none" else tools, choice == "required", is_parallel
+    )

@@ -9,9 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.protocol import chat, completions, responses
+from server.protocol.base import Request
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
+from server.protocol.completions import CompletionRequest
 from server.protocol.responses import ResponsesRequest
 from tests.conftest import LiveServer
+from tests.test_protocol import LEAST
 
 TEXT = st.text(max_size=12)
 JSON = st.recursive(
@@ -53,7 +57,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "tools": st.lists(
         st.builds(lambda name: {"type": "function", "function": {"name": name}}, TEXT), max_size=2
     ),
-    "tool_choice": st.sampled_from(["none", "auto", "required", "never"]),
+    "tool_choice": st.sampled_from(["none", "auto", "required", "never", {"type": "function"}]),
 }
 MESSAGES = st.lists(
     st.one_of(
@@ -132,15 +136,20 @@ def test_any_bytes_are_refused(tiny: LiveServer, body: bytes) -> None:
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("kind", [ChatCompletionRequest, ResponsesRequest])
+@pytest.mark.parametrize(
+    ("kind", "without_effect"),
+    [
+        (ChatCompletionRequest, chat.WITHOUT_EFFECT),
+        (CompletionRequest, completions.WITHOUT_EFFECT),
+        (ResponsesRequest, responses.WITHOUT_EFFECT),
+    ],
+)
 def test_unknown_parameters_are_listed_once_and_known_ones_never(
-    kind: Any, caplog: pytest.LogCaptureFixture
+    kind: type[Request], without_effect: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "input": "a"}
     with caplog.at_level(logging.DEBUG, logger="server"):
-        kind.parse(json.dumps({**body, "user": "me", "store": True}).encode())
-        before = [r for r in caplog.records if "user" in r.getMessage()]
-        kind.parse(json.dumps({**body, "made_up": 1, "made_too": 2}).encode())
-    assert not before
-    [record] = [r for r in caplog.records if "made_up" in r.getMessage()]
-    assert "made_too" in record.getMessage()
+        kind.parse(json.dumps({**LEAST[kind], **dict.fromkeys(without_effect, "x")}).encode())
+        assert not caplog.records
+        kind.parse(json.dumps({**LEAST[kind], "made_up": 1, "made_too": 2}).encode())
+    [record] = caplog.records
+    assert "made_up" in record.getMessage() and "made_too" in record.getMessage()

@@ -25,6 +25,9 @@ PERSON = {
 }
 AS_PERSON = {"format": {"type": "json_schema", "name": "person", "schema": PERSON}}
 CALL_CLOCK = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False}
+ALLOWED_CLOCK = {
+    "type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]
+}  # fmt: skip
 
 CASES: list[dict[str, Any]] = [
     {},
@@ -34,6 +37,7 @@ CASES: list[dict[str, Any]] = [
     {"text": AS_PERSON, "max_output_tokens": 150},
     {"max_output_tokens": 2},
     {**CALL_CLOCK, "max_output_tokens": 100},
+    {**CALL_CLOCK, "tool_choice": ALLOWED_CLOCK, "max_output_tokens": 100},
     {"sentiment": False},
     {"metadata": {"a": "b"}, "user": "me", "store": True},
 ]
@@ -194,6 +198,8 @@ def test_calls_and_their_results_may_be_sent_back(tiny: LiveServer) -> None:
         ({"tools": [CLOCK, CLOCK]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
         (

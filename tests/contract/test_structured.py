@@ -9,12 +9,14 @@ import jsonschema
 import openai
 import pydantic
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
 from tests.contract.test_shapes import SENTIMENT, chat, events
-from tests.core.test_grammar import TOO_COMPLEX
+from tests.core.test_grammar import TOO_COMPLEX, schemas
 
 WEATHER = {
     "type": "function",
@@ -46,6 +48,9 @@ PERSON = {
 AS_PERSON = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
 
 
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 def function(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
     """A tool without description, or what names it as the choice."""
     more = {} if parameters is None else {"parameters": parameters}
@@ -66,6 +71,30 @@ def test_a_schema_is_always_fitted(tiny: LiveServer, seed: int, temperature: flo
     [choice] = chat(tiny, response_format=AS_PERSON, **changes).json()["choices"]
     assert choice["finish_reason"] == "stop"
     jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(schema=schemas(), seed=st.integers(0, 1000), is_stream=st.booleans())
+def test_any_schema_is_fitted(
+    tiny: LiveServer, schema: dict[str, Any], seed: int, is_stream: bool
+) -> None:
+    # It likes to end strings, lists and itself; else it would write random words for long.
+    closing = [tiny.services.tokenizer.encode_text(text)[0] for text in ('"', "}", "]")]
+    changes = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+        "logit_bias": {str(token_id): 8 for token_id in (*closing, 2)},
+        "max_tokens": 400, "seed": seed, "sentiment": False,
+    }  # fmt: skip
+    if is_stream:
+        chunks = events(chat(tiny, stream=True, **changes))
+        text, end = content_of(chunks), chunks[-1]["choices"][0]
+    else:
+        [end] = chat(tiny, **changes).json()["choices"]
+        text = end["message"]["content"]
+    assert end["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(text), schema)
 
 
 def test_a_stream_of_a_schema_is_the_whole(tiny: LiveServer) -> None:
@@ -162,6 +191,25 @@ def test_a_required_call_is_made_and_fits(tiny: LiveServer, choice: Any, seed: i
     jsonschema.validate(
         json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"]
     )
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_several_tools_only_the_allowed_ones_are_called(tiny: LiveServer, mode: str) -> None:
+    allowed = {"mode": mode, "tools": [function("clock"), function("date")]}
+    changes = {
+        "tools": [function(name, NO_PARAMETERS) for name in ("clock", "date", "weather")],
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
+        # Without an end it goes on to call.
+        "logit_bias": {"0": -100, "2": -100},
+        "max_tokens": 200,
+    }
+    response = chat(tiny, **changes).json()
+    calls = response["choices"][0]["message"].get("tool_calls", [])
+    if mode == "required":
+        assert {call["function"]["name"] for call in calls} == {"clock", "date"}
+    # The others are not told of at all.
+    fewer = chat(tiny, tools=changes["tools"][:2], max_tokens=1).json()
+    assert response["usage"]["prompt_tokens"] == fewer["usage"]["prompt_tokens"]
 
 
 def test_a_stream_of_calls_is_the_whole(tiny: LiveServer) -> None:
