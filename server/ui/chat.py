@@ -12,7 +12,7 @@ from openai import APIError
 from server.ui.client import connect, own_url, seen_url, served_model, stream_chat
 from server.ui.commands import curl_line, python_lines
 from server.ui.conversation import Turn, request_messages
-from server.ui.failures import explain
+from server.ui.failures import explain, warn
 from server.ui.texts import language_of, say
 
 
@@ -76,11 +76,7 @@ class View:
 
 
 async def answer(turns: list[Turn], options: Options, request: gr.Request) -> AsyncIterator[View]:
-    """Answers the last of the turns, which are changed as the answer comes.
-
-    Raises:
-        gr.Error: the server did not answer; says why as a person reads it.
-    """
+    """Answers the last of the turns, which are changed as the answer comes."""
     turn, meter = turns[-1], Meter()
     yield View(turns)
     try:
@@ -100,7 +96,7 @@ async def answer(turns: list[Turn], options: Options, request: gr.Request) -> As
                     meter.usage_came(piece.usage)
             yield View(turns, figures=meter.figures(), lines=lines)
     except APIError as error:
-        raise gr.Error(explain(error, language_of(request)), print_exception=False) from error
+        warn(explain(error, language_of(request)))
 
 
 def _lines(request: gr.Request, body: dict[str, Any], options: Options) -> tuple[str, str]:

@@ -1,5 +1,8 @@
 """What a person reads when a call fails."""
 
+import html
+
+import gradio as gr
 from openai import (
     APIConnectionError,
     APIError,
@@ -10,6 +13,14 @@ from openai import (
 )
 
 from server.ui.texts import Language, say
+
+
+def warn(message: str) -> None:
+    """Shows the sentence for a while. What follows the event still runs, as it would not on errors.
+
+    The page takes it for HTML, and it may repeat what a user wrote.
+    """
+    gr.Warning(html.escape(message, quote=False))
 
 
 def explain(error: APIError, language: Language) -> str:

@@ -12,8 +12,7 @@ from server.ui import chat
 from server.ui.classify import MAX_ROWS, gather_texts, judge, save, task_of
 from server.ui.client import connect, own_url
 from server.ui.conversation import Turn, new_turn, plain, shown_messages, title, turn_at
-from server.ui.failures import explain
-from server.ui.serving import Page
+from server.ui.failures import explain, warn
 from server.ui.texts import I18N, language_of, local, say
 
 TITLE = "Qwen All-in-One"
@@ -31,8 +30,8 @@ CSS = """
 """
 
 
-def build_page(max_body_bytes: int) -> Page:
-    """The page, ready to be served."""
+def build_page() -> Starlette:
+    """The page as an application of its own."""
     app = Starlette()
     theme = gr.themes.Soft(font=SYSTEM_FONTS, font_mono=MONO_FONTS, primary_hue="indigo")
     gr.mount_gradio_app(
@@ -49,7 +48,7 @@ def build_page(max_body_bytes: int) -> Page:
         mcp_server=False,
         show_error=True,
     )
-    return Page(app, max_body_bytes)
+    return app
 
 
 def _layout() -> gr.Blocks:
@@ -382,7 +381,8 @@ async def _classify(
     texts, body = gather_texts(pasted, file), task_of(task, labels, instructions)
     if not texts or body is None:
         reason = "two_labels" if texts else "no_lines"
-        raise gr.Error(say(reason, language), print_exception=False)
+        warn(say(reason, language))
+        return
     progress(0)
     try:
         async with connect(own_url(request), api_key) as client:
@@ -400,4 +400,4 @@ async def _classify(
                     gr.DownloadButton(value=path, visible=is_done),
                 )
     except APIError as error:
-        raise gr.Error(explain(error, language), print_exception=False) from error
+        warn(explain(error, language))

@@ -8,11 +8,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.middleware import BodyMiddleware
+from server.ui.page import build_page
 
 PATHS = frozenset({"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"})
 FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/")
@@ -55,10 +55,10 @@ class Page:
 
     middleware = PageMiddleware
 
-    def __init__(self, app: Starlette, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int) -> None:
         """max_body_bytes: of a file or a message to the page."""
-        self._app = app
-        self._limited = BodyMiddleware(app, max_body_bytes)
+        self._max_body_bytes = max_body_bytes
+        self._app: ASGIApp | None = None
         self._answering: set[asyncio.Task[None]] = set()
 
     def owns(self, scope: Scope) -> bool:
@@ -72,12 +72,16 @@ class Page:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Starts the page's queue; ends it behind the block."""
-        async with self._app.router.lifespan_context(self._app):
+        """Builds the page and starts its queue, which ends behind the block."""
+        # Not before: without a running event loop Gradio makes some, and never closes them.
+        app = build_page()
+        self._app = BodyMiddleware(app, self._max_body_bytes)
+        async with app.router.lifespan_context(app):
             yield
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers until the answer is complete or the page is closed."""
+        assert self._app is not None
         has_begun = False
 
         async def send_with_headers(message: Message) -> None:
@@ -87,7 +91,7 @@ class Page:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        work = asyncio.create_task(self._limited(scope, receive, send_with_headers))
+        work = asyncio.create_task(_run(self._app, scope, receive, send_with_headers))
         self._answering.add(work)
         try:
             await asyncio.wait([work])
@@ -103,3 +107,7 @@ class Page:
         """Ends all answers: an open page would hold its connections for ever."""
         for work in self._answering:
             work.cancel()
+
+
+async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
