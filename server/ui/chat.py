@@ -118,7 +118,7 @@ def mood_label(turns: list[Turn], request: gr.Request) -> Any:
 def mood_plot(turns: list[Turn]) -> Any:
     """A line for each label over the turns; nothing before the second point."""
     rows = [
-        {"turn": number, "probability": each["probability"], "label": each["value"]}
+        {"turn": f"{number:2d}", "probability": each["probability"], "label": each["value"]}
         for number, turn in enumerate(turns, 1)
         if turn["sentiment"]
         for each in turn["sentiment"]["probabilities"]

@@ -7,6 +7,8 @@ from typing import Any, TypedDict
 # The chatbot reads what it shows as HTML, and drops from it what it takes for a tag. Behind an
 # invisible character nothing is a tag or an entity; copied and edited, the text looks the same.
 WORD_JOINER = "\u2060"
+# Stands between what was said and its mood: one bubble, so that one edit is one event.
+SEPARATOR = "\u2063"
 _OPENS_HTML = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])")
 
 
@@ -35,12 +37,13 @@ def request_messages(turns: Sequence[Turn], system_prompt: str) -> list[dict[str
 
 
 def shown_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The conversation as the chatbot shows it; the mood is a message beneath the user's."""
+    """The conversation as the chatbot shows it; the mood stands beneath what the user said."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
-        messages.append({"role": "user", "content": inert(turn["user"])})
+        said = inert(turn["user"])
         if turn["sentiment"]:
-            messages.append({"role": "user", "content": inert(mood(turn["sentiment"]))})
+            said += f"\n{SEPARATOR}{inert(mood(turn['sentiment']))}"
+        messages.append({"role": "user", "content": said})
         if turn["answer"]:
             messages.append({"role": "assistant", "content": inert(turn["answer"])})
     return messages
@@ -52,8 +55,8 @@ def inert(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """An inert text, edited by the user, as text again."""
-    return text.replace(WORD_JOINER, "")
+    """What the user made of a shown message, as text again, without the mood."""
+    return text.split(SEPARATOR)[0].replace(WORD_JOINER, "").strip()
 
 
 def turn_at(turns: Sequence[Turn], index: int) -> int:

@@ -68,7 +68,8 @@ class _SideBar:
     """Conversations, and what every request is sent with."""
 
     def __init__(self) -> None:
-        with gr.Sidebar(open=True):
+        # Closed until it is known that it does not cover a phone's whole screen.
+        with gr.Sidebar(open=False) as self.itself:
             gr.Markdown(f"## {TITLE}")
             self.new = gr.Button(local("new_conversation"), variant="primary", size="sm")
             self.conversations = gr.Radio(
@@ -140,7 +141,10 @@ class _ChatTab:
                     y="probability",
                     color="label",
                     y_lim=[0, 1],
-                    height=200,
+                    x_title=" ",
+                    y_title=" ",
+                    color_title=" ",
+                    height=280,
                     label=local("mood_turns"),
                     show_label=True,
                     visible=False,
@@ -159,6 +163,7 @@ class _ChatTab:
         said, turns = self._said, self._turns
         chatbot, side = self._chatbot, self._side
         opened = [self._current, turns, chatbot, self._label, self._plot, side.conversations]
+        page.load(_open_side_bar, None, [side.itself], **_QUIETLY)
         page.load(_open_new, [self._saved], opened, **_QUIETLY)
         side.new.click(_open_new, [self._saved], opened, **_QUIETLY)
         side.conversations.input(_open, [side.conversations, self._saved], opened, **_QUIETLY)
@@ -209,6 +214,10 @@ class _ChatTab:
 _QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 
 Conversations = list[list[Turn]]
+
+
+def _open_side_bar(request: gr.Request) -> Any:
+    return gr.Sidebar(open="Mobi" not in request.headers.get("user-agent", ""))
 
 
 def _open_new(saved: Conversations, request: gr.Request) -> tuple[Any, ...]:
