@@ -17,8 +17,9 @@ from types import FrameType
 import uvicorn
 from pydantic import ValidationError
 from pydantic_settings import CliApp
+from starlette.applications import Starlette
 
-from server.app import create_app
+from server.app import create_app, has_page_extra
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
 from server.core.engine import Engine
@@ -87,10 +88,10 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
     )
-    server = Server(config, app.state.gate, services.engine, settings.grace_period)
+    server = Server(config, app, services.engine, settings.grace_period)
     for warning in filter(None, (services.warning, _exposure(settings))):
         try_print(f"\nWARNING: {warning}", sys.stderr)
-    try_print(_banner(services.model_id, url))
+    try_print(_banner(services.model_id, url, _page_line(settings, url)))
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
 
@@ -103,11 +104,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, gate: Gate, engine: Engine, grace_period_s: float
+        self, config: uvicorn.Config, app: Starlette, engine: Engine, grace_period_s: float
     ) -> None:
         super().__init__(config)
         self.exit_code = 0
-        self._gate, self._engine, self._grace_period_s = gate, engine, grace_period_s
+        self._gate: Gate = app.state.gate
+        self._page, self._engine, self._grace_period_s = app.state.page, engine, grace_period_s
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -139,6 +141,8 @@ class Server(uvicorn.Server):
             logger.warning("%d requests were cut off", self._gate.num_requests)
             # Whoever waits for a sequence is told that it was aborted.
             await asyncio.to_thread(self._engine.close)
+        if self._page is not None:
+            self._page.close()
         self.should_exit = True
 
 
@@ -194,10 +198,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _banner(model_id: str, url: str) -> str:
+def _page_line(settings: Settings, url: str) -> str:
+    if not settings.ui:
+        return "off (--no-ui)"
+    return f"{url}/" if has_page_extra() else "pip install 'qwen-all-in-one[ui]' to have one"
+
+
+def _banner(model_id: str, url: str, page: str) -> str:
     return f"""
 Serving {model_id} on {url}
 
+  page              {page}
   OpenAI base URL   {url}/v1
   model             {model_id}    (without sentiment: {model_id}:plain)
 

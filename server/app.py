@@ -1,7 +1,10 @@
 """The ASGI application: route table, lifespan, middleware, error handlers."""
 
+import importlib
+import importlib.util
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,10 +38,15 @@ from server.services import Services
 def create_app(settings: Settings, services: Services) -> Starlette:
     """The server as an ASGI application; it closes the engine when it shuts down."""
 
+    page = _load_page(settings)
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await services.classifier.warm_up(services.tasks.values())
-        yield
+        async with AsyncExitStack() as stack:
+            if page is not None:
+                await stack.enter_async_context(page.lifespan())
+            yield
         services.engine.close()
 
     gate, metrics = Gate(settings.max_num_seqs + settings.max_queue), services.metrics
@@ -53,6 +61,7 @@ def create_app(settings: Settings, services: Services) -> Starlette:
                 routes={route.path for route in ROUTES if "{" not in route.path},
             ),
             Middleware(TimingsMiddleware),
+            *([Middleware(page.middleware, page=page)] if page is not None else []),
             # Before the key: a browser sends none when it asks whether it may.
             Middleware(
                 CORSMiddleware,
@@ -73,9 +82,21 @@ def create_app(settings: Settings, services: Services) -> Starlette:
             ClientDisconnect: _left,
         },
     )
-    app.state.services = services
+    app.state.services, app.state.page = services, page
     app.state.gate, app.state.metrics = gate, metrics
     return app
+
+
+def has_page_extra() -> bool:
+    """Whether what the page is made with is installed."""
+    return all(importlib.util.find_spec(name) for name in ("gradio", "openai"))
+
+
+def _load_page(settings: Settings) -> Any:
+    """The page, if it is wanted and can be had; only then is Gradio imported."""
+    if not settings.ui or not has_page_extra():
+        return None
+    return importlib.import_module("server.ui.serving").Page(settings.max_body_bytes)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
     check: bool = Field(False, description="load the model, answer one request and exit")
+    ui: bool = Field(True, description="serve the page at /, where Gradio is installed; or --no-ui")
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto",
         description="type of the weights; 'auto': int8 for a large model, float32 for a small one",

@@ -150,3 +150,16 @@ def test_settings_stop_before_the_core(path: Path) -> None:
 
 def test_no_module_of_the_server_hides_one_of_the_standard_library() -> None:
     assert not {path.stem for path in (ROOT / "server").glob("*.py")} & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", below("server/ui"), ids=name_of)
+def test_the_page_is_a_client_of_the_public_api_and_of_nothing_else(path: Path) -> None:
+    inside = {module for module in forbidden(path, ("server",)) if module != "server.ui"}
+    allowed = ("server.ui", "server.middleware") if path.name == "serving.py" else ("server.ui",)
+    assert all(is_below(module, allowed) for module in inside - {"server"}), inside
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_page_needs_gradio(path: Path) -> None:
+    if path not in below("server/ui"):
+        assert not forbidden(path, ("gradio", "openai", "pandas", "server.ui"))

@@ -1,0 +1,76 @@
+"""How the page calls the server: through the openai client, at the address it came by itself."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+
+def own_url(request: gr.Request) -> str:
+    """The address of the socket the browser's request came in by.
+
+    Not the Host header: whoever sends it could have the key sent elsewhere.
+    """
+    assert request.request is not None
+    host, port = request.request.scope["server"]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def seen_url(request: gr.Request) -> str:
+    """The address as the browser knows it, for lines to be copied."""
+    assert request.request is not None
+    return str(request.request.base_url).rstrip("/").removesuffix("/gradio_api")
+
+
+@asynccontextmanager
+async def connect(url: str, api_key: str) -> AsyncIterator[AsyncOpenAI]:
+    """A client of the server at `url`."""
+    # No proxy of the environment, no certificates: the server is on this machine. No retries
+    # either: a person is told at once, and how long to wait.
+    http_client = DefaultAsyncHttpxClient(trust_env=False, verify=False)
+    async with AsyncOpenAI(
+        base_url=f"{url}/v1", api_key=api_key or "unused", max_retries=0, http_client=http_client
+    ) as client:
+        yield client
+
+
+async def served_model(client: AsyncOpenAI) -> str:
+    """The id of the model that is being served."""
+    return (await client.models.list()).data[0].id
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one chunk of a streamed answer brought."""
+
+    text: str = ""
+    sentiment: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+
+
+async def stream_chat(client: AsyncOpenAI, body: Mapping[str, Any]) -> AsyncIterator[Piece]:
+    """The pieces of the answer to a request for a streamed chat."""
+    known = {key: value for key, value in body.items() if key != "sentiment"}
+    extra = {"sentiment": body["sentiment"]} if "sentiment" in body else None
+    async with await client.chat.completions.create(**known, extra_body=extra) as chunks:
+        async for chunk in chunks:
+            delta = chunk.choices[0].delta if chunk.choices else None
+            yield Piece(
+                (delta.content or "") if delta else "",
+                (chunk.model_extra or {}).get("sentiment"),
+                chunk.usage.model_dump() if chunk.usage else None,
+            )
+
+
+async def classify(
+    client: AsyncOpenAI, texts: Sequence[str], task: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The judgement of each text. task: `task`, or `instructions` and `labels`."""
+    response = await client.post(
+        "/classify", body={"input": list(texts), **task}, cast_to=dict[str, Any]
+    )
+    data: list[dict[str, Any]] = response["data"]
+    return data

@@ -1,0 +1,80 @@
+"""A conversation as the page keeps it: turns, and what they look like as messages."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+# The chatbot reads what it shows as HTML, and drops from it what it takes for a tag. Behind an
+# invisible character nothing is a tag or an entity; copied and edited, the text looks the same.
+WORD_JOINER = "\u2060"
+# Stands between what was said and its mood: one bubble, so that one edit is one event.
+SEPARATOR = "\u2063"
+_OPENS_HTML = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])")
+
+
+class Turn(TypedDict):
+    """What the user said, how it was judged, what was answered; JSON, for the browser keeps it."""
+
+    user: str
+    sentiment: dict[str, Any] | None
+    answer: str
+
+
+def new_turn(text: str) -> Turn:
+    """One that is not judged or answered yet."""
+    return Turn(user=text, sentiment=None, answer="")
+
+
+def request_messages(turns: Sequence[Turn], system_prompt: str) -> list[dict[str, str]]:
+    """The conversation as the API reads it; what was never answered leaves no empty message."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
+    messages = system
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["user"]})
+        if turn["answer"]:
+            messages.append({"role": "assistant", "content": turn["answer"]})
+    return messages
+
+
+def shown_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The conversation as the chatbot shows it; the mood stands beneath what the user said."""
+    messages: list[dict[str, Any]] = []
+    for turn in turns:
+        said = inert(turn["user"])
+        if turn["sentiment"]:
+            said += f"\n{SEPARATOR}{inert(mood(turn['sentiment']))}"
+        messages.append({"role": "user", "content": said})
+        if turn["answer"]:
+            messages.append({"role": "assistant", "content": inert(turn["answer"])})
+    return messages
+
+
+def inert(text: str) -> str:
+    """The text such that nothing in it is HTML."""
+    return _OPENS_HTML.sub(rf"\g<0>{WORD_JOINER}", text)
+
+
+def plain(text: str) -> str:
+    """What the user made of a shown message, as text again, without the mood."""
+    return text.split(SEPARATOR)[0].replace(WORD_JOINER, "").strip()
+
+
+def turn_at(turns: Sequence[Turn], index: int) -> int:
+    """Which turn the shown message of that index belongs to."""
+    end = 0
+    for number, turn in enumerate(turns):
+        end += len(shown_messages([turn]))
+        if index < end:
+            return number
+    return len(turns) - 1
+
+
+def mood(sentiment: dict[str, Any]) -> str:
+    """Such as `😢 负面 98 %`."""
+    return f"{sentiment['emoji']} {sentiment['text']} {sentiment['confidence']:.0%}"
+
+
+def title(turns: Sequence[Turn], fallback: str) -> str:
+    """The beginning of what was said first."""
+    text = " ".join(turns[0]["user"].split()) if turns else fallback
+    return text if len(text) <= 24 else f"{text[:23]}…"

@@ -1,0 +1,86 @@
+"""Every text of the page in Chinese and English.
+
+The browser chooses for what stands on the page (gr.I18n), Accept-Language for what comes later.
+"""
+
+from typing import Any, Literal
+
+import gradio as gr
+
+Language = Literal["zh", "en"]
+
+TEXTS: dict[str, tuple[str, str]] = {
+    "chat": ("聊天", "Chat"),
+    "classify": ("批量判断", "Classify"),
+    "conversations": ("对话", "Conversations"),
+    "new_conversation": ("新对话", "New conversation"),
+    "settings": ("设置", "Settings"),
+    "system_prompt": ("系统提示词", "System prompt"),
+    "system_prompt_info": ("留空则用服务器的人设", "Empty: the server's own persona"),
+    "temperature": ("温度", "Temperature"),
+    "max_tokens": ("最多词元", "Max tokens"),
+    "sentiment": ("先判断情绪", "Judge the mood first"),
+    "api_key": ("API 密钥", "API key"),
+    "api_key_info": ("只留在本页，刷新即忘", "Stays on this page, until you reload it"),
+    "message": ("说点什么…", "Say something…"),
+    "greeting": ("今天心情怎么样？", "How are you today?"),
+    "mood": ("情绪", "Mood"),
+    "mood_cached": ("情绪（来自缓存）", "Mood (from the cache)"),
+    "mood_turns": ("情绪变化", "Mood over the turns"),
+    "under_the_hood": ("幕后", "Under the hood"),
+    "ttft": ("首词元时间", "Time to first token"),
+    "speed": ("每秒词元", "Tokens per second"),
+    "cached_tokens": ("缓存的词元", "Cached tokens"),
+    "lines": ("每行一条", "One text a line"),
+    "file": ("或拖入 CSV / TXT 文件", "Or drop a CSV or TXT file"),
+    "task": ("任务", "Task"),
+    "own_labels": ("自己的标签，用逗号分隔", "Labels of your own, with commas between"),
+    "own_instructions": ("自己的说明", "Instructions of your own"),
+    "run": ("开始判断", "Classify"),
+    "stop": ("停止", "Stop"),
+    "results": ("结果", "Results"),
+    "distribution": ("分布", "Distribution"),
+    "download": ("下载 CSV", "Download CSV"),
+    "key_needed": (
+        "这台服务器需要 API 密钥，请在侧栏输入后重试。",
+        "This server asks for an API key: enter it in the side bar and try again.",
+    ),
+    "busy": (
+        "服务器正忙，请在 {seconds} 秒后重试。",
+        "The server is busy; try again in {seconds} seconds.",
+    ),
+    "restarting": (
+        "服务器正在重启，请稍后重试。",
+        "The server is restarting; try again in a moment.",
+    ),
+    "no_lines": ("没有可判断的文本。", "There is no text to classify."),
+    "two_labels": ("请至少给出两个不同的标签。", "Give two different labels at least."),
+    "shown_first": (
+        "显示前 {shown} 条，共 {total} 条；全部都在 CSV 里。",
+        "The first {shown} of {total}; all of them are in the CSV.",
+    ),
+}
+
+# Gradio has texts of its own, and translates even the choices of a list that are named as one.
+PREFIX = "qwen_"
+
+_ZH, _EN = ({PREFIX + key: pair[i] for key, pair in TEXTS.items()} for i in range(2))
+I18N = gr.I18n(en=_EN, zh=_ZH, **{"zh-CN": _ZH})
+
+
+def local(key: str) -> Any:
+    """The text in the language of the browser that shows it."""
+    return I18N(PREFIX + key)
+
+
+def language_of(request: gr.Request) -> Language:
+    """What the browser asks for first."""
+    assert request.request is not None
+    asked = request.request.headers.get("accept-language", "")
+    return "zh" if asked.lower().startswith("zh") else "en"
+
+
+def say(key: str, language: Language) -> str:
+    """The text in that language."""
+    zh, en = TEXTS[key]
+    return zh if language == "zh" else en

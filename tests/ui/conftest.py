@@ -1,0 +1,104 @@
+"""A browser, where the machine has Chromium; its pages watch where their requests go."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+# No sandbox can be made by root, and nothing here comes from elsewhere. The rest keeps the
+# browser from calling its makers.
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+TIMEOUT_MS = 30_000
+SCREENSHOTS_VARIABLE = "QWEN_TEST_SCREENSHOTS"  # a folder; without it they are thrown away
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("NO BROWSER TESTS: there is no chromium on the PATH (apt install chromium)")
+    expect.set_options(timeout=TIMEOUT_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """A page of a server in a browser, and what a user does there."""
+
+    page: Page
+    folder: Path
+    errors: list[str] = field(default_factory=list)
+    hosts: set[str] = field(default_factory=set)
+
+    @property
+    def bubbles(self) -> Locator:
+        return self.page.locator("#chatbot .message-content")
+
+    @property
+    def message(self) -> Locator:
+        return self.page.locator("#message textarea")
+
+    def say(self, text: str) -> None:
+        self.message.fill(text)
+        self.message.press("Enter")
+
+    def until_answered(self, number: int) -> None:
+        """Waits until so many answers are there and complete."""
+        expect(self.page.locator("#chatbot [data-testid=bot]")).to_have_count(number)
+        expect(self.page.locator("#message .submit-button")).to_be_visible()
+
+    def open_tab(self, number: int) -> None:
+        self.page.get_by_role("tab").nth(number).click()
+
+    def save_screenshot(self, name: str) -> None:
+        self.page.screenshot(path=self.folder / f"{name}.png")
+
+
+@pytest.fixture
+def visit(browser: Browser, tmp_path: Path) -> Callable[..., Any]:
+    """Opens a page; at the end, no request of it has left this machine and nothing has failed."""
+    folder = Path(os.environ.get(SCREENSHOTS_VARIABLE) or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def open_page(url: str, locale: str = "en-US", **options: Any) -> Iterator[Visit]:
+        options = {"viewport": {"width": 1280, "height": 800}, **options}
+        context = browser.new_context(locale=locale, **options)
+        context.set_default_timeout(TIMEOUT_MS)
+        visit = Visit(context.new_page(), folder)
+        visit.page.on("request", lambda request: visit.hosts.add(_host(request.url)))
+        visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
+        visit.page.on("dialog", lambda dialog: visit.errors.append(f"dialog: {dialog.message}"))
+        try:
+            visit.page.goto(url)
+            expect(visit.message).to_be_visible()
+            yield visit
+        finally:
+            context.close()
+        assert visit.hosts <= {"127.0.0.1", ""}
+        assert visit.errors == []
+
+    return open_page
+
+
+def _host(url: str) -> str:
+    """Empty for what is in the page itself."""
+    return urlsplit(url).hostname or ""

@@ -1,0 +1,100 @@
+"""The page's modules by themselves: files, commands, conversations."""
+
+import ast
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from server.ui.classify import task_of
+from server.ui.commands import curl_line, python_lines
+from server.ui.conversation import Turn, inert, plain, request_messages, shown_messages, turn_at
+from server.ui.lines import batches, read_file, read_lines, write_csv
+from server.ui.texts import TEXTS
+
+NASTY = """it's "quoted" $(rm -rf /) `x` \\ 很好\n<b>&amp;"""
+BODY = {
+    "model": "qwen-mini",
+    "messages": [{"role": "user", "content": NASTY}],
+    "stream": True,
+    "sentiment": False,
+}
+SENTIMENT = {"emoji": "😄", "text": "正面", "confidence": 0.93}
+TURNS = [
+    Turn(user="a", sentiment=SENTIMENT, answer="b"),
+    Turn(user="c", sentiment=None, answer="d"),
+    Turn(user="e", sentiment=None, answer=""),
+]
+
+
+def test_the_curl_line_is_one_command_whatever_was_said() -> None:
+    words = shlex.split(curl_line("http://x", BODY, has_key=True).replace("\\\n", ""))
+    assert words[:3] == ["curl", "-N", "http://x/v1/chat/completions"]
+    assert "authorization: Bearer $OPENAI_API_KEY" in words
+    assert json.loads(words[-1]) == BODY
+
+
+def test_the_python_lines_send_the_same_request() -> None:
+    tree = ast.parse(python_lines("http://x'y", BODY, has_key=False))
+    [call] = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and len(n.keywords) > 2]
+    given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+    assert given.pop("extra_body") == {"sentiment": False}
+    assert {**given, "sentiment": False} == BODY
+
+
+def test_a_conversation_is_sent_without_moods_and_empty_answers() -> None:
+    said = request_messages(TURNS, "be kind")
+    assert [message["role"] for message in said] == [
+        *("system", "user", "assistant", "user", "assistant", "user")
+    ]
+    assert [message["content"] for message in said] == ["be kind", "a", "b", "c", "d", "e"]
+    assert request_messages(TURNS, " ")[0]["role"] == "user"
+
+
+def test_an_index_of_a_shown_message_leads_to_its_turn() -> None:
+    contents = [message["content"] for message in shown_messages(TURNS)]
+    assert contents == ["a\n\u2063😄 正面 93%", "b", "c", "d", "e"]
+    assert [turn_at(TURNS, index) for index in range(5)] == [0, 0, 1, 1, 2]
+    assert plain(contents[0]) == "a"
+
+
+@pytest.mark.parametrize("text", ["<b>", "</b>", "<!--", "&lt;", "&#60;", NASTY])
+def test_nothing_in_an_inert_text_is_a_tag_or_an_entity(text: str) -> None:
+    for opening in ("<b", "</", "<!", "&l", "&#", "&a"):
+        assert opening not in inert(text)
+    assert plain(inert(text)) == text
+
+
+def test_lines_are_read_from_text_and_csv(tmp_path: Path) -> None:
+    assert read_lines(" a \n\n b") == ["a", "b"]
+    path = tmp_path / "x.csv"
+    path.write_text('id,Text\n1,"a, b"\n2,\n3,c\n', encoding="utf-8-sig")
+    assert read_file(path) == ["a, b", "c"]
+    path.write_bytes("太好了,1\n太差了,2\n".encode("gb18030"))
+    assert read_file(path) == ["太好了", "太差了"]
+    path.write_text("")
+    assert read_file(path) == []
+
+
+def test_a_csv_holds_no_formula(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    write_csv(path, ["=1+1"], [{"label": "@x", "confidence": 0.5}])
+    assert path.read_text(encoding="utf-8-sig").splitlines()[1] == "'=1+1,'@x,0.5"
+
+
+def test_batches_keep_order_and_lose_nothing() -> None:
+    texts = [str(number) for number in range(10_000)]
+    parts = list(batches(texts, 16))
+    assert [text for part in parts for text in part] == texts
+    assert max(map(len, parts)) == 16
+
+
+def test_own_labels_come_before_the_task() -> None:
+    assert task_of("intent", " ", "x") == {"task": "intent"}
+    assert task_of("intent", "a，a", "") is None
+    assert task_of("intent", "a, b，a", "x") == {"instructions": "x", "labels": ["a", "b"]}
+
+
+def test_every_text_is_there_in_both_languages() -> None:
+    assert all(zh and en for zh, en in TEXTS.values())
