@@ -96,7 +96,8 @@ def _load_page(settings: Settings) -> Any:
     """The page, if it is wanted and can be had; only then is Gradio imported."""
     if not settings.ui or not has_page_extra():
         return None
-    return importlib.import_module("server.ui.serving").Page(settings.max_body_bytes)
+    serving = importlib.import_module("server.ui.serving")
+    return serving.Page(settings.max_body_bytes, has_tls=settings.ssl_certfile is not None)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

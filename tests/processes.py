@@ -116,3 +116,13 @@ def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def self_signed(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A certificate for 127.0.0.1, and the options to serve with it."""
+    certificate, key = folder / "cert.pem", folder / "key.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*make.split(), *names, *files], check=True, capture_output=True)
+    return certificate, ("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))

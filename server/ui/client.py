@@ -8,15 +8,20 @@ from typing import Any
 import gradio as gr
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+# Where a request's scope says whether the server itself speaks http or https.
+OWN_SCHEME = "qwen.own_scheme"
+
 
 def own_url(request: gr.Request) -> str:
     """The address of the socket the browser's request came in by.
 
-    Not the Host header: whoever sends it could have the key sent elsewhere.
+    Neither the Host header, or whoever sends it could have the key sent elsewhere, nor the
+    scheme, which a proxy's headers change.
     """
     assert request.request is not None
-    host, port = request.request.scope["server"]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scope = request.request.scope
+    host, port = scope["server"]
+    return f"{scope[OWN_SCHEME]}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def seen_url(request: gr.Request) -> str:

@@ -12,6 +12,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.middleware import BodyMiddleware
+from server.ui.client import OWN_SCHEME
 from server.ui.page import build_page
 
 PATHS = frozenset({"/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json"})
@@ -55,9 +56,10 @@ class Page:
 
     middleware = PageMiddleware
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, *, has_tls: bool) -> None:
         """max_body_bytes: of a file or a message to the page."""
         self._max_body_bytes = max_body_bytes
+        self._scheme = "https" if has_tls else "http"
         self._app: ASGIApp | None = None
         self._answering: set[asyncio.Task[None]] = set()
 
@@ -91,6 +93,7 @@ class Page:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
+        scope[OWN_SCHEME] = self._scheme
         work = asyncio.create_task(_run(self._app, scope, receive, send_with_headers))
         self._answering.add(work)
         try:

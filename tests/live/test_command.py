@@ -25,7 +25,14 @@ from starlette.routing import Route
 from server.__main__ import _bind, main
 from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
 from tests.conftest import run_app
-from tests.processes import START_TIMEOUT_S, closed_port, environment, run_until_exit, started
+from tests.processes import (
+    START_TIMEOUT_S,
+    closed_port,
+    environment,
+    run_until_exit,
+    self_signed,
+    started,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -302,12 +309,8 @@ def test_a_folder_that_is_no_model_is_one_sentence(
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_with_a_certificate_it_speaks_https(tmp_path: Path) -> None:
-    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-out", str(certificate), "-keyout", str(key)]
-    subprocess.run([*make.split(), *names, *files], check=True, capture_output=True)
-    options = ("--model", "mini", "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    certificate, tls_options = self_signed(tmp_path)
+    options = ("--model", "mini", *tls_options)
     trusted = ssl.create_default_context(cafile=str(certificate))
     with started(environment(tmp_path), *options) as server:
         assert server.url.startswith("https://")

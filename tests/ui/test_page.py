@@ -1,6 +1,7 @@
 """The page in a real browser, on the bundled model."""
 
 import csv
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ from server.config import Settings
 from server.errors import OverloadedError
 from server.gate import Gate
 from tests.conftest import LiveServer
+from tests.processes import environment, self_signed, started
 from tests.ui.conftest import Visit
 
 VisitPage = Callable[..., AbstractContextManager[Visit]]
@@ -176,6 +178,17 @@ def test_a_server_with_keys_asks_for_one(
         page.page.locator("#api-key input").blur()
         page.message.press("Enter")
         expect(page.page.locator("#chatbot [data-testid=bot]")).to_have_count(1)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_a_server_with_a_certificate_is_asked_over_https(tmp_path: Path, visit: VisitPage) -> None:
+    _, tls_options = self_signed(tmp_path)
+    with (
+        started(environment(tmp_path), "--model", "mini", *tls_options) as server,
+        visit(server.url, ignore_https_errors=True) as page,
+    ):
+        page.say("hello")
+        page.until_answered(1)
 
 
 def test_the_page_has_its_headers_and_the_api_its_errors(mini: LiveServer) -> None:
