@@ -27,7 +27,7 @@ def main() -> None:
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"commit {commit}, {machine}, {args.rounds} rounds\n", flush=True)
     engines = compare.run(checkpoint, compare.TOKEN_ENGINES, args.rounds)
-    http = latency.run(str(checkpoint), args.rounds, with_peers=True)
+    http = latency.run(str(checkpoint), args.rounds)
     figures = {"commit": commit, "machine": machine, "rounds": args.rounds}
     print(json.dumps({**figures, "engines": engines, "http": http}))
 

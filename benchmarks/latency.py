@@ -1,6 +1,6 @@
 """What a client waits for: time to first token, tokens per second, texts per second, over HTTP.
 
-Starts a server of its own and, with --peers, `transformers serve` on the same checkpoint and
+Starts a server of its own and, with --peers, `transformers serve` on the same checkpoint or
 a BERT-base classifier; measures every case in turns for several rounds. Ratios are taken
 round by round, because absolute numbers of a shared machine are noisy. Prints a table for
 people and, last, one line of JSON.
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +173,7 @@ OUR_CASES = [
 ]
 SERVE_CASES = ["ttft_plain_ms", "tokens_per_s_1_stream", "tokens_per_s_8_streams"]
 OURS, SERVE, BERT = "ours", "transformers serve", "bert-base"
+PEERS = (SERVE, BERT)
 # Above, below, what to reach (at most for latencies, at least for the others).
 RATIOS = [
     ((OURS, "ttft_fresh_sentiment_ms"), (OURS, "ttft_plain_ms"), 1.4),
@@ -204,13 +205,14 @@ async def measure(servers: list[Server], bert: Worker | None, rounds: int) -> Fi
     return figures
 
 
-def run(model: str, rounds: int, *, with_peers: bool) -> dict[str, Any]:
+def run(model: str, rounds: int, peers: Collection[str] = PEERS) -> dict[str, Any]:
     """Measures, prints the table, and returns all figures."""
     with ExitStack() as stack:
         servers = [stack.enter_context(our_server(model))]
         bert = None
-        if with_peers:
+        if SERVE in peers:
             servers.append(stack.enter_context(transformers_server(model)))
+        if BERT in peers:
             bert = Worker(BERT, Path(model))
             stack.callback(bert.close)
         figures = asyncio.run(measure(servers, bert, rounds))
@@ -230,9 +232,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", action="store_true", help="needs a checkpoint folder")
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS, default=(), help="needs a checkpoint folder"
+    )
     args = parser.parse_args()
-    print(json.dumps(run(args.model, args.rounds, with_peers=args.peers)))
+    print(json.dumps(run(args.model, args.rounds, args.peers)))
 
 
 if __name__ == "__main__":
