@@ -108,6 +108,8 @@ def environment(home: Path, hub_url: str | None = None) -> dict[str, str]:
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Seconds of every start; who tests the page asks for it with --ui.
+        "QWEN_UI": "false",
     }
 
 

@@ -184,7 +184,7 @@ def test_a_server_with_keys_asks_for_one(
 def test_a_server_with_a_certificate_is_asked_over_https(tmp_path: Path, visit: VisitPage) -> None:
     _, tls_options = self_signed(tmp_path)
     with (
-        started(environment(tmp_path), "--model", "mini", *tls_options) as server,
+        started(environment(tmp_path), "--model", "mini", "--ui", *tls_options) as server,
         visit(server.url, ignore_https_errors=True) as page,
     ):
         page.say("hello")
