@@ -84,13 +84,13 @@ class Page:
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers until the answer is complete or the page is closed."""
         assert self._app is not None
-        has_begun = False
+        is_open = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal is_open
             if message["type"] == "http.response.start":
-                has_begun = True
                 MutableHeaders(scope=message).update(HEADERS)
+            is_open = message["type"] == "http.response.start" or message.get("more_body", False)
             await send(message)
 
         scope[OWN_SCHEME] = self._scheme
@@ -100,7 +100,7 @@ class Page:
             await asyncio.wait([work])
             if not work.cancelled():
                 work.result()
-            elif has_begun:
+            elif is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._answering.discard(work)

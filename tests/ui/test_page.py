@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,7 @@ from server.config import Settings
 from server.errors import OverloadedError
 from server.gate import Gate
 from tests.conftest import LiveServer
+from tests.faults.conftest import BOUND_S
 from tests.processes import environment, self_signed, started
 from tests.ui.conftest import Visit
 
@@ -207,3 +209,20 @@ def test_without_the_page_the_address_is_unknown(
 ) -> None:
     with serve(Settings(model=str(tiny_checkpoint), ui=False)) as server:
         assert httpx.get(server.url).status_code == 404
+
+
+def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: VisitPage) -> None:
+    with (
+        started(environment(tmp_path), "--model", "mini", "--ui") as server,
+        visit(server.url) as page,
+    ):
+        page.say("hello")
+        page.until_answered(1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(BOUND_S) == 0
+        page.say("and now?")
+        # What the browser cannot reach, Gradio tells itself.
+        expect(page.page.get_by_text("Connection").first).to_be_visible()
+    output = "".join(server.output)
+    assert "Traceback" not in output
+    assert "graceful shutdown exceeded" not in output
