@@ -137,8 +137,9 @@ def _prefill(run: _Run, layer: int, queries: Tensor, keys: Tensor, values: Tenso
         values = run.pool.values[layer, slot, ..., : run.end].transpose(1, 2)
     if run.mask is not None and run.mask.numel() <= _MAX_SCORES:
         return _few(queries, keys, values, run.mask)
-    # The kernel wants values by rows; the copy is small beside the product.
-    keys, values = keys.contiguous(), values.contiguous()
+    if new.start:
+        # The kernel wants values by rows; the copy is small beside the product.
+        values = values.contiguous()
     attended = F.scaled_dot_product_attention(
         queries[None],
         keys[None],
