@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 # For the last events of streams that were cut off, and for connections to close.
 CLOSING_S = 3
+# Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): whoever asks
+# again just as the server hangs up gets a reset instead of an answer.
+KEEP_ALIVE_S = 75
 EXIT_FORCED, EXIT_BROKEN = 1, 3
 
 
@@ -84,6 +87,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         log_level=settings.log_level,
         log_config=None,  # ours, for its lines, too
         access_log=False,  # ours has the request's id
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSING_S,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,

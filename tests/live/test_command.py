@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import hashlib
+import http.client
 import json
 import re
 import shutil
@@ -11,9 +12,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -247,6 +251,22 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
     assert isinstance(exit_.value.code, str)
     assert "\n" not in exit_.value.code
     return exit_.value.code
+
+
+def test_an_idle_connection_outlives_the_patience_of_clients(tmp_path: Path) -> None:
+    # Of httpx, and so of the openai client. Who hangs up first resets what is on its way.
+    expiry_s = httpx.Limits().keepalive_expiry
+    assert expiry_s is not None
+    with started(environment(tmp_path), "--model", "mini") as server:
+        address = urlsplit(server.url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port)
+        with closing(connection):
+            for pause_s in (expiry_s + 1, 0):
+                connection.request("GET", "/health")
+                assert connection.getresponse().read()
+                own_socket = connection.sock
+                time.sleep(pause_s)
+            assert connection.sock is own_socket
 
 
 def test_a_port_that_is_taken_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
