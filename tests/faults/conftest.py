@@ -73,8 +73,9 @@ async def until_inside(client: httpx.AsyncClient, server: LiveServer, number: in
 
 
 def events_of(text: str) -> list[str]:
-    """The data of a stream's events."""
-    return [block.split("data: ", 1)[1] for block in text.strip().split("\n\n")]
+    """The data of a stream's events, without the comments that keep it alive."""
+    blocks = text.strip().split("\n\n")
+    return [block.split("data: ", 1)[1] for block in blocks if not block.startswith(":")]
 
 
 def contents_of(response: httpx.Response) -> list[dict[str, Any]]:
