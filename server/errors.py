@@ -40,6 +40,7 @@ class ContextLengthError(InvalidRequestError):
     """The prompt leaves no room for an answer; nothing is ever cut silently."""
 
     def __init__(self, num_prompt_tokens: int, max_context: int, param: str) -> None:
+        self.num_prompt_tokens, self.max_context = num_prompt_tokens, max_context
         super().__init__(
             f"This model's maximum context length is {max_context} tokens, but the prompt has "
             f"{num_prompt_tokens} and one more is needed for the answer. Please shorten {param}.",

@@ -43,6 +43,18 @@ def load_services(settings: Settings) -> Services:
             f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
             f"which holds {max_kv_tokens}; raise it or lower --max-context"
         )
+    for task in tasks.values():
+        length = len(tokenizer.encode_chat(task.messages("")))
+        if length + 1 >= max_context:
+            raise CheckpointError(
+                f"the instruction of the task {task.name!r} has {length} tokens, which leaves no "
+                f"room in a context of {max_context}; raise --max-context, or shorten it"
+            )
+    if max(defaults.eos_token_ids) >= config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
+            f"the model's {config.vocab_size} tokens"
+        )
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
     # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).

@@ -728,7 +728,7 @@ def test_wrong_stream_options_are_refused_with_the_field(options: Any, param: st
     [("Hi", ["Hi"]), (["Hi"], ["Hi"]), (["a", "b"], ["a", "b"]), (["x"] * MAX_INPUTS, None)],
 )
 def test_one_text_or_several_are_a_list(given: Any, texts: list[str] | None) -> None:
-    assert parse_classify(input=given).texts == (texts or given)
+    assert parse_classify(input=given).input == (texts or given)
 
 
 @pytest.mark.parametrize(
@@ -800,7 +800,7 @@ def test_255_labels_are_still_fine() -> None:
 
 
 def test_unknown_fields_of_a_classify_request_are_accepted() -> None:
-    assert parse_classify(something_new=[1], texts=["x"]).texts == ["Hi"]
+    assert parse_classify(something_new=[1], texts=["x"]).input == ["Hi"]
 
 
 # --- completions ----------------------------------------------------------------------

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_session, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -18,6 +18,10 @@ BUNDLED_MODEL = "qwen-mini"
 BUNDLED_FOLDER = Path(__file__).parent.parent / "models" / BUNDLED_MODEL
 # No pickles: only formats that cannot run code.
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
+# Without these in the cache, a download was never finished.
+ESSENTIAL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+# To connect, and between two parts of an answer: a filter may drop packets and say nothing.
+HUB_TIMEOUT_S = 10
 
 
 class CheckpointError(Exception):
@@ -62,7 +66,11 @@ def find_checkpoint(model: str) -> Checkpoint:
 
 def _find_default() -> Checkpoint:
     try:
-        return Checkpoint(DEFAULT_MODEL, _download(DEFAULT_MODEL))
+        folder = _download(DEFAULT_MODEL)
+        # Where the hub cannot be reached, what is cached is all there is, complete or not.
+        if not all((folder / name).is_file() for name in ESSENTIAL_FILES):
+            raise HubUnreachableError(f"{DEFAULT_MODEL} is not complete in the cache")
+        return Checkpoint(DEFAULT_MODEL, folder)
     except HubUnreachableError:
         return Checkpoint(
             f"{BUNDLED_MODEL}-fallback",
@@ -74,6 +82,7 @@ def _find_default() -> Checkpoint:
 
 def _download(repo_id: str) -> Path:
     """The repository's folder in the cache, completed from the hub with a progress bar."""
+    get_session().timeout = httpx2.Timeout(HUB_TIMEOUT_S)
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(FILES)))
     except HFValidationError as error:
@@ -93,6 +102,12 @@ def _download(repo_id: str) -> Path:
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise CheckpointError(
             f"cannot download {repo_id!r} from the hub: {first_line(error)}"
+        ) from error
+    except ValueError as error:
+        # No JSON: the login page of a network, or a proxy's notice.
+        raise HubUnreachableError(
+            f"what answers for the Hugging Face hub is not the hub ({first_line(error)}), and "
+            f"{repo_id!r} is not complete in the cache; see to the network, or use --model mini"
         ) from error
     except OSError as error:
         raise CheckpointError(

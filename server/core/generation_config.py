@@ -1,51 +1,66 @@
 """A checkpoint's own sampling defaults and its end-of-sequence tokens."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 from transformers import GenerationConfig
 
-from server.core.checkpoint import CheckpointError
+from server.core.checkpoint import CheckpointError, first_line
 
 T = TypeVar("T")
+
+FILE = "generation_config.json"
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
     """What applies where a request says nothing."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    repetition_penalty: float
-    eos_token_ids: frozenset[int]
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Annotated[int, Field(ge=0)]
+    repetition_penalty: Annotated[float, Field(gt=0)]
+    eos_token_ids: Annotated[frozenset[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 def read_generation_defaults(folder: Path) -> GenerationDefaults:
     """Reads generation_config.json; all its EOS ids count, Qwen's chat models list two.
 
+    What it does not say of the end of a reply, config.json does.
+
     Raises:
-        CheckpointError: neither it nor config.json says how a reply ends.
+        CheckpointError: it is damaged, or neither says how a reply ends.
     """
-    try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        config = GenerationConfig.from_pretrained(
-            folder, config_file_name="config.json", local_files_only=True
-        )
-    eos = config.eos_token_id
+    in_general = _read(folder, "config.json")
+    config = _read(folder, FILE) if (folder / FILE).is_file() else in_general
+    eos = or_default(config.eos_token_id, in_general.eos_token_id)
     if eos is None:
-        raise CheckpointError(f"{folder}: generation_config.json names no eos_token_id")
-    return GenerationDefaults(
-        temperature=or_default(config.temperature, 1.0)
-        if or_default(config.do_sample, False)
-        else 0.0,
-        top_p=or_default(config.top_p, 1.0),
-        top_k=or_default(config.top_k, 0),
-        repetition_penalty=or_default(config.repetition_penalty, 1.0),
-        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
-    )
+        raise CheckpointError(f"{folder}: neither {FILE} nor config.json names an eos_token_id")
+    try:
+        return GenerationDefaults(
+            temperature=or_default(config.temperature, 1.0)
+            if or_default(config.do_sample, False)
+            else 0.0,
+            top_p=or_default(config.top_p, 1.0),
+            top_k=or_default(config.top_k, 0),
+            repetition_penalty=or_default(config.repetition_penalty, 1.0),
+            eos_token_ids=eos if isinstance(eos, list) else [eos],  # type: ignore[arg-type]
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("eos_token_ids", "eos_token_id")
+        raise CheckpointError(f"{folder}: {FILE}: {name}: {first['msg']}") from error
+
+
+def _read(folder: Path, name: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(
+            folder, config_file_name=name, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {name} is not readable: {first_line(error)}") from error
 
 
 def or_default(value: T | None, default: T) -> T:

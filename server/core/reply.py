@@ -15,7 +15,7 @@ from server.core.tasks import Task
 from server.core.timings import note_sentiment
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.tools import CALL_OPENING, Tool
-from server.errors import ContextLengthError, InvalidRequestError
+from server.errors import APIError, ContextLengthError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,9 @@ class Replier:
             return await self._judge_while_prefilling(text, plain_ids)
         except EngineClosedError:
             raise  # there will be no answer either
+        except APIError as error:
+            logger.warning("no sentiment pass for this message: %s", error)
+            return None, None
         except Exception:
             logger.exception("the sentiment pass failed; answering without it")
             return None, None

@@ -120,4 +120,5 @@ def _read(path: Path) -> dict[str, Task]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise TaskFileError(f"task file {path}: {where}: {first['msg']}") from error
+        reason = "must be a table" if first["type"] == "model_type" else first["msg"]
+        raise TaskFileError(f"task file {path}: {where}: {reason}") from error

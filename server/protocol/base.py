@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
+from urllib.parse import quote
 
 from pydantic import (
     BaseModel,
@@ -25,6 +26,16 @@ from server.core.classifier import Classification
 from server.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
+
+_PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+# What pydantic says in terms of Python.
+_REASONS = {
+    "missing": "is required",
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "too_short": "must have {min_length} items or more, not {actual_length}",
+    "too_long": "must have {max_length} items or fewer, not {actual_length}",
+}
 
 
 def _to_float(value: Any) -> float:
@@ -131,6 +142,11 @@ def classification(result: Classification | None) -> dict[str, Any] | None:
     }
 
 
+def sentiment_headers(result: Classification | None) -> dict[str, str]:
+    """The label's value as a header; what a header cannot hold is percent-encoded UTF-8."""
+    return {"x-sentiment": quote(result.label.value, safe=_PRINTABLE)} if result else {}
+
+
 def new_id(prefix: str) -> str:
     """A fresh response id such as `chatcmpl-1f…`."""
     return f"{prefix}-{uuid.uuid4().hex}"
@@ -181,8 +197,8 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
         elif part != branch(part[1:-1]):
             param += f".{part}" if param else str(part)
     reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        reason = "is required"
+    if first["type"] in _REASONS:
+        reason = _REASONS[first["type"]].format(**first.get("ctx", {}))
     if not param:
         return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
     return InvalidRequestError(f"'{param}': {reason}.", param=param)

@@ -1,8 +1,8 @@
 """/v1/classify on the wire."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, StrictStr, model_validator
+from pydantic import BeforeValidator, Field, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
 from server.protocol.base import Request
@@ -10,11 +10,17 @@ from server.protocol.base import Request
 MAX_INPUTS = 256
 
 
+def _to_list(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError("must be a text or a list of texts")
+    return [value] if isinstance(value, str) else value
+
+
 class ClassifyRequest(Request):
     """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
 
     model: StrictStr | None = None
-    input: StrictStr | list[StrictStr]
+    input: Annotated[list[StrictStr], BeforeValidator(_to_list)]
     task: Annotated[StrictStr, Field(min_length=1)] | None = None
     instructions: Annotated[StrictStr, Field(min_length=1)] | None = None
     labels: (
@@ -23,11 +29,6 @@ class ClassifyRequest(Request):
         ]
         | None
     ) = None
-
-    @property
-    def texts(self) -> list[str]:
-        """The inputs as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -43,14 +44,17 @@ class ClassifyRequest(Request):
             )
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise InvalidRequestError("'labels' must differ from each other.", param="labels")
-        if not self.texts or len(self.texts) > MAX_INPUTS:
+        if not self.input or len(self.input) > MAX_INPUTS:
             raise InvalidRequestError(
-                f"'input' must hold 1 to {MAX_INPUTS} texts, not {len(self.texts)}; "
+                f"'input' must hold 1 to {MAX_INPUTS} texts, not {len(self.input)}; "
                 "send more in several requests.",
                 param="input",
             )
-        for i, text in enumerate(self.texts):
+        for i, text in enumerate(self.input):
             if not text.strip():
-                where = "input" if isinstance(self.input, str) else f"input[{i}]"
-                raise InvalidRequestError(f"'{where}' is empty.", param=where)
+                raise InvalidRequestError(f"'{self.param(i)}' is empty.", param=self.param(i))
         return self
+
+    def param(self, index: int) -> str:
+        """What a text is called in errors."""
+        return "input" if len(self.input) == 1 else f"input[{index}]"

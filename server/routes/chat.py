@@ -11,7 +11,7 @@ from server.core.generation_config import or_default
 from server.core.reply import Reply
 from server.core.sequence import TokenEvent
 from server.core.tools import Answer, CallDelta, Delta, TextDelta
-from server.protocol.base import classification, new_id, now, usage
+from server.protocol.base import classification, new_id, now, sentiment_headers, usage
 from server.protocol.chat import ChatCompletionRequest, message
 from server.protocol.sampling import logprobs_content
 from server.routes.common import check_model, services_of, unless_disconnected
@@ -66,8 +66,7 @@ class _Chat:
         self.reply = reply
         self._body, self._services = body, services
         self._answers = [Answer(has_tools=has_tools) for _ in reply.choices]
-        sentiment = reply.sentiment
-        self.headers = {"x-sentiment": sentiment.label.value} if sentiment else {}
+        self.headers = sentiment_headers(reply.sentiment)
 
     async def whole(self) -> Response:
         """The response, once all choices are complete."""

@@ -3,9 +3,9 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.classifier import all_of
+from server.core.classifier import Classification, all_of
 from server.core.tasks import Task, inline_task
-from server.errors import InvalidRequestError
+from server.errors import ContextLengthError, InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest
 from server.routes.common import check_model, services_of, unless_disconnected
@@ -20,7 +20,15 @@ async def classify(request: Request) -> Response:
         check_model(services, body.model)
     task = _task_of(body, services)
 
-    passes = (services.classifier.classify(task, text) for text in body.texts)
+    async def judge(index: int, text: str) -> Classification:
+        try:
+            return await services.classifier.classify(task, text)
+        except ContextLengthError as error:
+            raise ContextLengthError(
+                error.num_prompt_tokens, error.max_context, body.param(index)
+            ) from error
+
+    passes = (judge(index, text) for index, text in enumerate(body.input))
     results = await unless_disconnected(request, all_of(passes))
     computed = [result for result in results if not result.is_cached]
     return JSONResponse(

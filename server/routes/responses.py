@@ -11,7 +11,7 @@ from server.core.generation_config import or_default
 from server.core.reply import Reply
 from server.core.sequence import TokenEvent
 from server.core.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
-from server.protocol.base import classification, new_id, now
+from server.protocol.base import classification, new_id, now, sentiment_headers
 from server.protocol.responses import (
     ResponsesRequest,
     call_item,
@@ -85,8 +85,7 @@ class _Response:
         self._text, self._logprobs = "", list[dict[str, Any]]()
         self._untold: list[TokenEvent] = []
         self._call: ToolCall | None = None
-        sentiment = reply.sentiment
-        self.headers = {"x-sentiment": sentiment.label.value} if sentiment else {}
+        self.headers = sentiment_headers(reply.sentiment)
 
     async def events(self) -> AsyncIterator[Event]:
         """What happens, in order; the last event holds the whole response."""

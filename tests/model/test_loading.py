@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
+from server.core.generation_config import read_generation_defaults
 from server.core.model import load_runner
 from server.core.model.attention import Segment
 from server.core.model.config import read_model_config
@@ -58,6 +59,31 @@ def change_config(**changes: object) -> Callable[[Path], None]:
     return change
 
 
+def write(name: str, content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(content)
+
+    return change
+
+
+def change_generation(**changes: object) -> Callable[[Path], None]:
+    return write("generation_config.json", json.dumps({"eos_token_id": 2, **changes}))
+
+
+def quantize_a_tensor(dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors")
+
+    return change
+
+
+def drop_all_eos(folder: Path) -> None:
+    change_generation(eos_token_id=None)(folder)
+    change_config(eos_token_id=None)(folder)
+
+
 def drop_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -78,9 +104,12 @@ def drop_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def damage_index(folder: Path) -> None:
-    drop_weights(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
+def write_index(content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        drop_weights(folder)
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return change
 
 
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
@@ -102,8 +131,49 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (damage_tokenizer, "tokenizer is not readable"),
     (drop_template, "no chat template"),
     (break_template, "chat template is broken"),
-    (drop_config, "config.json"),
-    (damage_index, "index.json is not readable"),
+    (
+        write(
+            "chat_template.jinja",
+            "{% for m in messages %}{% if loop.index > 1 and m.role == 'system' %}"
+            "{{ raise_exception('system first') }}{% endif %}{{ m.content }}{% endfor %}",
+        ),
+        "takes no system message behind the user's: system first",
+    ),
+    (drop_config, "config.json is missing"),
+    (write("config.json", "null"), "config.json is not readable"),
+    (write("config.json", "{"), "config.json is not readable"),
+    *(
+        (change_config(**change), "config.json")
+        for change in (
+            {"hidden_size": "abc"},
+            {"hidden_size": 0},
+            {"num_hidden_layers": None},
+            {"num_hidden_layers": 0},
+            {"num_attention_heads": 0},
+            {"num_attention_heads": 3},
+            {"num_key_value_heads": 0},
+            {"max_position_embeddings": "a"},
+            {"rms_norm_eps": "a"},
+            {"rms_norm_eps": -1.0},
+            {"rope_parameters": "x"},
+        )
+    ),
+    (change_config(quantization_config={"quant_method": "fp8"}), "quantized already (fp8)"),
+    (quantize_a_tensor(torch.float8_e4m3fn), "is of type F8_E4M3"),
+    (quantize_a_tensor(torch.int8), "is of type I8"),
+    (write_index("[]"), "index.json is not readable"),
+    (write_index('{"weight_map": {"a": 3}}'), "index.json is not readable"),
+    *(
+        (write("generation_config.json", content), "generation_config.json is not readable")
+        for content in ("{", "[]", "\0")
+    ),
+    (change_generation(do_sample=True, temperature="hot"), "generation_config.json"),
+    (change_generation(top_p=1.5), "generation_config.json"),
+    (change_generation(top_k="a"), "generation_config.json"),
+    (change_generation(eos_token_id="x"), "eos_token_id"),
+    (change_generation(eos_token_id=[[2]]), "eos_token_id"),
+    (change_generation(eos_token_id=999_999), "an eos_token_id of [999999] is none of"),
+    (drop_all_eos, "neither generation_config.json nor config.json names an eos_token_id"),
 ]
 
 
@@ -117,6 +187,29 @@ def test_a_damaged_checkpoint_is_one_clear_sentence(
     message = str(error.value)
     assert says in message
     assert "\n" not in message
+
+
+def test_the_end_of_a_reply_is_read_from_either_file(copy: Path) -> None:
+    change_config(eos_token_id=[2, 3])(copy)
+    change_generation(eos_token_id=None, top_k=7)(copy)
+    defaults = read_generation_defaults(copy)
+    assert defaults.eos_token_ids == {2, 3} and defaults.top_k == 7
+    (copy / "generation_config.json").unlink()
+    assert read_generation_defaults(copy).eos_token_ids == {2, 3}
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+def test_an_instruction_that_no_text_fits_behind_is_one_clear_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, is_short: bool
+) -> None:
+    long = tmp_path / "tasks.toml"
+    labels = '[{value = "a", text = "a"}, {value = "b", text = "b"}]'
+    long.write_text(f'[long]\ninstructions = "{"word " * 3000}"\nlabels = {labels}\n')
+    settings = Settings(
+        model=str(tiny_checkpoint), **({"max_context": 10} if is_short else {"tasks": long})
+    )
+    with pytest.raises(CheckpointError, match=r"the instruction of the task .* leaves no room"):
+        load_services(settings)
 
 
 def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:

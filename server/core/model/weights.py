@@ -15,6 +15,8 @@ from server.core.checkpoint import CheckpointError, first_line
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BLOCK_ROWS = 8192
+# As safetensors names them; others hold numbers that mean nothing without their scales.
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class WeightReader:
@@ -76,6 +78,11 @@ class WeightReader:
                     f"{self._folder}: {name!r} has shape {rows.get_shape()}, but config.json "
                     f"asks for {list(shape)}"
                 )
+            if rows.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    f"{self._folder}: {name!r} is of type {rows.get_dtype()}; this server reads "
+                    f"{', '.join(DTYPES)} and quantizes itself (--dtype)"
+                )
             yield rows
 
 
@@ -99,6 +106,6 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} has no weights: {SINGLE_FILE} is missing")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not readable: {error!r}") from error
-    return [folder / name for name in sorted(names)]
