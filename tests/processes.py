@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +49,15 @@ class Footprint:
 
 @contextmanager
 def started(
-    env: dict[str, str], *options: str, port: int = 0, cwd: Path | None = None
+    env: dict[str, str],
+    *options: str,
+    port: int = 0,
+    cwd: Path | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "server"),
 ) -> Iterator[Running]:
     """A server that is ready; killed when the block ends, if it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "server", "--port", str(port), *options],
+        [*command, "--port", str(port), *options],
         env=env,
         cwd=cwd,
         stdout=subprocess.PIPE,

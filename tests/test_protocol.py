@@ -668,7 +668,7 @@ def test_deep_nesting_below_pythons_limit_is_no_accident_either() -> None:
     assert refused_chat(messages=deep).param == "messages[0]"
     assert refused_chat(tools=deep).param == "tools[0]"
     assert refused_chat(stop=deep).param == "stop[0]"
-    assert refused_classify(input=deep).param == "input"
+    assert refused_classify(input=deep).param == "input[0]"
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -720,6 +720,19 @@ def test_wrong_stream_options_are_refused_with_the_field(options: Any, param: st
     assert refused_chat(stream=True, stream_options=options).param == param
 
 
+def test_reasons_are_said_in_terms_of_json() -> None:
+    said = [
+        refused_chat(stream=True, stream_options="x").message,
+        refused_chat(messages=[]).message,
+        refused_classify(instructions="Spam?", labels=["yes"]).message,
+    ]
+    assert said == [
+        "'stream_options': must be an object.",
+        "'messages': must have 1 items or more, not 0.",
+        "'labels': must have 2 items or more, not 1.",
+    ]
+
+
 # --- classify -------------------------------------------------------------------------
 
 
@@ -728,7 +741,7 @@ def test_wrong_stream_options_are_refused_with_the_field(options: Any, param: st
     [("Hi", ["Hi"]), (["Hi"], ["Hi"]), (["a", "b"], ["a", "b"]), (["x"] * MAX_INPUTS, None)],
 )
 def test_one_text_or_several_are_a_list(given: Any, texts: list[str] | None) -> None:
-    assert parse_classify(input=given).input == (texts or given)
+    assert parse_classify(input=given).texts == (texts or given)
 
 
 @pytest.mark.parametrize(
@@ -737,8 +750,8 @@ def test_one_text_or_several_are_a_list(given: Any, texts: list[str] | None) -> 
         (None, "input"),
         (5, "input"),
         ([], "input"),
-        ([5], "input"),
-        ([["a"]], "input"),
+        ([5], "input[0]"),
+        (["a", ["a"]], "input[1]"),
         ({"text": "a"}, "input"),
         ("", "input"),
         (" \n\u3000", "input"),
@@ -800,7 +813,7 @@ def test_255_labels_are_still_fine() -> None:
 
 
 def test_unknown_fields_of_a_classify_request_are_accepted() -> None:
-    assert parse_classify(something_new=[1], texts=["x"]).input == ["Hi"]
+    assert parse_classify(something_new=[1], texts=["x"]).texts == ["Hi"]
 
 
 # --- completions ----------------------------------------------------------------------

@@ -82,7 +82,9 @@ def _find_default() -> Checkpoint:
 
 def _download(repo_id: str) -> Path:
     """The repository's folder in the cache, completed from the hub with a progress bar."""
-    get_session().timeout = httpx2.Timeout(HUB_TIMEOUT_S)
+    hooks = get_session().event_hooks["request"]
+    if _limit_time not in hooks:
+        hooks.append(_limit_time)
     try:
         return Path(snapshot_download(repo_id, allow_patterns=list(FILES)))
     except HFValidationError as error:
@@ -113,3 +115,8 @@ def _download(repo_id: str) -> Path:
         raise CheckpointError(
             f"cannot store {repo_id!r} in the cache: {first_line(error)}"
         ) from error
+
+
+def _limit_time(request: httpx2.Request) -> None:
+    # huggingface_hub asks with no limit, whatever its client's is.
+    request.extensions["timeout"] = httpx2.Timeout(HUB_TIMEOUT_S).as_dict()

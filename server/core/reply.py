@@ -15,7 +15,7 @@ from server.core.tasks import Task
 from server.core.timings import note_sentiment
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.tools import CALL_OPENING, Tool
-from server.errors import APIError, ContextLengthError, InvalidRequestError
+from server.errors import ContextLengthError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Replier:
             return await self._judge_while_prefilling(text, plain_ids)
         except EngineClosedError:
             raise  # there will be no answer either
-        except APIError as error:
+        except InvalidRequestError as error:
             logger.warning("no sentiment pass for this message: %s", error)
             return None, None
         except Exception:

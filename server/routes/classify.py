@@ -28,7 +28,7 @@ async def classify(request: Request) -> Response:
                 error.num_prompt_tokens, error.max_context, body.param(index)
             ) from error
 
-    passes = (judge(index, text) for index, text in enumerate(body.input))
+    passes = (judge(index, text) for index, text in enumerate(body.texts))
     results = await unless_disconnected(request, all_of(passes))
     computed = [result for result in results if not result.is_cached]
     return JSONResponse(

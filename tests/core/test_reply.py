@@ -469,7 +469,10 @@ async def test_a_failing_pass_is_logged_and_the_answer_comes_without_a_cue(
     assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), user("Hi")])
     assert "".join(await read(reply)) == "Hello!"
     (record,) = caplog.records
-    assert record.exc_info is not None and record.exc_info[1] is error
+    if isinstance(error, ContextLengthError):  # foreseen: a line is enough
+        assert record.exc_info is None and str(error) in record.getMessage()
+    else:
+        assert record.exc_info is not None and record.exc_info[1] is error
 
 
 async def test_a_client_that_leaves_during_the_pass_gets_no_answer(

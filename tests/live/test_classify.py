@@ -1,7 +1,9 @@
 """POST /v1/classify, /v1/models and /health."""
 
+import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -114,6 +116,40 @@ def test_a_task_file_adds_and_replaces_tasks(
         # No label reaches a confidence of 1, so the fallback answers.
         assert classify(server, input="fine")["data"][0]["label"] == "bad"
         assert classify(server, input="x", task="intent")
+
+
+def test_values_that_no_header_can_hold_are_percent_encoded(
+    tiny_checkpoint: Path, serve: Any, tmp_path: Path
+) -> None:
+    task = """
+[sentiment]
+instructions = "情绪？"
+labels = [{value = "好 100%", text = "好"}, {value = "坏\\n", text = "坏"}]
+"""
+    file = tmp_path / "tasks.toml"
+    file.write_text(task, encoding="utf-8")
+    with serve(Settings(model=str(tiny_checkpoint), tasks=file)) as server:
+        for stream in (False, True):
+            for path, said in (
+                ("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+                ("responses", {"input": "hi"}),
+            ):
+                body = {"model": server.model, "stream": stream, **said}
+                response = httpx.post(f"{server.base_url}/{path}", json=body, timeout=60)
+                assert response.status_code == 200, response.text
+                value = unquote(response.headers["x-sentiment"])
+                assert value in ("好 100%", "坏\n")
+                assert json.dumps(value, ensure_ascii=False) in response.text
+
+
+def test_of_many_texts_the_one_too_long_is_named(tiny: LiveServer) -> None:
+    long = "word " * 5000
+    for given, param in ((long, "input"), ([long], "input[0]"), (["a", long], "input[1]")):
+        response = httpx.post(f"{tiny.base_url}/classify", json={"input": given}, timeout=60)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert f"shorten {param}" in error["message"]
 
 
 def test_health_tells_the_model_and_counts_the_cache(live: LiveServer) -> None:

@@ -23,11 +23,12 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from server.__main__ import _bind, main
-from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL
+from server.core import checkpoint
+from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL, find_checkpoint
 from tests.conftest import run_app
 from tests.processes import (
     START_TIMEOUT_S,
@@ -147,6 +148,45 @@ def test_without_hub_and_cache_the_bundled_model_answers_and_says_so(tmp_path: P
         reply = httpx.post(curl[1], content=curl[2].encode(), timeout=60).json()
         assert reply["sentiment"]["label"]
         assert reply["choices"][0]["message"]["content"]
+
+
+def test_what_answers_for_the_hub_but_is_none_is_told_and_fallen_back_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As where a network wants a login first."""
+
+    async def log_in(request: Request) -> Response:
+        return HTMLResponse("<html>log in</html>")
+
+    with run_app(Starlette(routes=[Route("/{path:path}", log_in)])) as url:
+        done = run_until_exit(environment(tmp_path, url), "--model", DEFAULT_MODEL)
+        assert_one_sentence(done, "is not the hub")
+        with started(environment(tmp_path, url)) as server:
+            assert server.get("/health").json()["model"] == "qwen-mini-fallback"
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}"
+        )
+        monkeypatch.setattr(checkpoint, "HUB_TIMEOUT_S", 0.3)
+        begin = time.monotonic()
+        found = find_checkpoint("auto")
+        assert time.monotonic() - begin < 5
+    assert found.model_id == "qwen-mini-fallback"
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_cache_without_an_essential_file_is_fallen_back_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
+) -> None:
+    for name in {"model.safetensors", "tokenizer.json", "config.json"} - {missing}:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert find_checkpoint("auto").model_id == "qwen-mini-fallback"
+    (tmp_path / missing).touch()
+    assert find_checkpoint("auto").model_id == DEFAULT_MODEL
 
 
 def test_a_download_that_breaks_off_is_told_apart_from_a_model_that_is_there(

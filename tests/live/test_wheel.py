@@ -8,20 +8,13 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import httpx
 import pytest
 
 from server.core.checkpoint import BUNDLED_FOLDER
+from tests.processes import environment, started
 
 ROOT = Path(__file__).parents[2]
-CHECK = """
-import sys
-from server.config import Settings
-from server.loading import load_services
-import server
-services = load_services(Settings(model="mini"))
-services.engine.close()
-print(server.__file__, sorted(services.tasks), services.model_id)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +61,20 @@ def run(python: Path, cwd: Path, *arguments: str) -> str:
 def test_the_wheel_brings_model_and_tasks_and_runs_from_any_folder(
     python: Path, tmp_path: Path
 ) -> None:
-    where, *rest = run(python, tmp_path, "-c", CHECK).split(" ", 1)
-    assert Path(where).is_relative_to(python.parents[1])
-    assert not Path(where).is_relative_to(ROOT)
-    assert rest[0].strip() == "['intent', 'sentiment'] qwen-mini"
+    where = Path(run(python, tmp_path, "-c", "import server; print(server.__file__)"))
+    assert where.is_relative_to(python.parents[1])
+    assert not where.is_relative_to(ROOT)
+    env = environment(tmp_path)
+    env.pop("PYTHONPATH", None)
+    command = (str(python.parent / "qwen-all-in-one"),)
+    with started(env, "--model", "mini", cwd=tmp_path, command=command) as server:
+        body = {"model": "qwen-mini", "messages": [{"role": "user", "content": "我很开心"}]}
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+        assert reply["sentiment"]["label"] == "positive"
+        assert reply["choices"][0]["message"]["content"]
+        intent = {"input": "how do I get there?", "task": "intent"}
+        response = httpx.post(f"{server.url}/v1/classify", json=intent, timeout=60)
+        assert response.json()["data"][0]["label"]
 
 
 def test_the_console_script_is_installed(python: Path, tmp_path: Path) -> None:
