@@ -79,8 +79,7 @@ def _check(settings: Settings) -> None:
 def _serve(settings: Settings, listener: socket.socket) -> None:
     services = load_services(settings)
     host, port = listener.getsockname()[:2]
-    scheme = "https" if settings.ssl_certfile else "http"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    url = f"{settings.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     app = create_app(settings, services)
     config = uvicorn.Config(
         app,

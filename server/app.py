@@ -97,7 +97,7 @@ def _load_page(settings: Settings) -> Any:
     if not settings.ui or not has_page_extra():
         return None
     serving = importlib.import_module("server.ui.serving")
-    return serving.Page(settings.max_body_bytes, has_tls=settings.ssl_certfile is not None)
+    return serving.Page(settings.max_body_bytes, settings.scheme)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -109,6 +109,11 @@ class Settings(BaseSettings):
         "info", description="how much is logged"
     )
 
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        """What the server speaks, whatever stands before it."""
+        return "https" if self.ssl_certfile else "http"
+
     @cached_property
     def keys(self) -> tuple[SecretStr, ...]:
         """All keys, those of the file included; it is read once.

@@ -8,6 +8,8 @@ from typing import Any
 import gradio as gr
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+from server.ui.commands import arguments_of
+
 # Where a request's scope says whether the server itself speaks http or https.
 OWN_SCHEME = "qwen.own_scheme"
 
@@ -58,9 +60,7 @@ class Piece:
 
 async def stream_chat(client: AsyncOpenAI, body: Mapping[str, Any]) -> AsyncIterator[Piece]:
     """The pieces of the answer to a request for a streamed chat."""
-    known = {key: value for key, value in body.items() if key != "sentiment"}
-    extra = {"sentiment": body["sentiment"]} if "sentiment" in body else None
-    async with await client.chat.completions.create(**known, extra_body=extra) as chunks:
+    async with await client.chat.completions.create(**arguments_of(body)) as chunks:
         async for chunk in chunks:
             delta = chunk.choices[0].delta if chunk.choices else None
             yield Piece(

@@ -8,6 +8,13 @@ from typing import Any
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
+def arguments_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a chat as the openai client takes it: `sentiment` is none of OpenAI's."""
+    known = {name: value for name, value in body.items() if name != "sentiment"}
+    extra = {"extra_body": {"sentiment": body["sentiment"]}} if "sentiment" in body else {}
+    return {**known, **extra}
+
+
 def curl_line(url: str, body: Mapping[str, Any], *, has_key: bool) -> str:
     """For a POSIX shell. The key stays in a variable: it is nobody's to show."""
     words = ["curl", "-N", f"{url}/v1/chat/completions", "-H", "content-type: application/json"]
@@ -19,10 +26,7 @@ def curl_line(url: str, body: Mapping[str, Any], *, has_key: bool) -> str:
 
 def python_lines(url: str, body: Mapping[str, Any], *, has_key: bool) -> str:
     """For the openai client."""
-    known = {key: value for key, value in body.items() if key != "sentiment"}
-    arguments = [f"    {key}={value!r}," for key, value in known.items()]
-    if "sentiment" in body:
-        arguments.append(f"    extra_body={ {'sentiment': body['sentiment']}!r},")
+    arguments = [f"    {name}={value!r}," for name, value in arguments_of(body).items()]
     key = "" if has_key else ', api_key="unused"'
     return "\n".join(
         [

@@ -56,10 +56,10 @@ class Page:
 
     middleware = PageMiddleware
 
-    def __init__(self, max_body_bytes: int, *, has_tls: bool) -> None:
-        """max_body_bytes: of a file or a message to the page."""
+    def __init__(self, max_body_bytes: int, scheme: str) -> None:
+        """max_body_bytes: of a file or a message to the page. scheme: what the server speaks."""
         self._max_body_bytes = max_body_bytes
-        self._scheme = "https" if has_tls else "http"
+        self._scheme = scheme
         self._app: ASGIApp | None = None
         self._answering: set[asyncio.Task[None]] = set()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.ui.classify import task_of
-from server.ui.commands import curl_line, python_lines
+from server.ui.commands import arguments_of, curl_line, python_lines
 from server.ui.conversation import Turn, inert, plain, request_messages, shown_messages, turn_at
 from server.ui.lines import batches, read_file, read_lines, write_csv
 from server.ui.texts import TEXTS
@@ -41,6 +41,14 @@ def test_the_python_lines_send_the_same_request() -> None:
     given = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
     assert given.pop("extra_body") == {"sentiment": False}
     assert {**given, "sentiment": False} == BODY
+
+
+def test_what_the_openai_client_does_not_know_goes_beside_the_rest() -> None:
+    assert arguments_of({"model": "m", "sentiment": False}) == {
+        "model": "m",
+        "extra_body": {"sentiment": False},
+    }
+    assert arguments_of({"model": "m"}) == {"model": "m"}
 
 
 def test_a_conversation_is_sent_without_moods_and_empty_answers() -> None:
