@@ -37,4 +37,9 @@ def _model(services: Services, model_id: str) -> dict[str, Any]:
             "structured_output": True,
             "vision": False,
         },
+        # What /v1/classify may be asked for by name.
+        "tasks": [
+            {"name": task.name, "labels": [label.model_dump() for label in task.labels]}
+            for task in services.tasks.values()
+        ],
     }
