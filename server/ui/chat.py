@@ -7,20 +7,21 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
-from openai import APIError
+from openai import APIError, AuthenticationError
 
 from server.ui.client import connect, own_url, seen_url, served_model, stream_chat
 from server.ui.commands import curl_line, python_lines
-from server.ui.conversation import Turn, request_messages
+from server.ui.conversation import Turn, request_messages, with_names
 from server.ui.failures import explain, warn
-from server.ui.texts import language_of, say
+from server.ui.texts import language_of, name_of, say
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the side bar says."""
+    """What the side bar says. Without has_own_sampling, the server's applies."""
 
     system_prompt: str
+    has_own_sampling: bool
     temperature: float
     max_tokens: float
     with_sentiment: bool
@@ -54,11 +55,11 @@ class Meter:
 
 def chat_body(model: str, turns: list[Turn], options: Options) -> dict[str, Any]:
     """The request that answers the last turn."""
+    own = {"temperature": options.temperature, "max_tokens": int(options.max_tokens)}
     return {
         "model": model,
         "messages": request_messages(turns, options.system_prompt),
-        "temperature": options.temperature,
-        "max_tokens": int(options.max_tokens),
+        **(own if options.has_own_sampling else {}),
         "stream": True,
         "stream_options": {"include_usage": True},
         "sentiment": options.with_sentiment,
@@ -73,6 +74,7 @@ class View:
     figures: tuple[str, str, str] | None = None
     lines: tuple[str, str] | None = None
     is_judged: bool = False
+    is_key_needed: bool = False
 
 
 async def answer(turns: list[Turn], options: Options, request: gr.Request) -> AsyncIterator[View]:
@@ -81,12 +83,14 @@ async def answer(turns: list[Turn], options: Options, request: gr.Request) -> As
     yield View(turns)
     try:
         async with connect(own_url(request), options.api_key) as client:
-            body = chat_body(await served_model(client), turns, options)
+            model = await served_model(client)
+            body = chat_body(model.id, turns, options)
             lines = _lines(request, body, options)
             meter = Meter()
             async for piece in stream_chat(client, body):
                 if piece.sentiment is not None:
-                    turn["sentiment"] = piece.sentiment
+                    labels = model.tasks.get("sentiment", [])
+                    turn["sentiment"] = with_names(piece.sentiment, labels)
                     yield View(turns, lines=lines, is_judged=True)
                 if piece.text:
                     meter.text_came()
@@ -96,7 +100,9 @@ async def answer(turns: list[Turn], options: Options, request: gr.Request) -> As
                     meter.usage_came(piece.usage)
             yield View(turns, figures=meter.figures(), lines=lines)
     except APIError as error:
-        warn(explain(error, language_of(request)))
+        language = language_of(request)
+        warn(explain(error, language), language)
+        yield View(turns, is_key_needed=isinstance(error, AuthenticationError))
 
 
 def _lines(request: gr.Request, body: dict[str, Any], options: Options) -> tuple[str, str]:
@@ -109,19 +115,28 @@ def mood_label(turns: list[Turn], request: gr.Request) -> Any:
     judged = [turn["sentiment"] for turn in turns if turn["sentiment"]]
     if not judged:
         return gr.Label(value=None, visible=False)
-    last = judged[-1]
-    probabilities = {each["value"]: each["probability"] for each in last["probabilities"]}
+    last, language = judged[-1], language_of(request)
+    probabilities = {name_of(each, language): each["probability"] for each in last["probabilities"]}
     key = "mood_cached" if last["cached"] else "mood"
-    return gr.Label(value=probabilities, label=say(key, language_of(request)), visible=True)
+    return gr.Label(value=probabilities, label=say(key, language), visible=True)
 
 
-def mood_plot(turns: list[Turn]) -> Any:
+def mood_plot(turns: list[Turn], request: gr.Request) -> Any:
     """A line for each label over the turns; nothing before the second point."""
+    language = language_of(request)
     rows = [
-        {"turn": f"{number:2d}", "probability": each["probability"], "label": each["value"]}
+        {
+            "turn": f"{number:2d}",
+            "probability": each["probability"],
+            "label": name_of(each, language),
+        }
         for number, turn in enumerate(turns, 1)
         if turn["sentiment"]
         for each in turn["sentiment"]["probabilities"]
     ]
     is_worth_it = len({row["turn"] for row in rows}) > 1
-    return gr.LinePlot(pd.DataFrame(rows) if is_worth_it else None, visible=is_worth_it)
+    return gr.LinePlot(
+        pd.DataFrame(rows) if is_worth_it else None,
+        title=say("mood_turns", language),
+        visible=is_worth_it,
+    )

@@ -1,6 +1,5 @@
-"""The tab that judges many texts: batch after batch, so that chats get their turn in between."""
+"""Many texts judged: batch after batch, so that chats get their turn in between."""
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -12,7 +11,8 @@ import pandas as pd
 from openai import AsyncOpenAI
 
 from server.ui.client import classify
-from server.ui.lines import batches, read_file, read_lines, write_csv
+from server.ui.lines import batches, read_file, read_lines, to_csv
+from server.ui.texts import Language, name_of
 
 # One batch is in the engine at a time, and no chat waits for more than that.
 BATCH_SIZE = 16
@@ -28,20 +28,22 @@ class Judged:
     results: list[dict[str, Any]]
     is_due: bool
 
-    @property
-    def rows(self) -> list[list[str]]:
+    def rows(self, language: Language) -> list[list[str]]:
         """The first of them, for a table."""
         pairs = zip(self.texts, self.results[:MAX_ROWS], strict=False)
         return [
-            [text, f"{result['emoji']} {result['label']}".strip(), f"{result['confidence']:.0%}"]
+            [text, name_of(result, language), f"{result['confidence']:.0%}"]
             for text, result in pairs
         ]
 
-    @property
-    def distribution(self) -> pd.DataFrame:
+    def distribution(self, language: Language) -> pd.DataFrame:
         """How many texts got each label, the most frequent first."""
-        counts = Counter(result["label"] for result in self.results)
+        counts = Counter(name_of(result, language) for result in self.results)
         return pd.DataFrame(counts.most_common(), columns=["label", "count"])
+
+    def csv(self) -> bytes:
+        """All of them."""
+        return to_csv(self.texts[: len(self.results)], self.results)
 
 
 def gather_texts(pasted: str, file: str | None) -> list[str]:
@@ -71,10 +73,3 @@ async def judge(
         is_due = time.monotonic() - shown_at > SHOW_INTERVAL_S or len(results) == len(texts)
         shown_at = time.monotonic() if is_due else shown_at
         yield Judged(texts, results, is_due)
-
-
-def save(judged: Judged) -> str:
-    """The path of a CSV of all results."""
-    path = Path(tempfile.mkdtemp(prefix="qwen-")) / "results.csv"
-    write_csv(path, judged.texts, judged.results)
-    return str(path)

@@ -44,9 +44,19 @@ async def connect(url: str, api_key: str) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
-async def served_model(client: AsyncOpenAI) -> str:
-    """The id of the model that is being served."""
-    return (await client.models.list()).data[0].id
+@dataclass(frozen=True)
+class ServedModel:
+    """What GET /v1/models tells. tasks: the labels of each."""
+
+    id: str
+    tasks: dict[str, list[dict[str, str]]]
+
+
+async def served_model(client: AsyncOpenAI) -> ServedModel:
+    """The model that is being served."""
+    model = (await client.models.list()).data[0]
+    tasks = (model.model_extra or {})["tasks"]
+    return ServedModel(model.id, {task["name"]: task["labels"] for task in tasks})
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """A conversation as the page keeps it: turns, and what they look like as messages."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from server.ui.texts import Language, name_of
+
 # The chatbot reads what it shows as HTML, and drops from it what it takes for a tag. Behind an
-# invisible character nothing is a tag or an entity; copied and edited, the text looks the same.
+# invisible character nothing is a tag or an entity. Copied and edited texts are without it.
 WORD_JOINER = "\u2060"
-# Stands between what was said and its mood: one bubble, so that one edit is one event.
+# Stands between what was said and its mood: one bubble, so that one edit is one event. What is
+# copied ends before it (browser.py).
 SEPARATOR = "\u2063"
 _OPENS_HTML = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])")
 
@@ -18,6 +21,13 @@ class Turn(TypedDict):
     user: str
     sentiment: dict[str, Any] | None
     answer: str
+
+
+def with_names(sentiment: dict[str, Any], labels: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The judgement, each of its probabilities with the text and emoji of its label."""
+    known = {label["value"]: label for label in labels}
+    named = [{**known.get(each["value"], {}), **each} for each in sentiment["probabilities"]]
+    return {**sentiment, "probabilities": named}
 
 
 def new_turn(text: str) -> Turn:
@@ -36,13 +46,13 @@ def request_messages(turns: Sequence[Turn], system_prompt: str) -> list[dict[str
     return messages
 
 
-def shown_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+def shown_messages(turns: Sequence[Turn], language: Language) -> list[dict[str, Any]]:
     """The conversation as the chatbot shows it; the mood stands beneath what the user said."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         said = inert(turn["user"])
         if turn["sentiment"]:
-            said += f"\n{SEPARATOR}{inert(mood(turn['sentiment']))}"
+            said += f"\n{SEPARATOR}{inert(mood(turn['sentiment'], language))}"
         messages.append({"role": "user", "content": said})
         if turn["answer"]:
             messages.append({"role": "assistant", "content": inert(turn["answer"])})
@@ -63,15 +73,15 @@ def turn_at(turns: Sequence[Turn], index: int) -> int:
     """Which turn the shown message of that index belongs to."""
     end = 0
     for number, turn in enumerate(turns):
-        end += len(shown_messages([turn]))
+        end += 2 if turn["answer"] else 1
         if index < end:
             return number
     return len(turns) - 1
 
 
-def mood(sentiment: dict[str, Any]) -> str:
-    """Such as `😢 负面 98 %`."""
-    return f"{sentiment['emoji']} {sentiment['text']} {sentiment['confidence']:.0%}"
+def mood(sentiment: dict[str, Any], language: Language) -> str:
+    """Such as `😢 负面 98%`."""
+    return f"{name_of(sentiment, language)} {sentiment['confidence']:.0%}"
 
 
 def title(turns: Sequence[Turn], fallback: str) -> str:

@@ -15,12 +15,12 @@ from openai import (
 from server.ui.texts import Language, say
 
 
-def warn(message: str) -> None:
+def warn(message: str, language: Language) -> None:
     """Shows the sentence for a while. What follows the event still runs, as it would not on errors.
 
     The page takes it for HTML, and it may repeat what a user wrote.
     """
-    gr.Warning(html.escape(message, quote=False))
+    gr.Warning(html.escape(message, quote=False), title=say("notice", language))
 
 
 def explain(error: APIError, language: Language) -> str:
@@ -33,7 +33,8 @@ def explain(error: APIError, language: Language) -> str:
         return say("restarting", language)
     if isinstance(error, InternalServerError) and error.status_code == 503:
         return say("restarting", language)
-    return error.message
+    # The client puts the status in front.
+    return error.body["message"] if isinstance(error.body, dict) else error.message
 
 
 def _retry_after(error: APIStatusError) -> str:

@@ -35,13 +35,14 @@ def batches(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
         yield texts[start : start + size]
 
 
-def write_csv(path: Path, texts: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+def to_csv(texts: Sequence[str], results: Sequence[Mapping[str, Any]]) -> bytes:
     """One row a text. The mark at the beginning has spreadsheets read it as UTF-8."""
-    with path.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label", "confidence"])
-        for text, result in zip(texts, results, strict=True):
-            writer.writerow([_inert(text), _inert(result["label"]), result["confidence"]])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["text", "label", "confidence"])
+    for text, result in zip(texts, results, strict=True):
+        writer.writerow([_inert(text), _inert(result["label"]), result["confidence"]])
+    return file.getvalue().encode("utf-8-sig")
 
 
 def _inert(cell: str) -> str:

@@ -3,11 +3,14 @@
 The browser chooses for what stands on the page (gr.I18n), Accept-Language for what comes later.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import gradio as gr
 
 Language = Literal["zh", "en"]
+
+TITLE = "Qwen All-in-One"
 
 TEXTS: dict[str, tuple[str, str]] = {
     "chat": ("聊天", "Chat"),
@@ -17,11 +20,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "settings": ("设置", "Settings"),
     "system_prompt": ("系统提示词", "System prompt"),
     "system_prompt_info": ("留空则用服务器的人设", "Empty: the server's own persona"),
+    "own_sampling": ("自己定温度与长度", "Choose temperature and length"),
     "temperature": ("温度", "Temperature"),
     "max_tokens": ("最多词元", "Max tokens"),
     "sentiment": ("先判断情绪", "Judge the mood first"),
     "api_key": ("API 密钥", "API key"),
-    "api_key_info": ("只留在本页，刷新即忘", "Stays on this page, until you reload it"),
+    "api_key_info": ("只留在这个标签页，关闭即忘", "Stays in this tab until you close it"),
     "message": ("说点什么…", "Say something…"),
     "greeting": ("今天心情怎么样？", "How are you today?"),
     "mood": ("情绪", "Mood"),
@@ -41,6 +45,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "results": ("结果", "Results"),
     "distribution": ("分布", "Distribution"),
     "download": ("下载 CSV", "Download CSV"),
+    "notice": ("请注意", "Please note"),
     "key_needed": (
         "这台服务器需要 API 密钥，请在侧栏输入后重试。",
         "This server asks for an API key: enter it in the side bar and try again.",
@@ -55,10 +60,14 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "no_lines": ("没有可判断的文本。", "There is no text to classify."),
     "two_labels": ("请至少给出两个不同的标签。", "Give two different labels at least."),
+    "progress": ("已判断 {done} / {total} 条", "{done} of {total} judged"),
     "shown_first": (
-        "显示前 {shown} 条，共 {total} 条；全部都在 CSV 里。",
-        "The first {shown} of {total}; all of them are in the CSV.",
+        "；表格只显示前 {shown} 条，CSV 里是全部。",
+        "; the table shows the first {shown}, the CSV has all.",
     ),
+    "text": ("文本", "Text"),
+    "label": ("标签", "Label"),
+    "confidence": ("把握", "Confidence"),
 }
 
 # Gradio has texts of its own, and translates even the choices of a list that are named as one.
@@ -84,3 +93,10 @@ def say(key: str, language: Language) -> str:
     """The text in that language."""
     zh, en = TEXTS[key]
     return zh if language == "zh" else en
+
+
+def name_of(label: Mapping[str, Any], language: Language) -> str:
+    """A label for people, such as `😢 负面`: its text is Chinese as a rule, its value English."""
+    value = label.get("value") or label["label"]
+    name = label.get("text", value) if language == "zh" else value
+    return f"{label.get('emoji', '')} {name}".strip()

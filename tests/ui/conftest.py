@@ -1,9 +1,10 @@
 """A browser, where the machine has Chromium; its pages watch where their requests go."""
 
+import csv
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,23 @@ class Visit:
     page: Page
     folder: Path
     errors: list[str] = field(default_factory=list)
-    hosts: set[str] = field(default_factory=set)
+    urls: list[str] = field(default_factory=list)
 
     @property
     def bubbles(self) -> Locator:
         return self.page.locator("#chatbot .message-content")
+
+    @property
+    def answers(self) -> Locator:
+        return self.page.locator("#chatbot [data-testid=bot]")
+
+    @property
+    def mood(self) -> Locator:
+        return self.page.locator("#mood")
+
+    @property
+    def api_key(self) -> Locator:
+        return self.page.locator("#api-key input")
 
     @property
     def message(self) -> Locator:
@@ -62,18 +75,61 @@ class Visit:
 
     def until_answered(self, number: int) -> None:
         """Waits until so many answers are there and complete."""
-        expect(self.page.locator("#chatbot [data-testid=bot]")).to_have_count(number)
+        expect(self.answers).to_have_count(number)
         expect(self.page.locator("#message .submit-button")).to_be_visible()
 
-    def open_tab(self, number: int) -> None:
-        self.page.get_by_role("tab").nth(number).click()
+    def open_chat(self) -> None:
+        self.page.get_by_role("tab").nth(0).click()
+
+    def open_classify(self) -> None:
+        self.page.get_by_role("tab").nth(1).click()
+
+    def classify(self, file: Path) -> None:
+        """Gives the file and begins."""
+        self.open_classify()
+        self.page.locator("#file input[type=file]").set_input_files(file)
+        # What is still being uploaded is no file yet.
+        expect(self.page.locator("#file")).to_contain_text(file.stem)
+        self.page.locator("#run").click()
+
+    def download(self) -> list[dict[str, str]]:
+        """The rows of the CSV."""
+        expect(self.page.locator("#download")).to_be_visible()
+        with self.page.expect_download() as started:
+            self.page.locator("#download").click()
+        with Path(started.value.path()).open(encoding="utf-8-sig", newline="") as given:
+            return list(csv.DictReader(given))
+
+    def clipboard(self) -> str:
+        return str(self.page.evaluate("navigator.clipboard.readText()"))
+
+    def width(self) -> int:
+        """Of what there is to see, in pixels."""
+        return int(self.page.evaluate("document.documentElement.scrollWidth"))
+
+    def assert_no_markup_of_the_attack(self) -> None:
+        for tag in ("img[src=x]", "own", "b:text('bold')"):
+            assert self.page.locator(tag).count() == 0
 
     def save_screenshot(self, name: str) -> None:
         self.page.screenshot(path=self.folder / f"{name}.png")
 
 
+# Dialogs, and any of its tags, are failures.
+ATTACK = (
+    "<img src=x onerror=alert(1)><script>alert(2)</script> <b>bold</b> <own>tag</own> &lt;p&gt;"
+)
+VisitPage = Callable[..., AbstractContextManager[Visit]]
+
+PHONE = {
+    "viewport": {"width": 390, "height": 844},
+    "is_mobile": True,
+    "user_agent": "Mozilla/5.0 (Linux; Android 16) Chrome/156.0 Mobile Safari/537.36",
+}
+
+
 @pytest.fixture
-def visit(browser: Browser, tmp_path: Path) -> Callable[..., Any]:
+def visit(browser: Browser, tmp_path: Path) -> VisitPage:
     """Opens a page; at the end, no request of it has left this machine and nothing has failed."""
     folder = Path(os.environ.get(SCREENSHOTS_VARIABLE) or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +140,7 @@ def visit(browser: Browser, tmp_path: Path) -> Callable[..., Any]:
         context = browser.new_context(locale=locale, **options)
         context.set_default_timeout(TIMEOUT_MS)
         visit = Visit(context.new_page(), folder)
-        visit.page.on("request", lambda request: visit.hosts.add(_host(request.url)))
+        visit.page.on("request", lambda request: visit.urls.append(request.url))
         visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
         visit.page.on("dialog", lambda dialog: visit.errors.append(f"dialog: {dialog.message}"))
         try:
@@ -93,7 +149,7 @@ def visit(browser: Browser, tmp_path: Path) -> Callable[..., Any]:
             yield visit
         finally:
             context.close()
-        assert visit.hosts <= {"127.0.0.1", ""}
+        assert {_host(url) for url in visit.urls} <= {"127.0.0.1", ""}
         assert visit.errors == []
 
     return open_page

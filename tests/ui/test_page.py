@@ -1,6 +1,6 @@
 """The page in a real browser, on the bundled model."""
 
-import csv
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,18 +12,12 @@ import pytest
 from playwright.sync_api import expect
 
 from server.config import Settings
-from server.errors import OverloadedError
+from server.errors import APIError, OverloadedError, UnavailableError
 from server.gate import Gate
 from tests.conftest import LiveServer
-from tests.faults.conftest import BOUND_S
+from tests.faults.conftest import BOUND_S, held
 from tests.processes import environment, self_signed, started
-from tests.ui.conftest import Visit
-
-VisitPage = Callable[..., AbstractContextManager[Visit]]
-
-ATTACK = (
-    "<img src=x onerror=alert(1)><script>alert(2)</script> <b>bold</b> <own>tag</own> &lt;p&gt;"
-)
+from tests.ui.conftest import ATTACK, PHONE, VisitPage
 
 
 def test_a_chat_shows_the_mood_and_the_answer(mini: LiveServer, visit: VisitPage) -> None:
@@ -35,8 +29,22 @@ def test_a_chat_shows_the_mood_and_the_answer(mini: LiveServer, visit: VisitPage
         page.say("今天的实验终于成功了，太棒了！")
         page.until_answered(2)
         expect(page.bubbles.nth(2)).to_contain_text("😄 正面")
-        expect(page.page.locator("#mood")).to_contain_text("positive")
+        expect(page.mood).to_contain_text("😄 正面")
+        legend = page.page.locator("#mood-plot .role-legend")
+        expect(legend).to_have_text(re.compile("😄 正面.*😢 负面.*😐 中性"))
         page.save_screenshot("chat-zh")
+
+
+def test_the_mood_is_there_before_any_text_of_the_answer(
+    mini: LiveServer, visit: VisitPage
+) -> None:
+    with visit(mini.url) as page:
+        with held(mini.services, answers_only=True):
+            page.say("What a lovely morning, I am so happy!")
+            expect(page.bubbles.first).to_contain_text("😄 positive")
+            expect(page.mood).to_contain_text("😄 positive")
+            expect(page.answers).to_have_count(0)
+        page.until_answered(1)
 
 
 def test_an_opener_a_retry_an_undo_and_a_new_conversation(
@@ -48,7 +56,7 @@ def test_an_opener_a_retry_an_undo_and_a_new_conversation(
         page.page.get_by_role("button", name="Retry").click()
         page.until_answered(1)
         # The same text again: the mood is known.
-        expect(page.page.locator("#mood")).to_contain_text("from the cache")
+        expect(page.mood).to_contain_text("from the cache")
         page.page.get_by_role("button", name="New conversation").click()
         expect(page.bubbles).to_have_count(0)
         page.page.locator("#conversations label").click()
@@ -66,20 +74,31 @@ def test_an_edited_message_is_answered_anew(mini: LiveServer, visit: VisitPage) 
         page.page.locator("#chatbot textarea").first.fill("I am so happy today, it is wonderful!")
         page.page.get_by_role("button", name="Submit").first.click()
         expect(page.bubbles.first).to_contain_text("so happy today, it is wonderful!")
-        expect(page.page.locator("#mood")).to_contain_text("positive")
+        expect(page.mood).to_contain_text("positive")
         page.until_answered(1)
 
 
-def test_a_busy_server_says_how_long_to_wait(
-    mini: LiveServer, visit: VisitPage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OverloadedError("busy"), "The server is busy; try again in 2 seconds."),
+        (UnavailableError(), "The server is restarting; try again in a moment."),
+    ],
+)
+def test_a_server_that_lets_nobody_in_says_for_how_long(
+    mini: LiveServer,
+    visit: VisitPage,
+    monkeypatch: pytest.MonkeyPatch,
+    error: APIError,
+    sentence: str,
 ) -> None:
     def enter(gate: Gate) -> None:
-        raise OverloadedError("busy")
+        raise error
 
     with visit(mini.url) as page:
         monkeypatch.setattr(Gate, "enter", enter)
         page.say("hello")
-        expect(page.page.get_by_text("try again in 2 seconds")).to_be_visible()
+        expect(page.page.get_by_text(sentence)).to_be_visible()
         expect(page.message).to_have_value("hello")
 
 
@@ -87,8 +106,32 @@ def test_under_the_hood_stands_what_was_sent(mini: LiveServer, visit: VisitPage)
     with visit(mini.url) as page:
         page.say("It's a good day")
         page.until_answered(1)
-        page.page.locator("#hood button").first.click()
-        expect(page.page.locator("#hood")).to_contain_text(f"{mini.base_url}/chat/completions")
+        hood = page.page.locator("#hood")
+        hood.get_by_role("button").first.click()
+        expect(hood).to_contain_text(f"{mini.base_url}/chat/completions")
+        # What nobody chose is the server's to say.
+        expect(hood).not_to_contain_text("temperature")
+        page.page.locator("#own-sampling input").check()
+        page.say("It's a good day")
+        page.until_answered(2)
+        expect(hood).to_contain_text('"temperature": 0.7, "max_tokens": 512')
+        hood.get_by_role("tab", name="Python").click()
+        expect(hood).to_contain_text("for chunk in client.chat.completions.create(")
+        page.page.locator("#hood").scroll_into_view_if_needed()
+        page.save_screenshot("hood-en")
+
+
+def test_what_is_copied_is_what_was_said(mini: LiveServer, visit: VisitPage) -> None:
+    with visit(mini.url, permissions=["clipboard-read", "clipboard-write"]) as page:
+        page.say(ATTACK)
+        page.until_answered(1)
+        page.page.get_by_role("button", name="Copy").first.click()
+        assert page.clipboard() == ATTACK
+        page.bubbles.first.click(click_count=3)
+        page.page.keyboard.press("Control+A")
+        page.page.keyboard.press("Control+C")
+        assert ATTACK in page.clipboard()
+        assert not {"\u2060", "\u2063"} & set(page.clipboard())
 
 
 @pytest.mark.parametrize(
@@ -103,83 +146,45 @@ def test_the_language_is_the_browsers(
         expect(page.message).to_have_attribute("placeholder", placeholder)
 
 
-def test_markup_stays_text_wherever_it_comes_from(
-    mini: LiveServer, visit: VisitPage, tmp_path: Path
-) -> None:
-    file = tmp_path / "attack.csv"
-    with file.open("w", newline="") as out:
-        csv.writer(out).writerows([["text"], [ATTACK]])
+def test_markup_stays_text(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         page.say(ATTACK)
         page.until_answered(1)
         shown = page.bubbles.first.inner_text().replace("\u2060", "")
         assert shown.splitlines()[0] == ATTACK
-        page.open_tab(1)
-        page.page.locator("#file input[type=file]").set_input_files(file)
-        page.page.locator("#own-labels textarea, #own-labels input").fill("<b>a</b>, <i>b</i>")
-        page.page.locator("#run").click()
-        expect(page.page.locator("#download")).to_be_visible()
-        expect(page.page.locator("#results")).to_contain_text("<script>alert(2)</script>")
-        for tag in ("img[src=x]", "own", "b:text('bold')"):
-            assert page.page.locator(tag).count() == 0
+        page.assert_no_markup_of_the_attack()
 
 
-def test_a_file_is_classified_and_given_back(
-    mini: LiveServer, visit: VisitPage, tmp_path: Path
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_or_dark_is_the_browsers_choice(
+    mini: LiveServer, visit: VisitPage, scheme: str
 ) -> None:
-    file = tmp_path / "reviews.txt"
-    file.write_text("太棒了，我很开心！\n等了两个小时，气死我了。\n" * 20, encoding="utf-8")
-    with visit(mini.url) as page:
-        page.open_tab(1)
-        page.page.locator("#file input[type=file]").set_input_files(file)
-        page.page.locator("#run").click()
-        expect(page.page.locator("#download")).to_be_visible()
-        page.save_screenshot("classify-en")
-        with page.page.expect_download() as started:
-            page.page.locator("#download").click()
-        with Path(started.value.path()).open(encoding="utf-8-sig", newline="") as given:
-            rows = list(csv.DictReader(given))
-        assert [row["label"] for row in rows] == ["positive", "negative"] * 20
+    with visit(mini.url, color_scheme=scheme) as page:
+        page.say("I finally got the job!")
+        page.until_answered(1)
+        page.say("But my cat is ill.")
+        page.until_answered(2)
+        page.save_screenshot(f"chat-{scheme}-en")
+        colour = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        lightness = sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+        assert (lightness > 128) == (scheme == "light")
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(mini: LiveServer, visit: VisitPage) -> None:
-    phone = {
-        "viewport": {"width": 390, "height": 844},
-        "color_scheme": "dark",
-        "is_mobile": True,
-        "user_agent": "Mozilla/5.0 (Linux; Android 16) Chrome/156.0 Mobile Safari/537.36",
-    }
-    with visit(mini.url, "zh-CN", **phone) as page:
+    with visit(mini.url, "zh-CN", color_scheme="dark", **PHONE) as page:
         page.say("今天好累")
         page.until_answered(1)
         page.save_screenshot("phone-dark-zh")
-        width = page.page.evaluate("document.documentElement.scrollWidth")
-        assert width <= 390
+        assert page.width() <= 390
 
 
 def test_a_reply_is_stopped_and_what_came_of_it_stays(tiny: LiveServer, visit: VisitPage) -> None:
     with visit(tiny.url) as page:
         page.say("never stop")
-        expect(page.page.locator("#chatbot [data-testid=bot]")).to_have_count(1)
+        expect(page.answers).to_have_count(1)
         page.page.locator("#message .stop-button").click()
         page.until_answered(1)
         assert httpx.get(f"{tiny.url}/ready").json()["requests"] == 0
-
-
-def test_a_server_with_keys_asks_for_one(
-    tiny_checkpoint: Path,
-    serve: Callable[[Settings], AbstractContextManager[LiveServer]],
-    visit: VisitPage,
-) -> None:
-    settings = Settings(model=str(tiny_checkpoint), api_key="sk-right")  # type: ignore[arg-type]
-    with serve(settings) as server, visit(server.url) as page:
-        page.say("hello")
-        expect(page.page.get_by_text("asks for an API key")).to_be_visible()
-        expect(page.message).to_have_value("hello")
-        page.page.locator("#api-key input").fill("sk-right")
-        page.page.locator("#api-key input").blur()
-        page.message.press("Enter")
-        expect(page.page.locator("#chatbot [data-testid=bot]")).to_have_count(1)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
@@ -211,18 +216,32 @@ def test_without_the_page_the_address_is_unknown(
         assert httpx.get(server.url).status_code == 404
 
 
+def test_without_the_extra_the_server_says_how_to_get_the_page(tmp_path: Path) -> None:
+    # As if Gradio were not installed: Python reads this file at its start.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['gradio'] = None\n")
+    env = {**environment(tmp_path), "PYTHONPATH": str(tmp_path)}
+    with started(env, "--model", "mini", "--ui") as server:
+        assert server.get("/").status_code == 404
+        assert server.get("/v1/models").status_code == 200
+    assert "page              pip install 'qwen-all-in-one[ui]'" in "".join(server.output)
+
+
 def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: VisitPage) -> None:
-    with (
-        started(environment(tmp_path), "--model", "mini", "--ui") as server,
-        visit(server.url) as page,
-    ):
+    folder, file = tmp_path / "gradio", tmp_path / "one.txt"
+    file.write_text("fine", encoding="utf-8")
+    env = {**environment(tmp_path), "GRADIO_TEMP_DIR": str(folder)}
+    with started(env, "--model", "mini", "--ui") as server, visit(server.url) as page:
+        page.classify(file)
+        assert len(page.download()) == 1
+        page.open_chat()
         page.say("hello")
         page.until_answered(1)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(BOUND_S) == 0
         page.say("and now?")
-        # What the browser cannot reach, Gradio tells itself.
-        expect(page.page.get_by_text("Connection").first).to_be_visible()
+        expect(page.page.get_by_text("The server is restarting")).to_be_visible()
     output = "".join(server.output)
     assert "Traceback" not in output
     assert "graceful shutdown exceeded" not in output
+    # Neither what was uploaded nor what was given back is left; of an upload an empty file is.
+    assert not any(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -3,15 +3,25 @@
 import ast
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from server.ui.chat import Options, chat_body
 from server.ui.classify import task_of
 from server.ui.commands import arguments_of, curl_line, python_lines
-from server.ui.conversation import Turn, inert, plain, request_messages, shown_messages, turn_at
-from server.ui.lines import batches, read_file, read_lines, write_csv
-from server.ui.texts import TEXTS
+from server.ui.conversation import (
+    Turn,
+    inert,
+    plain,
+    request_messages,
+    shown_messages,
+    turn_at,
+    with_names,
+)
+from server.ui.lines import batches, read_file, read_lines, to_csv
+from server.ui.texts import TEXTS, name_of
 
 NASTY = """it's "quoted" $(rm -rf /) `x` \\ 很好\n<b>&amp;"""
 BODY = {
@@ -20,7 +30,7 @@ BODY = {
     "stream": True,
     "sentiment": False,
 }
-SENTIMENT = {"emoji": "😄", "text": "正面", "confidence": 0.93}
+SENTIMENT = {"label": "positive", "emoji": "😄", "text": "正面", "confidence": 0.93}
 TURNS = [
     Turn(user="a", sentiment=SENTIMENT, answer="b"),
     Turn(user="c", sentiment=None, answer="d"),
@@ -61,7 +71,7 @@ def test_a_conversation_is_sent_without_moods_and_empty_answers() -> None:
 
 
 def test_an_index_of_a_shown_message_leads_to_its_turn() -> None:
-    contents = [message["content"] for message in shown_messages(TURNS)]
+    contents = [message["content"] for message in shown_messages(TURNS, "zh")]
     assert contents == ["a\n\u2063😄 正面 93%", "b", "c", "d", "e"]
     assert [turn_at(TURNS, index) for index in range(5)] == [0, 0, 1, 1, 2]
     assert plain(contents[0]) == "a"
@@ -85,10 +95,9 @@ def test_lines_are_read_from_text_and_csv(tmp_path: Path) -> None:
     assert read_file(path) == []
 
 
-def test_a_csv_holds_no_formula(tmp_path: Path) -> None:
-    path = tmp_path / "x.csv"
-    write_csv(path, ["=1+1"], [{"label": "@x", "confidence": 0.5}])
-    assert path.read_text(encoding="utf-8-sig").splitlines()[1] == "'=1+1,'@x,0.5"
+def test_a_csv_holds_no_formula() -> None:
+    content = to_csv(["=1+1"], [{"label": "@x", "confidence": 0.5}])
+    assert content.decode("utf-8-sig").splitlines()[1] == "'=1+1,'@x,0.5"
 
 
 def test_batches_keep_order_and_lose_nothing() -> None:
@@ -102,6 +111,23 @@ def test_own_labels_come_before_the_task() -> None:
     assert task_of("intent", " ", "x") == {"task": "intent"}
     assert task_of("intent", "a，a", "") is None
     assert task_of("intent", "a, b，a", "x") == {"instructions": "x", "labels": ["a", "b"]}
+
+
+def test_only_what_was_chosen_is_sent() -> None:
+    options = Options("", False, 0.5, 16.0, with_sentiment=True, api_key="sk")
+    body = chat_body("m", TURNS, options)
+    assert not {"temperature", "max_tokens"} & set(body)
+    body = chat_body("m", TURNS, replace(options, has_own_sampling=True))
+    assert (body["temperature"], body["max_tokens"]) == (0.5, 16)
+    assert "sk" not in json.dumps(body)
+
+
+def test_a_label_has_a_name_in_either_language() -> None:
+    labels = [{"value": "positive", "text": "正面", "emoji": "😄"}]
+    judged = {"probabilities": [{"value": "positive", "probability": 1}, {"value": "new"}]}
+    known, unknown = with_names(judged, labels)["probabilities"]
+    assert (name_of(known, "zh"), name_of(known, "en")) == ("😄 正面", "😄 positive")
+    assert name_of(unknown, "zh") == "new"
 
 
 def test_every_text_is_there_in_both_languages() -> None:

@@ -1,0 +1,144 @@
+"""The classify tab: where its components stand, and which event leads to which function."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
+from openai import APIError, AuthenticationError
+
+from server.ui.classify import MAX_ROWS, Judged, gather_texts, judge, task_of
+from server.ui.client import connect, own_url, served_model
+from server.ui.failures import explain, warn
+from server.ui.side_bar import SideBar
+from server.ui.texts import language_of, local, say
+
+
+class ClassifyTab:
+    """Texts in, labels out."""
+
+    def __init__(self, tab: gr.Tab, side: SideBar) -> None:
+        self._side = side
+        self._judged = gr.State()
+        with gr.Row():
+            with gr.Column():
+                self._pasted = gr.Textbox(
+                    label=local("lines"), lines=6, max_lines=6, elem_id="lines"
+                )
+                self._file = gr.File(
+                    label=local("file"), file_types=[".csv", ".txt"], height=120, elem_id="file"
+                )
+                # More of them when the server has been asked.
+                self._task = gr.Dropdown(["sentiment"], label=local("task"), elem_id="task")
+                self._labels = gr.Textbox(label=local("own_labels"), elem_id="own-labels")
+                self._instructions = gr.Textbox(label=local("own_instructions"), max_lines=3)
+                with gr.Row():
+                    self._run = gr.Button(local("run"), variant="primary", elem_id="run")
+                    self._stop = gr.Button(local("stop"), elem_id="stop")
+            with gr.Column():
+                self._plot = gr.BarPlot(
+                    x="label",
+                    y="count",
+                    x_title=" ",
+                    y_title=" ",
+                    height=280,
+                    y_lim=[0, None],
+                    y_axis_format="d",
+                    show_label=False,  # as in the other tab
+                    elem_id="distribution",
+                    buttons=[],
+                )
+                self._note = gr.Markdown(elem_id="note")
+                self._table = gr.Dataframe(
+                    datatype="str",
+                    label=local("results"),
+                    interactive=False,
+                    wrap=True,
+                    max_height=420,
+                    elem_id="results",
+                    visible=False,
+                )
+                self._download = gr.DownloadButton(
+                    local("download"), visible=False, elem_id="download"
+                )
+        self._connect(tab)
+
+    def _connect(self, tab: gr.Tab) -> None:
+        quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        key = self._side.api_key
+        gr.on([tab.select, key.submit, key.blur], self._list_tasks, [key], [self._task], **quietly)
+        shown = [self._plot, self._note, self._table]
+        running = self._run.click(
+            self._classify,
+            [self._pasted, self._file, self._task, self._labels, self._instructions, key],
+            [self._judged, self._download, *shown, *self._side.asking],
+            show_progress_on=[self._plot],
+            # One run at a time: ten thousand lines of one browser are work enough.
+            concurrency_limit=1,
+            api_visibility="private",
+        )
+        stopped = self._stop.click(None, cancels=[running], api_visibility="private")
+        for end in (running, stopped):
+            end.then(self._offer, [self._judged], [self._download, *shown], **quietly)
+
+    async def _list_tasks(self, api_key: str, request: gr.Request) -> Any:
+        try:
+            async with connect(own_url(request), api_key) as client:
+                return gr.Dropdown(list((await served_model(client)).tasks))
+        except APIError:
+            return gr.skip()  # whoever starts a run is told
+
+    async def _classify(
+        self,
+        pasted: str,
+        file: str | None,
+        task: str,
+        labels: str,
+        instructions: str,
+        api_key: str,
+        request: gr.Request,
+        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008  # Gradio finds it there
+    ) -> AsyncIterator[dict[Any, Any]]:
+        language = language_of(request)
+        texts, body = gather_texts(pasted, file), task_of(task, labels, instructions)
+        if not texts or body is None:
+            warn(say("two_labels" if texts else "no_lines", language), language)
+            return
+        yield {self._judged: None, self._download: gr.DownloadButton(visible=False)}
+        progress(0)
+        try:
+            async with connect(own_url(request), api_key) as client:
+                async for judged in judge(client, texts, body):
+                    progress((len(judged.results), len(texts)))
+                    if judged.is_due:
+                        yield {self._judged: judged, **self._shown(judged, request)}
+        except APIError as error:
+            warn(explain(error, language), language)
+            if isinstance(error, AuthenticationError):
+                yield self._side.ask_for_key()
+
+    def _offer(self, judged: Judged | None, request: gr.Request) -> dict[Any, Any]:
+        """What a run has come to, wherever it ended, to be taken away."""
+        if judged is None:
+            return {self._download: gr.skip()}
+        # In Gradio's own folder, which it tidies.
+        path = save_bytes_to_cache(judged.csv(), "results.csv", self._download.GRADIO_CACHE)
+        return {
+            self._download: gr.DownloadButton(value=path, visible=True),
+            **self._shown(judged, request),
+        }
+
+    def _shown(self, judged: Judged, request: gr.Request) -> dict[Any, Any]:
+        language, done = language_of(request), len(judged.results)
+        note = say("progress", language).format(done=done, total=len(judged.texts))
+        if done > MAX_ROWS:
+            note += say("shown_first", language).format(shown=MAX_ROWS)
+        headers = [say(key, language) for key in ("text", "label", "confidence")]
+        rows = {"headers": headers, "data": judged.rows(language)}
+        return {
+            self._plot: gr.BarPlot(
+                judged.distribution(language), title=say("distribution", language)
+            ),
+            self._note: note,
+            self._table: gr.Dataframe(rows, visible=True),
+        }

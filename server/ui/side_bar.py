@@ -1,0 +1,76 @@
+"""The side bar: conversations to open, what every request is sent with, the API key."""
+
+from typing import Any
+
+import gradio as gr
+
+from server.ui.browser import KEEP_KEY, RECALL_KEY
+from server.ui.texts import TITLE, local
+
+
+class SideBar:
+    """Conversations, and what every request is sent with."""
+
+    def __init__(self) -> None:
+        # Closed until it is known that it does not cover a phone's whole screen.
+        with gr.Sidebar(open=False) as self.itself:
+            gr.Markdown(f"## {TITLE}")
+            self.api_key = gr.Textbox(
+                label=local("api_key"),
+                info=local("api_key_info"),
+                type="password",
+                elem_id="api-key",
+                visible=False,
+            )
+            self.new = gr.Button(local("new_conversation"), variant="primary", size="sm")
+            self.conversations = gr.Radio(
+                [], label=local("conversations"), elem_id="conversations", visible=False
+            )
+            with gr.Accordion(local("settings"), open=True):
+                self._system_prompt = gr.Textbox(
+                    label=local("system_prompt"), info=local("system_prompt_info"), lines=2
+                )
+                self._sentiment = gr.Checkbox(True, label=local("sentiment"))
+                self._has_own = gr.Checkbox(
+                    False, label=local("own_sampling"), elem_id="own-sampling"
+                )
+                with gr.Column(visible=False) as self._sampling:
+                    self._temperature = gr.Slider(0, 2, 0.7, step=0.1, label=local("temperature"))
+                    self._max_tokens = gr.Slider(16, 2048, 512, step=16, label=local("max_tokens"))
+
+    @property
+    def options(self) -> list[gr.components.Component]:
+        """In the order of chat.Options."""
+        return [
+            self._system_prompt,
+            self._has_own,
+            self._temperature,
+            self._max_tokens,
+            self._sentiment,
+            self.api_key,
+        ]
+
+    @property
+    def asking(self) -> list[Any]:
+        """What `ask_for_key` changes."""
+        return [self.itself, self.api_key]
+
+    def ask_for_key(self) -> dict[Any, Any]:
+        """Shows the field for the key, which nobody needs before a server has refused them."""
+        return {self.itself: gr.Sidebar(open=True), self.api_key: gr.Textbox(visible=True)}
+
+    def connect(self, page: gr.Blocks) -> None:
+        """What happens here without the tabs."""
+        quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        self._has_own.input(_show_if, [self._has_own], [self._sampling], queue=False, **quietly)
+        page.load(_open_if_wide, None, [self.itself], queue=False, **quietly)
+        page.load(None, None, [self.api_key], js=RECALL_KEY, **quietly)
+        self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **quietly)
+
+
+def _open_if_wide(request: gr.Request) -> Any:
+    return gr.Sidebar(open="Mobi" not in request.headers.get("user-agent", ""))
+
+
+def _show_if(is_wanted: bool) -> Any:
+    return gr.Column(visible=is_wanted)

@@ -1,0 +1,123 @@
+"""The classify tab in a real browser."""
+
+import csv
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from server.config import Settings
+from tests.conftest import LiveServer
+from tests.ui.conftest import ATTACK, PHONE, VisitPage
+
+REVIEWS = "太棒了，我很开心！\n等了两个小时，气死我了。\n" * 20
+NUM_LINES = 10_000
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_classified_and_given_back(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    with visit(mini.url) as page:
+        page.classify(write(tmp_path / "reviews.txt", REVIEWS))
+        rows = page.download()
+        assert [row["label"] for row in rows] == ["positive", "negative"] * 20
+        page.save_screenshot("classify-en")
+        expect(page.page.locator("#results")).to_contain_text("😄 positive")
+
+
+def test_the_results_are_in_the_language_of_the_page(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    with visit(mini.url, "zh-CN", color_scheme="dark", **PHONE) as page:
+        page.classify(write(tmp_path / "reviews.txt", REVIEWS))
+        expect(page.page.locator("#results")).to_contain_text("把握")
+        expect(page.page.locator("#results")).to_contain_text("😄 正面")
+        page.page.locator("#distribution").scroll_into_view_if_needed()
+        page.save_screenshot("classify-phone-dark-zh")
+        assert page.width() <= 390
+        assert {row["label"] for row in page.download()} == {"positive", "negative"}
+
+
+def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    lines = [f"第{number % 500}次来" for number in range(NUM_LINES)]
+    with visit(mini.url) as page:
+        page.classify(write(tmp_path / "many.txt", "\n".join(lines)))
+        note = page.page.locator("#note")
+        expect(note).to_contain_text(f"of {NUM_LINES} judged")
+        page.open_chat()
+        page.say("Do you still have time for me?")
+        page.until_answered(1)
+        page.open_classify()
+        assert f"{NUM_LINES} of {NUM_LINES}" not in note.inner_text()
+        expect(note).to_contain_text(
+            f"{NUM_LINES} of {NUM_LINES} judged; the table shows the first 200"
+        )
+        rows = page.download()
+        assert [row["text"] for row in rows] == lines
+        # Only what is in sight of the table is there.
+        scroll = "each => each.querySelectorAll('*').forEach(part => part.scrollTop = 1e6)"
+        page.page.locator("#results").evaluate(scroll)
+        expect(page.page.locator("#results")).to_contain_text("第199次来")
+        expect(page.page.locator("#results")).not_to_contain_text("第200次来")
+
+
+def test_what_was_judged_before_a_stop_can_be_downloaded(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    lines = [f"This is number {number}." for number in range(3_000)]
+    with visit(mini.url) as page:
+        page.classify(write(tmp_path / "many.txt", "\n".join(lines)))
+        expect(page.page.locator("#note")).to_contain_text("of 3000 judged")
+        page.page.locator("#stop").click()
+        rows = page.download()
+        done = re.match(r"(\d+) of 3000 judged", page.page.locator("#note").inner_text())
+        assert done is not None
+        assert len(rows) == int(done[1]) < 3_000
+        assert [row["text"] for row in rows] == lines[: len(rows)]
+
+
+def test_markup_in_a_file_and_in_labels_stays_text(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    file = tmp_path / "attack.csv"
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([["text"], [ATTACK]])
+    with visit(mini.url) as page:
+        page.open_classify()
+        page.page.locator("#own-labels textarea, #own-labels input").fill("<b>a</b>, <i>b</i>")
+        page.classify(file)
+        assert len(page.download()) == 1
+        expect(page.page.locator("#results")).to_contain_text("<script>alert(2)</script>")
+        page.assert_no_markup_of_the_attack()
+
+
+def test_the_tasks_are_those_the_server_has(
+    tiny_checkpoint: Path,
+    serve: Callable[[Settings], AbstractContextManager[LiveServer]],
+    visit: VisitPage,
+    tmp_path: Path,
+) -> None:
+    tasks = write(
+        tmp_path / "tasks.toml",
+        '[spam]\ninstructions = "是广告吗？"\n'
+        'labels = [{ value = "yes", text = "是" }, { value = "no", text = "否" }]\n',
+    )
+    with (
+        serve(Settings(model=str(tiny_checkpoint), tasks=tasks)) as server,
+        visit(server.url) as page,
+    ):
+        page.open_classify()
+        page.page.locator("#task input").click()
+        expect(page.page.get_by_role("option")).to_contain_text(["sentiment", "intent", "spam"])
+        page.page.get_by_role("option", name="spam").click()
+        page.classify(write(tmp_path / "one.txt", "buy now"))
+        assert page.download()[0]["label"] in ("yes", "no")
