@@ -1,6 +1,7 @@
 """What has to happen in the browser itself: the little JavaScript that Gradio has no means for."""
 
 import json
+from string import Template
 
 from server.ui.texts import say
 
@@ -13,11 +14,11 @@ CONNECTION_LOST = "Connection to the server was lost"
 
 _START = r"""
 () => {
-  const restarting = navigator.language.startsWith("zh") ? ZH : EN;
+  const restarting = navigator.language.startsWith("zh") ? $zh : $en;
   let isKeyAsked = false;
   const look = () => {
     for (const each of document.querySelectorAll("[data-testid=toast-text]")) {
-      if (each.textContent.startsWith(CONNECTION_LOST)) each.textContent = restarting;
+      if (each.textContent.startsWith($lost)) each.textContent = restarting;
     }
     const key = document.querySelector("#api-key input");
     if (key && !isKeyAsked) key.focus();
@@ -39,8 +40,8 @@ _START = r"""
   });
 }
 """
-ON_START = (
-    _START.replace("CONNECTION_LOST", json.dumps(CONNECTION_LOST))
-    .replace("ZH", json.dumps(say("restarting", "zh"), ensure_ascii=False))
-    .replace("EN", json.dumps(say("restarting", "en")))
+ON_START = Template(_START).substitute(
+    lost=json.dumps(CONNECTION_LOST),
+    zh=json.dumps(say("restarting", "zh")),
+    en=json.dumps(say("restarting", "en")),
 )

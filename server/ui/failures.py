@@ -33,8 +33,9 @@ def explain(error: APIError, language: Language) -> str:
         return say("restarting", language)
     if isinstance(error, InternalServerError) and error.status_code == 503:
         return say("restarting", language)
-    # The client puts the status in front.
-    return error.body["message"] if isinstance(error.body, dict) else error.message
+    # The client puts the status in front of what the server says.
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return said or error.message
 
 
 def _retry_after(error: APIStatusError) -> str:

@@ -19,6 +19,7 @@ class SideBar:
                 label=local("api_key"),
                 info=local("api_key_info"),
                 type="password",
+                html_attributes=gr.InputHTMLAttributes(autocomplete="off", spellcheck=False),
                 elem_id="api-key",
                 visible=False,
             )

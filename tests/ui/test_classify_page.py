@@ -1,15 +1,22 @@
 """The classify tab in a real browser."""
 
+import asyncio
 import csv
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import pytest
+from openai import AsyncOpenAI
 from playwright.sync_api import expect
 
 from server.config import Settings
+from server.ui.client import classify
 from tests.conftest import LiveServer
+from tests.faults.conftest import BOUND_S
 from tests.ui.conftest import ATTACK, PHONE, VisitPage
 
 REVIEWS = "太棒了，我很开心！\n等了两个小时，气死我了。\n" * 20
@@ -46,9 +53,19 @@ def test_the_results_are_in_the_language_of_the_page(
 
 
 def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
-    mini: LiveServer, visit: VisitPage, tmp_path: Path
+    mini: LiveServer, visit: VisitPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = [f"第{number % 500}次来" for number in range(NUM_LINES)]
+    lines = [f"第{number % 500}次来" for number in range(NUM_LINES - 1)] + ["最后一条"]
+    is_answered = threading.Event()
+
+    async def classify_last_when_answered(
+        client: AsyncOpenAI, texts: Sequence[str], task: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        if lines[-1] in texts:
+            await asyncio.to_thread(is_answered.wait, BOUND_S)
+        return await classify(client, texts, task)
+
+    monkeypatch.setattr("server.ui.classify.classify", classify_last_when_answered)
     with visit(mini.url) as page:
         page.classify(write(tmp_path / "many.txt", "\n".join(lines)))
         note = page.page.locator("#note")
@@ -58,6 +75,7 @@ def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
         page.until_answered(1)
         page.open_classify()
         assert f"{NUM_LINES} of {NUM_LINES}" not in note.inner_text()
+        is_answered.set()
         expect(note).to_contain_text(
             f"{NUM_LINES} of {NUM_LINES} judged; the table shows the first 200"
         )

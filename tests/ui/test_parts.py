@@ -6,10 +6,12 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
+from openai import BadRequestError
 
 from server.ui.chat import Options, chat_body
-from server.ui.classify import task_of
+from server.ui.classify import MAX_ROWS, Judged, task_of
 from server.ui.commands import arguments_of, curl_line, python_lines
 from server.ui.conversation import (
     Turn,
@@ -20,6 +22,7 @@ from server.ui.conversation import (
     turn_at,
     with_names,
 )
+from server.ui.failures import explain
 from server.ui.lines import batches, read_file, read_lines, to_csv
 from server.ui.texts import TEXTS, name_of
 
@@ -120,6 +123,22 @@ def test_only_what_was_chosen_is_sent() -> None:
     body = chat_body("m", TURNS, replace(options, has_own_sampling=True))
     assert (body["temperature"], body["max_tokens"]) == (0.5, 16)
     assert "sk" not in json.dumps(body)
+
+
+def test_what_the_server_says_is_told_without_the_status() -> None:
+    response = httpx.Response(400, request=httpx.Request("POST", "http://x"))
+    error = BadRequestError(
+        "Error code: 400 - too long", response=response, body={"message": "too long"}
+    )
+    assert explain(error, "en") == "too long"
+
+
+def test_a_table_shows_the_first_rows_and_the_csv_has_all() -> None:
+    results = [{"label": "a", "text": "b", "confidence": 0.5}] * (MAX_ROWS + 1)
+    judged = Judged(["x"] * 1000, results, is_due=True)
+    assert judged.rows("zh") == [["x", "b", "50%"]] * MAX_ROWS
+    assert len(judged.csv().decode("utf-8-sig").splitlines()) == 1 + len(results)
+    assert judged.distribution("en").values.tolist() == [["a", len(results)]]
 
 
 def test_a_label_has_a_name_in_either_language() -> None:
