@@ -29,7 +29,7 @@ class ChatTab:
         self._side = side
         # All conversations stay in the browser; the one that is open is here while it is.
         self._saved = gr.BrowserState([], storage_key="qwen-all-in-one", secret="no secret")
-        self._current = gr.State(0)
+        self._current = gr.State()  # its number among the saved; None while it is new
         self._turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -89,7 +89,8 @@ class ChatTab:
         said, turns = self._said, self._turns
         chatbot, side = self._chatbot, self._side
         opened = [self._current, turns, chatbot, self._label, self._plot, side.conversations]
-        page.load(_open_new, [self._saved], opened, **QUIETLY)
+        # Nothing else on load: whoever is quick has already said something.
+        page.load(_list_saved, [self._saved], [side.conversations], **QUIETLY)
         side.new.click(_open_new, [self._saved], opened, **QUIETLY)
         side.conversations.input(_open, [side.conversations, self._saved], opened, **QUIETLY)
         begun = [turns, said]
@@ -156,6 +157,7 @@ class ChatTab:
             [
                 self._turns,
                 self._saved,
+                self._current,
                 self._said,
                 self._chatbot,
                 self._label,
@@ -167,7 +169,7 @@ class ChatTab:
 
 
 def _open_new(saved: Conversations, request: gr.Request) -> tuple[Any, ...]:
-    return _opened(len(saved), [], saved, request)
+    return _opened(None, [], saved, request)
 
 
 def _open(number: int, saved: Conversations, request: gr.Request) -> tuple[Any, ...]:
@@ -175,7 +177,7 @@ def _open(number: int, saved: Conversations, request: gr.Request) -> tuple[Any, 
 
 
 def _opened(
-    number: int, turns: list[Turn], saved: Conversations, request: gr.Request
+    number: int | None, turns: list[Turn], saved: Conversations, request: gr.Request
 ) -> tuple[Any, ...]:
     return (
         number,
@@ -187,12 +189,15 @@ def _opened(
     )
 
 
-def _list_of(saved: Conversations, current: int, request: gr.Request) -> Any:
+def _list_saved(saved: Conversations, request: gr.Request) -> Any:
+    return _list_of(saved, None, request)
+
+
+def _list_of(saved: Conversations, current: int | None, request: gr.Request) -> Any:
     """The newest first."""
     fallback = say("new_conversation", language_of(request))
     choices = [(title(turns, fallback), number) for number, turns in enumerate(saved)]
-    value = current if current < len(saved) else None
-    return gr.Radio(choices[::-1], value=value, visible=bool(choices))
+    return gr.Radio(choices[::-1], value=current, visible=bool(choices))
 
 
 def _say(text: str, turns: list[Turn]) -> tuple[list[Turn], Any]:
@@ -225,20 +230,22 @@ def _clear() -> tuple[list[Turn], Any]:
 
 
 def _finish(
-    turns: list[Turn], saved: Conversations, current: int, said: str, request: gr.Request
+    turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
 ) -> tuple[Any, ...]:
     """Keeps the conversation; what got no answer goes back to where it was written."""
     if turns and not turns[-1]["answer"]:
         *turns, unanswered = turns
         said = said or unanswered["user"]
     saved = copy.copy(saved)
-    if current < len(saved):
+    if current is not None:
         saved[current] = turns
     elif turns:
+        current = len(saved)
         saved.append(turns)
     return (
         turns,
         saved,
+        current,
         gr.Textbox(said, submit_btn=True, stop_btn=False),
         shown_messages(turns, language_of(request)),
         chat.mood_label(turns, request),

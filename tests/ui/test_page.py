@@ -66,6 +66,24 @@ def test_an_opener_a_retry_an_undo_and_a_new_conversation(
         expect(page.message).to_have_value("I finally got the job!")
 
 
+def test_conversations_are_kept_in_the_browser_each_by_itself(
+    mini: LiveServer, visit: VisitPage
+) -> None:
+    with visit(mini.url) as page:
+        page.say("The first one.")
+        page.until_answered(1)
+        page.page.reload()
+        page.say("The second one.")
+        page.until_answered(1)
+        page.say("And more of it.")
+        page.until_answered(2)
+        listed = page.page.locator("#conversations label")
+        expect(listed).to_contain_text(["The second one.", "The first one."])
+        listed.nth(1).click()
+        page.until_answered(1)
+        expect(page.bubbles.first).to_contain_text("The first one.")
+
+
 def test_an_edited_message_is_answered_anew(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         page.say("I am <b>sad</b>")
