@@ -232,12 +232,15 @@ def _clear() -> tuple[list[Turn], Any]:
 def _finish(
     turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
 ) -> tuple[Any, ...]:
-    """Keeps the conversation; what got no answer goes back to where it was written."""
+    """Keeps the conversation, if there is one; what got no answer goes back to be sent anew."""
     if turns and not turns[-1]["answer"]:
         *turns, unanswered = turns
         said = said or unanswered["user"]
     saved = copy.copy(saved)
-    if current is not None:
+    if current is not None and not turns:
+        del saved[current]
+        current = None
+    elif current is not None:
         saved[current] = turns
     elif turns:
         current = len(saved)

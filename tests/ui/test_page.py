@@ -64,6 +64,7 @@ def test_an_opener_a_retry_an_undo_and_a_new_conversation(
         page.page.get_by_role("button", name="Undo").click()
         expect(page.bubbles).to_have_count(0)
         expect(page.message).to_have_value("I finally got the job!")
+        expect(page.page.locator("#conversations label")).to_have_count(0)
 
 
 def test_conversations_are_kept_in_the_browser_each_by_itself(
