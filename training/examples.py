@@ -25,11 +25,13 @@ class Example:
     """Token ids behind a shared prefix; `targets` holds IGNORED where nothing is learned.
 
     probabilities: of the labels, where `targets` holds LABEL.
+    text: where in `ids` the text lies that the label is about.
     """
 
     ids: list[int]
     targets: list[int]
     probabilities: Sequence[float] = ()
+    text: range = range(0)
 
 
 class Renderer:
@@ -58,10 +60,11 @@ class Renderer:
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         ids = [*prompt, self.label_ids[best], self.end]
         targets = [IGNORED] * len(prompt) + [LABEL, self.end]
+        begin = len(self._header["user"])
+        where = range(begin, begin + len(text))
         if learn_text:
-            begin = len(self._header["user"])
-            targets[begin : begin + len(text)] = text
-        return Example(ids, targets, probabilities)
+            targets[where.start : where.stop] = text
+        return Example(ids, targets, probabilities, where)
 
     def reply(
         self,
