@@ -55,6 +55,15 @@ def can(engine: str, request: dict[str, Any]) -> bool:
     return request.get("num_streams", 1) == 1 and request.get("num_cached", 0) <= 100
 
 
+def single_stream_peaks(workers: dict[str, Worker]) -> dict[str, int]:
+    """What each has taken of memory at most, in MiB: loading, and decoding one stream."""
+    peaks = {}
+    for name, worker in workers.items():
+        worker.ask(CASES[0][1])
+        peaks[name] = round(worker.ask({"case": "memory"})["peak_mib"])
+    return peaks
+
+
 def measure(workers: dict[str, Worker], rounds: int) -> Figures:
     """Tokens per second of every engine and case, once a round, after a round to warm up."""
     figures: Figures = defaultdict(list)
@@ -74,8 +83,8 @@ def run(checkpoint: Path, engines: list[str], rounds: int) -> dict[str, Any]:
     try:
         for name in engines:
             workers[name] = Worker(name, checkpoint)
+        memory = single_stream_peaks(workers)
         figures = measure(workers, rounds)
-        memory = {n: round(w.ask({"case": "memory"})["peak_mib"]) for n, w in workers.items()}
         ready = {n: round(w.ready_s, 1) for n, w in workers.items()}
     finally:
         for worker in workers.values():
@@ -95,7 +104,10 @@ def report(figures: Figures, memory: dict[str, int], ready: dict[str, float]) ->
     print_table("tokens per second, engines alone", rows)
     print_table("ratios, round by round", ratios)
     for name in memory:
-        print(f"{name:30} peak memory {memory[name]:>6} MiB, ready after {ready[name]:>5} s")
+        print(
+            f"{name:30} peak memory, one stream {memory[name]:>6} MiB, "
+            f"ready after {ready[name]:>5} s"
+        )
     return {**rows, **ratios, "peak_mib": memory, "ready_s": ready}
 
 
