@@ -13,7 +13,7 @@ from server.core.grammar import GrammarCompiler
 from server.core.model import load_runner, read_model_config
 from server.core.reply import Replier
 from server.core.tasks import load_tasks
-from server.core.tokenizer import ChatTokenizer
+from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.metrics import Metrics
 from server.services import Services
 
@@ -44,7 +44,13 @@ def load_services(settings: Settings) -> Services:
             f"which holds {max_kv_tokens}; raise it or lower --max-context"
         )
     for task in tasks.values():
-        length = len(tokenizer.encode_chat(task.messages("")))
+        try:
+            length = len(tokenizer.encode_chat(task.messages("")))
+        except ChatTemplateError as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: the chat template refuses the prompt of the task "
+                f"{task.name!r}: {error}"
+            ) from error
         if length + 1 >= max_context:
             raise CheckpointError(
                 f"the instruction of the task {task.name!r} has {length} tokens, which leaves no "

@@ -57,14 +57,9 @@ class ChatTokenizer:
             )
         loaded = cls(tokenizer)
         try:
-            # As it is rendered for a reply: the persona, what was said, its mood.
-            roles = ("system", "user", "system")
-            loaded.encode_chat([{"role": role, "content": "a"} for role in roles])
+            loaded.encode_chat([{"role": "user", "content": "a"}])
         except ChatTemplateError as error:
-            raise CheckpointError(
-                f"{folder}: the chat template is broken, or takes no system message behind the "
-                f"user's: {error}"
-            ) from error
+            raise CheckpointError(f"{folder}: the chat template is broken: {error}") from error
         return loaded
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:

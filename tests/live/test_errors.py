@@ -10,6 +10,8 @@ from server.config import Settings
 from server.protocol.messages import MAX_MESSAGES
 from tests.conftest import LiveServer
 
+LONG = "word " * 2000
+
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -144,9 +146,17 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(
     assert str(tiny.services.max_context) in message
 
 
-def test_a_text_too_long_to_classify_is_refused(tiny: LiveServer) -> None:
-    response = httpx.post(f"{tiny.base_url}/classify", json={"input": ["ok", "word " * 2000]})
-    assert_error(response, 400, "invalid_request_error", "input", "context_length_exceeded")
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [(LONG, "input"), ([LONG], "input[0]"), (["ok", LONG], "input[1]")],
+    ids=["alone", "first", "second"],
+)
+def test_a_text_too_long_to_classify_is_refused_by_its_name(
+    tiny: LiveServer, given: str | list[str], param: str
+) -> None:
+    response = httpx.post(f"{tiny.base_url}/classify", json={"input": given})
+    error = assert_error(response, 400, "invalid_request_error", param, "context_length_exceeded")
+    assert f"shorten {param}." in error
 
 
 def test_labels_that_do_not_fit_together_are_refused(tiny: LiveServer) -> None:

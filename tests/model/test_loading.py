@@ -134,10 +134,10 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (
         write(
             "chat_template.jinja",
-            "{% for m in messages %}{% if loop.index > 1 and m.role == 'system' %}"
-            "{{ raise_exception('system first') }}{% endif %}{{ m.content }}{% endfor %}",
+            "{% for m in messages %}{% if m.role == 'system' %}"
+            "{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}",
         ),
-        "takes no system message behind the user's: system first",
+        "refuses the prompt of the task 'sentiment': no system",
     ),
     (drop_config, "config.json is missing"),
     (write("config.json", "null"), "config.json is not readable"),
