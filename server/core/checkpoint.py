@@ -1,5 +1,6 @@
 """Finds the folder of a checkpoint: bundled, local, in the Hugging Face cache, or on the hub."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from pydantic import ValidationError
 
 DEFAULT_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
 BUNDLED_MODEL = "qwen-mini"
@@ -31,6 +33,12 @@ class CheckpointError(Exception):
 def first_line(error: BaseException) -> str:
     """What a library says, without the advice that follows."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def first_wrong_field(error: ValidationError) -> str:
+    """The first field that does not fit, and why."""
+    first = error.errors()[0]
+    return f"{first['loc'][0]}: {first['msg']}"
 
 
 class HubUnreachableError(CheckpointError):
@@ -65,19 +73,17 @@ def find_checkpoint(model: str) -> Checkpoint:
 
 
 def _find_default() -> Checkpoint:
-    try:
+    with contextlib.suppress(HubUnreachableError):
         folder = _download(DEFAULT_MODEL)
         # Where the hub cannot be reached, what is cached is all there is, complete or not.
-        if not all((folder / name).is_file() for name in ESSENTIAL_FILES):
-            raise HubUnreachableError(f"{DEFAULT_MODEL} is not complete in the cache")
-        return Checkpoint(DEFAULT_MODEL, folder)
-    except HubUnreachableError:
-        return Checkpoint(
-            f"{BUNDLED_MODEL}-fallback",
-            BUNDLED_FOLDER,
-            f"{DEFAULT_MODEL} is neither in the cache nor can the Hugging Face hub be reached: "
-            f"serving the small bundled {BUNDLED_MODEL} instead; its answers are much simpler",
-        )
+        if all((folder / name).is_file() for name in ESSENTIAL_FILES):
+            return Checkpoint(DEFAULT_MODEL, folder)
+    return Checkpoint(
+        f"{BUNDLED_MODEL}-fallback",
+        BUNDLED_FOLDER,
+        f"{DEFAULT_MODEL} is neither in the cache nor can the Hugging Face hub be reached: "
+        f"serving the small bundled {BUNDLED_MODEL} instead; its answers are much simpler",
+    )
 
 
 def _download(repo_id: str) -> Path:

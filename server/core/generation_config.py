@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers import GenerationConfig
 
-from server.core.checkpoint import CheckpointError, first_line
+from server.core.checkpoint import CheckpointError, first_line, first_wrong_field
 
 T = TypeVar("T")
 
@@ -49,9 +49,9 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
             eos_token_ids=eos if isinstance(eos, list) else [eos],  # type: ignore[arg-type]
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]).replace("eos_token_ids", "eos_token_id")
-        raise CheckpointError(f"{folder}: {FILE}: {name}: {first['msg']}") from error
+        # The file knows one of the fields by another name.
+        reason = first_wrong_field(error).replace("eos_token_ids", "eos_token_id")
+        raise CheckpointError(f"{folder}: {FILE}: {reason}") from error
 
 
 def _read(folder: Path, name: str) -> Any:

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, PretrainedConfig
 
-from server.core.checkpoint import CheckpointError, first_line
+from server.core.checkpoint import CheckpointError, first_line, first_wrong_field
 
 ARCHITECTURES = ("qwen2", "qwen3")
 
@@ -61,10 +61,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         _check_kind(folder, config)
         return _numbers_of(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointError(
-            f"{folder}: config.json: {first['loc'][0]}: {first['msg']}"
-        ) from error
+        raise CheckpointError(f"{folder}: config.json: {first_wrong_field(error)}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             StrictDataclassError) as error:  # fmt: skip
         raise CheckpointError(
