@@ -23,6 +23,7 @@ from server.app import create_app, has_page_extra
 from server.config import Settings
 from server.core.checkpoint import CheckpointError
 from server.core.engine import Engine
+from server.core.heap import share_one_heap
 from server.core.sequence import SamplingParams
 from server.core.tasks import TaskFileError
 from server.gate import Gate
@@ -41,6 +42,7 @@ EXIT_FORCED, EXIT_BROKEN = 1, 3
 
 def main() -> None:
     """Reads the settings, loads the model and serves until told to stop."""
+    share_one_heap()
     settings = _read_settings()
     configure_logs(settings.log_level, settings.log_format)
     try_print(f"loading {settings.model!r} ...")

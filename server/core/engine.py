@@ -31,6 +31,9 @@ from server.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
+# So long without work, and no one is expected at once.
+REST_AFTER_S = 5.0
+
 
 class EngineClosedError(UnavailableError):
     """The engine takes no more sequences."""
@@ -83,6 +86,9 @@ class Runner(Protocol):
 
         Harmless if it held nothing.
         """
+
+    def rest(self) -> None:
+        """Gives memory that nothing is in back to the system: there is no work for now."""
 
 
 class Observer(Protocol):
@@ -271,11 +277,16 @@ class Engine:
 
     def _take_commands(self) -> bool:
         """Waits for work, then takes all commands there are. False: close."""
+        patience_s: float | None = REST_AFTER_S
         while True:
             try:
-                command = self._commands.get(block=self._scheduler.is_idle)
+                command = self._commands.get(self._scheduler.is_idle, patience_s)
             except queue.Empty:
-                return True
+                if not self._scheduler.is_idle:
+                    return True
+                self._runner.rest()
+                patience_s = None
+                continue
             match command:
                 case None:
                     return False

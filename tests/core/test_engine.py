@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -53,6 +54,7 @@ class FakeRunner:
         self.ran: set[Sequence] = set()
         self.released: list[Sequence] = []
         self.thread_ids: set[int] = set()
+        self.num_rests, self.rested = 0, threading.Event()
 
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         assert chunks, "a step without work"
@@ -75,6 +77,11 @@ class FakeRunner:
     def release(self, sequence: Sequence, *, is_sound: bool) -> None:
         self.thread_ids.add(threading.get_ident())
         self.released.append(sequence)
+
+    def rest(self) -> None:
+        self.thread_ids.add(threading.get_ident())
+        self.num_rests += 1
+        self.rested.set()
 
     def _let_readers_catch_up(self) -> None:
         # A step that takes no time would flood the event loop faster than it can read.
@@ -795,6 +802,28 @@ async def test_an_engine_that_breaks_down_ends_every_sequence_and_takes_no_more(
         assert not engine.is_alive
         with pytest.raises(EngineClosedError):
             engine.submit([3], ENDLESS)
+
+
+async def test_an_engine_without_work_rests_once_until_there_is_work_again(
+    runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.core.engine.REST_AFTER_S", 0.05)
+    rests_by_step = []
+
+    def before_step(_: int) -> None:
+        time.sleep(0.1)  # long enough for a rest, had the engine no work
+        rests_by_step.append(runner.num_rests)
+
+    runner.before_step = before_step
+    async with running(runner) as engine:
+        for _ in range(2):
+            runner.rested.clear()
+            await tokens_of(engine.submit([1], SamplingParams(max_tokens=3)))
+            assert await asyncio.to_thread(runner.rested.wait, BOUND_S)
+            await asyncio.sleep(0.2)
+    assert rests_by_step == [0, 0, 0, 1, 1, 1]
+    assert runner.num_rests == 2
+    assert len(runner.thread_ids) == 1
 
 
 async def test_a_request_learns_how_long_it_waited_to_be_taken_up(runner: FakeRunner) -> None:

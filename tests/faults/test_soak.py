@@ -19,6 +19,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.core.engine import REST_AFTER_S
 from server.core.tokenizer import ChatTokenizer
 from tests.faults.conftest import BOUND_S, contents_of, text_of
 from tests.processes import Footprint, Running, environment, started
@@ -197,7 +198,7 @@ def metrics(server: Running) -> dict[tuple[str, ...], float]:
 
 
 async def at_rest(server: Running, num_descriptors: int | None = None) -> Footprint:
-    """What the server holds once nobody is left inside."""
+    """What the server holds once nobody is left inside and the engine has come to rest."""
     gone = {
         ("qwen_requests_inside",): 0.0,
         ("qwen_sequences", "running"): 0.0,
@@ -210,8 +211,10 @@ async def at_rest(server: Running, num_descriptors: int | None = None) -> Footpr
             footprint = Footprint.of(server.process.pid)
             is_free = all(now[name] == value for name, value in gone.items())
             if is_free and num_descriptors in (None, footprint.num_descriptors):
-                return footprint
+                break
             await asyncio.sleep(0.1)
+        await asyncio.sleep(REST_AFTER_S + 2)
+    return Footprint.of(server.process.pid)
 
 
 @pytest.mark.soak

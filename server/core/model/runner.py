@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from server.core.engine import StepResult
+from server.core.heap import trim_heap
 from server.core.model.attention import Segment
 from server.core.model.kv_cache import KVCache
 from server.core.model.prefix_cache import PrefixCache
@@ -114,6 +115,10 @@ class ModelRunner:
                 self._remember(sequence)
         finally:
             self._memory.free(self._states.pop(sequence).cache, is_sound=is_sound)
+
+    def rest(self) -> None:
+        """Gives memory that nothing is in back to the system: there is no work for now."""
+        trim_heap()
 
     def _new_state(self, sequence: Sequence) -> _State:
         sampler = None

@@ -1,0 +1,29 @@
+"""Keeps what the process holds at rest from growing with its load, where malloc is glibc's.
+
+KV slots and activations come in ever other sizes and leave gaps between what is kept. glibc gives
+a gap back only when it is told to, and the free end of a heap only if it is the first one's; by
+default every thread has a heap of its own. See mallopt(3) and malloc_trim(3).
+"""
+
+import ctypes
+import platform
+from functools import cache
+
+_M_ARENA_MAX = -8  # malloc.h
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def share_one_heap() -> None:
+    """Lets all threads allocate from one heap. Call before any thread starts."""
+    if libc := _glibc():
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def trim_heap() -> None:
+    """Gives memory that nothing is in back to the system; takes milliseconds, without the GIL."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
