@@ -15,6 +15,11 @@ class Gate:
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether one more would be let in."""
+        return not self.is_closed and self.num_requests < self._max_requests
+
     def enter(self) -> None:
         """Lets one more in, who must leave.
 
@@ -24,7 +29,7 @@ class Gate:
         """
         if self.is_closed:
             raise UnavailableError
-        if self.num_requests >= self._max_requests:
+        if not self.is_open:
             raise OverloadedError(
                 f"The server is busy with {self.num_requests} requests and its queue is full; "
                 "try again shortly."

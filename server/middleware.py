@@ -8,6 +8,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Collection, Sequence
+from urllib.parse import quote
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 OPEN_PATHS = ("/health",)
-BODY_TIMEOUT_S = 30  # between two parts of a body
+BODY_TIMEOUT_S = 60
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -73,8 +74,9 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send_with_id)
         finally:
             method, path, seconds = scope["method"], scope["path"], time.perf_counter() - begin
-            # The path only: a query may hold what is nobody's business.
-            access_logger.info("%s %s %s %.3f s", method, path, status or "left", seconds)
+            # The path only: a query may hold what is nobody's business. Quoted, for a line break
+            # in it would begin a line of its own.
+            access_logger.info("%s %s %s %.3f s", method, quote(path), status or "left", seconds)
             route = path if path in self._routes else "other"
             self._metrics.request_answered(route, status, seconds)
 
@@ -169,19 +171,20 @@ class BodyMiddleware:
         if int(headers.get("content-length", 0)) > self._max_bytes:
             raise error
         body, more = bytearray(), True
-        while more:
-            try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
-            except TimeoutError:
-                raise BodyTimeoutError(
-                    f"The rest of the request body did not come within {BODY_TIMEOUT_S} s."
-                ) from None
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise error
-            more = message.get("more_body", False)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    body += message.get("body", b"")
+                    if len(body) > self._max_bytes:
+                        raise error
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise BodyTimeoutError(
+                f"The request body did not come within {BODY_TIMEOUT_S} s."
+            ) from None
         return bytes(body)
 
 

@@ -8,6 +8,7 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
+from pydantic import ValidationError
 
 from server.core.classifier import Classification
 from server.core.sequence import TokenEvent
@@ -128,6 +129,25 @@ def test_the_least_request_takes_the_defaults() -> None:
 def test_values_within_their_range_are_kept(name: str, value: Any) -> None:
     body = parse_chat(**{name: value})
     assert getattr(body, name) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "items"),
+    [
+        (DetokenizeRequest, "tokens", [-1] * 1000),
+        (ClassifyRequest, "input", [1] * 1000),
+        (ResponsesRequest, "include", [1] * 1000),
+        (ChatCompletionRequest, "messages", [1] * 3000),
+        (ChatCompletionRequest, "logit_bias", dict.fromkeys(range(5000), "x")),
+        (CompletionRequest, "prompt", [1.5] * 5000),
+    ],
+)
+def test_of_many_mistakes_only_the_first_costs_time(
+    kind: type[Request], field: str, items: Any
+) -> None:
+    cause = refused(kind, {**LEAST[kind], field: items}).__cause__
+    assert isinstance(cause, ValidationError)
+    assert cause.error_count() == 1
 
 
 def test_a_single_stop_string_is_a_list_of_one() -> None:

@@ -121,9 +121,11 @@ class GrammarCompiler:
         Raises:
             GrammarError: the schema is wrong, or says what cannot be guaranteed.
         """
-        return self._compile(
-            LLMatcher.grammar_from_json_schema(dict(schema), overrides=_WHITE_SPACE)  # type: ignore[arg-type]
-        )
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_WHITE_SPACE)  # type: ignore[arg-type]
+        except ValueError as error:  # an integer of more than 64 bits
+            raise GrammarError(str(error)) from error
+        return self._compile(grammar)
 
     def tool_calls(
         self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import Discriminator, Field, StrictStr, Tag, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.base import Request, branch
+from server.protocol.base import FIRST_ERROR, Request, branch
 
 MAX_INPUTS = 256
 
@@ -17,7 +17,8 @@ def _form(value: Any) -> str | None:
 
 
 _Input = Annotated[
-    Annotated[StrictStr, Tag(branch("text"))] | Annotated[list[StrictStr], Tag(branch("texts"))],
+    Annotated[StrictStr, Tag(branch("text"))]
+    | Annotated[list[StrictStr], FIRST_ERROR, Tag(branch("texts"))],
     Discriminator(
         _form,
         custom_error_type="type",

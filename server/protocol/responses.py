@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, Tag, mo
 from server.core.grammar import OutputFormat
 from server.core.tools import ToolCall
 from server.errors import InvalidRequestError
-from server.protocol.base import Options, branch, of_type, refuse_unsupported
+from server.protocol.base import FIRST_ERROR, Options, branch, of_type, refuse_unsupported
 from server.protocol.items import Items, conversation
 from server.protocol.sampling import MAX_TOP_LOGPROBS, SamplingRequest
 from server.protocol.tools import (
@@ -157,7 +157,7 @@ class ResponsesRequest(SamplingRequest):
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: StrictBool = True
     # Nothing but log-probabilities: there is never more to include.
-    include: Annotated[list[StrictStr], Field(default_factory=list)]
+    include: Annotated[list[StrictStr], FIRST_ERROR, Field(default_factory=list)]
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict)]
     previous_response_id: StrictStr | None = None

@@ -1,5 +1,6 @@
 """What all requests for generated text share: how it is sampled and how it comes back."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
@@ -20,8 +21,11 @@ from server.protocol.base import Number, Options, Request
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 4096
 # What stands in JSON for a probability of zero, as in OpenAI's reference.
 MIN_LOGPROB = -9999.0
+# No vocabulary has a billion tokens, and Python reads no number of more than 4,300 digits.
+_TOKEN_ID = re.compile("[0-9]{1,9}")
 
 
 class StreamOptions(Options):
@@ -32,6 +36,13 @@ class StreamOptions(Options):
 
 def _stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
+
+
+def _not_too_many(biases: Any) -> Any:
+    # Before any of them is looked at: a message per bias, for a million, takes seconds.
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"must have {MAX_BIASES} items or fewer, not {len(biases)}")
+    return biases
 
 
 class SamplingRequest(Request):
@@ -45,8 +56,13 @@ class SamplingRequest(Request):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    # Logits are divided by it; by less, they would no longer be finite.
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=2)] | None = None
+    logit_bias: Annotated[
+        dict[str, Annotated[Number, Field(ge=-100, le=100)]],
+        Field(default_factory=dict),
+        BeforeValidator(_not_too_many),
+    ]
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         list[Annotated[StrictStr, Field(min_length=1)]],
@@ -58,8 +74,8 @@ class SamplingRequest(Request):
     @classmethod
     def _check_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
         for token_id in logit_bias:
-            if not (token_id.isascii() and token_id.isdigit()):
-                raise ValueError(f"{token_id!r} is no token id")
+            if not _TOKEN_ID.fullmatch(token_id):
+                raise ValueError(f"{token_id[:20]!r} is no token id")
         return logit_bias
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.base import Request, refuse_unsupported
+from server.protocol.base import FIRST_ERROR, Request, refuse_unsupported
 from server.protocol.messages import MAX_MESSAGES, Message
 from server.protocol.tools import MAX_TOOLS, ToolDefinition
 
@@ -56,4 +56,4 @@ class DetokenizeRequest(Request):
     """Body of POST /detokenize."""
 
     model: StrictStr | None = None
-    tokens: list[Annotated[StrictInt, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FIRST_ERROR]

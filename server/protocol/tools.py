@@ -1,10 +1,11 @@
 """Tools and output formats on the wire."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, StrictBool, StrictStr, Tag
+from pydantic import BaseModel, Field, StrictBool, StrictStr, Tag, field_validator
 
 from server.core.grammar import OutputFormat
 from server.core.tools import Tool
@@ -25,6 +26,16 @@ class FunctionDefinition(BaseModel):
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_numbers(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+        # Python reads NaN and 1e999, but neither template nor response could write them.
+        try:
+            json.dumps(parameters, allow_nan=False)
+        except ValueError as error:
+            raise ValueError("holds a number that is not finite") from error
+        return parameters
 
     def tool(self) -> Tool:
         """What the model is told."""

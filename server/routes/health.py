@@ -26,8 +26,11 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether a request that came now would be served."""
     gate = request.app.state.gate
-    is_ready = services_of(request).engine.is_alive and not gate.is_closed
+    if gate.is_closed or not services_of(request).engine.is_alive:
+        status = "stopping"
+    else:
+        status = "ready" if gate.is_open else "busy"
     return JSONResponse(
-        {"status": "ready" if is_ready else "stopping", "requests": gate.num_requests},
-        status_code=200 if is_ready else 503,
+        {"status": status, "requests": gate.num_requests},
+        status_code=200 if status == "ready" else 503,
     )

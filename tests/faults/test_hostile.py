@@ -150,6 +150,35 @@ async def test_nonsense_is_refused_in_the_right_shape(
     assert text_of(reply)
 
 
+LARGE = {"type": "integer", "maximum": 2**64}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": LARGE}}
+FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": LARGE}}}
+# Nothing is made of it if no tool may be called, but the response repeats it.
+UNUSED = {"type": "function", "name": "f", "parameters": {"a": float("inf")}}
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "changes"),
+    [
+        ("chat/completions", "logit_bias", {"logit_bias": {"9" * 5000: 1}}),
+        ("chat/completions", "logit_bias", {"logit_bias": dict.fromkeys(range(5000), 1)}),
+        ("chat/completions", "repetition_penalty", {"repetition_penalty": 1e-40}),
+        ("chat/completions", "response_format", {"response_format": SCHEMA}),
+        ("chat/completions", "tools", {"tools": [{"type": "function", "function": FUNCTION}]}),
+        ("responses", "tools[0].parameters", {"tools": [UNUSED], "tool_choice": "none"}),
+    ],
+)
+async def test_numbers_beyond_all_bounds_are_refused(
+    client: httpx.AsyncClient, tiny: LiveServer, path: str, param: str, changes: Any
+) -> None:
+    said = {"messages": [{"role": "user", "content": "a"}], "input": "a"}
+    body = json.dumps({"model": tiny.model, **said, **changes})
+    response = await client.post(f"{tiny.base_url}/{path}", content=body)
+    assert response.status_code == 400, response.text
+    assert complaint(response) is None
+    assert response.json()["error"]["param"] == param
+
+
 # --- text that wants to be more than text ---------------------------------------------
 
 INJECTIONS = [
@@ -303,3 +332,17 @@ async def test_a_body_that_does_not_come_is_a_408(
         answer = await everything_from(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"invalid_request_error"' in answer
+
+
+async def test_a_body_that_comes_byte_by_byte_is_a_408(
+    client: httpx.AsyncClient, tiny: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.5)
+    body = raw(endless(tiny))
+    with await connected(tiny, body[:-60]) as connection:
+        answer = asyncio.create_task(asyncio.get_running_loop().sock_recv(connection, 4096))
+        for byte in body[-60:]:
+            if (await asyncio.wait([answer], timeout=0.1))[0]:
+                break
+            connection.send(bytes([byte]))
+        assert (await answer).startswith(b"HTTP/1.1 408 ")

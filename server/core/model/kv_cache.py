@@ -109,7 +109,8 @@ class KVMemory:
     @property
     def num_tokens(self) -> int:
         """Room of all slots in use, filled or not."""
-        return sum(pool.capacity * len(pool.caches) for pool in self._pools.values())
+        # A copy at once: metrics ask from another thread.
+        return sum(pool.capacity * len(pool.caches) for pool in list(self._pools.values()))
 
     @property
     def num_sequences(self) -> int:
