@@ -77,7 +77,7 @@ class Settings(BaseSettings):
         2048, description="memory for the tokens of running sequences, in MiB; the others wait"
     )
     max_prefix_mib: Annotated[int, Field(ge=0)] = Field(
-        256, description="memory for computed prompts that later ones may begin with, in MiB"
+        512, description="memory for computed prompts that later ones may begin with, in MiB"
     )
     tasks: Path | None = Field(
         None, description="TOML file of tasks to add, or to replace built-in ones by name"

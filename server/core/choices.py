@@ -19,8 +19,11 @@ class Generator(Protocol):
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
         """Starts to continue the prompt."""
 
-    def prefill(self, prompt_ids: list[int]) -> Coroutine[Any, Any, int]:
-        """Computes a prompt that others will begin with; returns how much of it was known."""
+    def prefill(self, prompt_ids: list[int]) -> Coroutine[Any, Any, int | None]:
+        """Computes a prompt that others will begin with; returns how much of it was known.
+
+        None: it is too long to be kept, so each computes it for itself.
+        """
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ class Completer:
         ]
         num_cached = None
         if num_choices > 1:
-            # The choices copy what is computed here once.
-            num_cached = sum(await all_of(self._generator.prefill(ids) for ids in all_ids))
+            # The choices copy what is computed here once, if it can be kept for them.
+            known = await all_of(self._generator.prefill(ids) for ids in all_ids)
+            num_cached = sum(num_known or 0 for num_known in known)
         return Choices(
             num_prompt_tokens=sum(len(ids) for ids in all_ids),
             choices=tuple(

@@ -87,6 +87,9 @@ class Runner(Protocol):
         Harmless if it held nothing.
         """
 
+    def is_kept(self, num_tokens: int) -> bool:
+        """Whether a prompt of that length, once computed, is kept for others. Any thread."""
+
     def rest(self) -> None:
         """Gives memory that nothing is in back to the system: there is no work for now."""
 
@@ -184,14 +187,17 @@ class Engine:
             raise _as_error(end)
         return Scores(end.logprobs, stream.num_cached)
 
-    async def prefill(self, prompt_ids: list[int]) -> int:
+    async def prefill(self, prompt_ids: list[int]) -> int | None:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
 
-        Returns how many of its tokens were known already. A cancelled call frees its slot.
+        Returns how many of its tokens were known already; None, and nothing is computed, if it is
+        too long to be kept. A cancelled call frees its slot.
 
         Raises:
             EngineClosedError: the engine is closing.
         """
+        if not self._runner.is_kept(len(prompt_ids)):
+            return None
         stream = self._start(prompt_ids, None)
         end = await _last_event(stream)
         if not isinstance(end, PrefilledEvent):

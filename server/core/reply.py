@@ -72,8 +72,8 @@ class Replier:
         room = self._max_context - len(prompt_ids)
         params = replace(params, max_tokens=min(params.max_tokens, room))
         if num_choices > 1:
-            # The answers copy what is computed here once.
-            known = await self._generator.prefill(prompt_ids)
+            # The answers copy what is computed here once, if it can be kept for them.
+            known = await self._generator.prefill(prompt_ids) or 0
             num_cached = known if num_cached is None else num_cached
         return Reply(
             sentiment=sentiment,

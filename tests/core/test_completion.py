@@ -19,7 +19,7 @@ class FakeGenerator:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.prefilled: list[list[int]] = []
 
-    async def prefill(self, prompt_ids: list[int]) -> int:
+    async def prefill(self, prompt_ids: list[int]) -> int | None:
         self.prefilled.append(prompt_ids)
         return 3
 

@@ -78,6 +78,9 @@ class FakeRunner:
         self.thread_ids.add(threading.get_ident())
         self.released.append(sequence)
 
+    def is_kept(self, num_tokens: int) -> bool:
+        return num_tokens < 1000
+
     def rest(self) -> None:
         self.thread_ids.add(threading.get_ident())
         self.num_rests += 1
@@ -802,6 +805,14 @@ async def test_an_engine_that_breaks_down_ends_every_sequence_and_takes_no_more(
         assert not engine.is_alive
         with pytest.raises(EngineClosedError):
             engine.submit([3], ENDLESS)
+
+
+async def test_a_prompt_too_long_to_be_kept_is_not_computed_for_nothing(
+    runner: FakeRunner,
+) -> None:
+    async with running(runner) as engine:
+        assert await engine.prefill([1] * 1000) is None
+        assert not runner.steps
 
 
 async def test_an_engine_without_work_rests_once_until_there_is_work_again(

@@ -44,10 +44,11 @@ class FakeGenerator:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.num_aborts = 0
         self.prefilled: list[list[int]] = []
+        self.num_known: int | None = 3
 
-    async def prefill(self, prompt_ids: list[int]) -> int:
+    async def prefill(self, prompt_ids: list[int]) -> int | None:
         self.prefilled.append(prompt_ids)
-        return 3
+        return self.num_known
 
     def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
         self.submitted.append((prompt_ids, params))
@@ -299,7 +300,7 @@ async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
         ticking = loop.call_soon(tick)
 
     class Prefilling(FakeGenerator):
-        async def prefill(self, prompt_ids: list[int]) -> int:
+        async def prefill(self, prompt_ids: list[int]) -> int | None:
             begun.append(("prefill", turn))
             return await super().prefill(prompt_ids)
 
@@ -343,6 +344,18 @@ async def test_several_choices_compute_the_prompt_once_and_differ_in_their_seed(
     assert texts == ["Hello!"] * 3
     assert sorted(ended) == [0, 1, 2]
     assert reply.num_completion_tokens == 3 * len(tokenizer.encode_text("Hello!"))
+
+
+@pytest.mark.parametrize(("num_known", "num_cached"), [(7, 7), (None, 0)])
+async def test_what_several_choices_share_counts_once(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, num_known: int, num_cached: int
+) -> None:
+    generator = says(tokenizer, "Hello!")
+    generator.num_known = num_known
+    reply = await bounded(
+        make(generator).reply([user("Hi")], PARAMS, [], with_sentiment=False, num_choices=3)
+    )
+    assert reply.num_cached_tokens == num_cached
 
 
 async def test_leaving_one_choice_aborts_them_all(

@@ -29,7 +29,7 @@ def test_a_sequence_keeps_its_tokens_when_it_moves_to_a_larger_slot() -> None:
         write(cache, 50, i)
     assert memory.num_sequences == 1
     assert cache.capacity == 600
-    prefix = cache.snapshot(600)
+    prefix = cache.first(600).clone()
     assert prefix.keys[1, 2, :, 3].tolist() == [i // 50 * 50 for i in range(600)]
     assert prefix.values[0, 0, 1].tolist() == [-(i // 50 * 50) for i in range(600)]
 
@@ -49,11 +49,11 @@ def test_memory_is_counted_in_slots_and_bounded() -> None:
     assert memory.reserve(a, 600), "one sequence alone always fits"
 
 
-def test_a_snapshot_is_a_copy() -> None:
+def test_a_clone_of_the_first_tokens_is_a_copy() -> None:
     memory, cache = make(), KVCache()
     assert memory.reserve(cache, 10)
     write(cache, 10, 1)
-    prefix = cache.snapshot(4)
+    prefix = cache.first(4).clone()
     cache.length = 0
     write(cache, 10, 2)
     assert prefix.keys.unique().tolist() == [1]
@@ -61,7 +61,7 @@ def test_a_snapshot_is_a_copy() -> None:
     assert memory.reserve(other, 4)
     memory.fill(other, prefix)
     assert other.length == 4
-    assert torch.equal(other.snapshot(4).values, prefix.values)
+    assert torch.equal(other.first(4).clone().values, prefix.values)
     assert prefix.num_bytes == 2 * 2 * 3 * 4 * 4 * 4
 
 
@@ -94,7 +94,7 @@ def test_any_order_of_growing_and_freeing_keeps_every_sequence_apart() -> None:
             write(cache, num_tokens, caches.setdefault(cache, float(number)))
         for cache, value in caches.items():
             if cache.length:
-                prefix = cache.snapshot(cache.length)
+                prefix = cache.first(cache.length).clone()
                 assert prefix.keys.unique().tolist() == [value]
                 assert prefix.values.unique().tolist() == [-value]
         pools = {cache.pool for cache in caches}

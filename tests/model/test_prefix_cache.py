@@ -112,14 +112,14 @@ def test_a_longer_conversation_replaces_the_one_it_continues(
     prefixes.store(ids, cache)
     only_longer = prefixes.num_bytes
     prefixes.store(ids[:20], cache)
-    assert prefixes.num_bytes == only_longer == cache.snapshot(30).num_bytes
+    assert prefixes.num_bytes == only_longer == cache.first(30).num_bytes
 
 
 def test_the_least_recently_used_go_first_and_pinned_ones_never(
     model: QwenModel, memory: KVMemory
 ) -> None:
     prompts = [[3 + i, *random_ids(19)] for i in range(5)]
-    size = computed(model, memory, prompts[0]).snapshot(20).num_bytes
+    size = computed(model, memory, prompts[0]).first(20).num_bytes
     prefixes = PrefixCache(3 * size)
     prefixes.store(prompts[0], computed(model, memory, prompts[0]), is_pinned=True)
     for ids in prompts[1:3]:
@@ -131,13 +131,29 @@ def test_the_least_recently_used_go_first_and_pinned_ones_never(
     assert found == [True, True, False, True, False]
 
 
+def test_what_is_larger_than_the_cache_takes_nobodys_place(
+    model: QwenModel, memory: KVMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = random_ids(10), random_ids(31, seed=2)
+    size = computed(model, memory, small).first(10).num_bytes
+    prefixes = PrefixCache(3 * size)
+    prefixes.store(small, computed(model, memory, small))
+    with monkeypatch.context() as patch:
+        patch.setattr(KVPrefix, "clone", lambda self: pytest.fail("copied for nothing"))
+        prefixes.store(large, computed(model, memory, large))
+    assert prefixes.lookup(large) is None
+    assert prefixes.lookup(small) is not None
+    prefixes.store(small[:2], computed(model, memory, small[:2]), is_pinned=True)
+    assert prefixes.has_room_for(2 * size) and not prefixes.has_room_for(3 * size)
+
+
 def test_pinning_twice_takes_no_more_memory(model: QwenModel, memory: KVMemory) -> None:
     ids = random_ids(10)
     cache = computed(model, memory, ids)
     prefixes = PrefixCache(0)
     for _ in range(3):
         prefixes.store(ids, cache, is_pinned=True)
-    assert prefixes.num_bytes == cache.snapshot(10).num_bytes
+    assert prefixes.num_bytes == cache.first(10).num_bytes
 
 
 def to_score(prompt: list[int], num_shared: int) -> Sequence:

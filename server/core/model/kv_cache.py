@@ -25,11 +25,11 @@ class KVCache:
         """Tokens there is room for."""
         return self.pool.capacity if self.pool else 0
 
-    def snapshot(self, length: int) -> "KVPrefix":
-        """A copy of the first `length` tokens."""
+    def first(self, length: int) -> "KVPrefix":
+        """Its first tokens, in place."""
         assert self.pool is not None
         assert 0 < length <= self.length
-        return self.pool.view(self.slot, length).clone()
+        return self.pool.view(self.slot, length)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,12 @@ class PrefixCache:
     def store(self, token_ids: Sequence[int], cache: KVCache, *, is_pinned: bool = False) -> None:
         """Remembers the tokens, which are the first of `cache`; it is copied, not kept.
 
-        Entries that the new one begins with are replaced by it.
+        Entries that the new one begins with are replaced by it. What is larger than all there is
+        room for is not remembered, and takes no other's place.
         """
+        prefix = cache.first(len(token_ids))
+        if not is_pinned and not self.has_room_for(prefix.num_bytes):
+            return
         new = torch.tensor(token_ids)
         common = [_num_common(entry.token_ids, new) for entry in self._entries]
         for entry, length in zip(self._entries, common, strict=True):
@@ -59,11 +63,20 @@ class PrefixCache:
             for entry, length in zip(self._entries, common, strict=True)
             if entry.is_pinned or length < len(entry.token_ids)
         ]
-        self._entries.append(_Entry(new, cache.snapshot(len(new)), is_pinned))
-        self._evict()
+        self._evict(prefix.num_bytes)
+        self._entries.append(_Entry(new, prefix.clone(), is_pinned))
 
-    def _evict(self) -> None:
-        surplus = self.num_bytes - self._max_bytes
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether an entry of that size is remembered, if need be in place of all but pinned ones.
+
+        Any thread.
+        """
+        pinned = sum(entry.prefix.num_bytes for entry in self._entries if entry.is_pinned)
+        return pinned + num_bytes <= self._max_bytes
+
+    def _evict(self, num_bytes: int) -> None:
+        """Makes room for as much."""
+        surplus = self.num_bytes + num_bytes - self._max_bytes
         kept = []
         for entry in self._entries:
             if surplus > 0 and not entry.is_pinned:

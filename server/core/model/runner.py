@@ -116,6 +116,10 @@ class ModelRunner:
         finally:
             self._memory.free(self._states.pop(sequence).cache, is_sound=is_sound)
 
+    def is_kept(self, num_tokens: int) -> bool:
+        """Whether a prompt of that length, once computed, is kept for others. Any thread."""
+        return self._prefixes.has_room_for(num_tokens * self._model.config.kv_bytes_per_token)
+
     def rest(self) -> None:
         """Gives memory that nothing is in back to the system: there is no work for now."""
         trim_heap()
