@@ -20,6 +20,9 @@ from server.core.tasks import Label, Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
 
+# They are computed in one step, and everybody else waits for it.
+MAX_LABEL_TOKENS = 1024
+
 T = TypeVar("T")
 
 
@@ -132,7 +135,9 @@ class Classifier:
         def ask(question: Task, ending_ids: list[int]) -> Coroutine[Any, Any, Classification]:
             return self._once(
                 (question.name, question.version, about),
-                lambda: self._score(question, shared_ids + ending_ids, len(shared_ids)),
+                lambda: self._score(
+                    question, "questions", shared_ids + ending_ids, len(shared_ids)
+                ),
             )
 
         asked = list(zip(questions, endings_ids, strict=True))
@@ -185,15 +190,30 @@ class Classifier:
             raise _refused(error) from error
         num_shared = self._num_shared_tokens(task)
         is_pinned = task.name in self._pinned_tasks
-        return await self._score(task, prompt_ids, num_shared, is_pinned=is_pinned)
+        return await self._score(task, "labels", prompt_ids, num_shared, is_pinned=is_pinned)
 
     async def _score(
-        self, task: Task, prompt_ids: list[int], num_shared: int, *, is_pinned: bool = False
+        self,
+        task: Task,
+        labels_param: str,
+        prompt_ids: list[int],
+        num_shared: int,
+        *,
+        is_pinned: bool = False,
     ) -> Classification:
-        """num_shared: first tokens that later prompts will have too."""
+        """labels_param: where a request has its labels. num_shared: first tokens that later
+        prompts will have too.
+        """
         label_ids = [self._tokenizer.encode_text(label.text) for label in task.labels]
+        num_label_tokens = sum(map(len, label_ids))
+        if num_label_tokens > MAX_LABEL_TOKENS:
+            raise InvalidRequestError(
+                f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
+                f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
+                param=labels_param,
+            )
         # All labels but their last tokens are laid behind the prompt in one forward.
-        num_tokens = len(prompt_ids) + sum(len(ids) - 1 for ids in label_ids)
+        num_tokens = len(prompt_ids) + num_label_tokens - len(label_ids)
         if num_tokens >= self._max_context:
             raise ContextLengthError(num_tokens, self._max_context, "input")
         scores = await self._scorer.score(

@@ -10,6 +10,7 @@ import pytest
 
 from server.config import Settings
 from tests.conftest import LiveServer
+from tests.live.test_errors import assert_error
 
 
 def classify(live: LiveServer, **body: Any) -> dict[str, Any]:
@@ -81,6 +82,18 @@ def test_own_labels_are_scored(live: LiveServer) -> None:
     assert [p["value"] for p in item["probabilities"]] == labels
     assert item["label"] in labels
     assert sum(p["probability"] for p in item["probabilities"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_labels_of_many_tokens_are_scored_and_of_too_many_refused(live: LiveServer) -> None:
+    def of(num_words: int) -> dict[str, Any]:
+        return {"instructions": "Which?", "labels": [f"{x} " * num_words + "x" for x in "abc"]}
+
+    [item] = classify(live, input="text", **of(60))["data"]
+    assert item["label"] in of(60)["labels"]
+    response = httpx.post(
+        f"{live.base_url}/classify", json={"input": "text", **of(1000)}, timeout=60
+    )
+    assert "1024 at most" in assert_error(response, 400, "invalid_request_error", "labels")
 
 
 def test_the_intent_task_is_there_too(live: LiveServer) -> None:

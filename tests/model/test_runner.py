@@ -89,10 +89,16 @@ def expected_score(oracle: PreTrainedModel, prompt: list[int], continuation: lis
     return sum(float(logprobs[begin + i, t]) for i, t in enumerate(continuation))
 
 
+@pytest.mark.parametrize("logits_rows", [128, 3])
 @pytest.mark.parametrize("max_prefill_tokens", [1000, 6])
 def test_scores_are_the_summed_logprobs_of_each_continuation(
-    runner: ModelRunner, oracle: PreTrainedModel, max_prefill_tokens: int
+    runner: ModelRunner,
+    oracle: PreTrainedModel,
+    max_prefill_tokens: int,
+    logits_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("server.core.model.runner.LOGITS_ROWS", logits_rows)
     prompts = [random_ids(20), random_ids(9, seed=1)]
     sequences = [to_score(prompt) for prompt in prompts]
     results = run_all(runner, sequences, max_prefill_tokens)

@@ -17,6 +17,9 @@ from server.core.model.sampler import Sampler
 from server.core.scheduler import ScheduledChunk
 from server.core.sequence import PrefilledEvent, ScoredEvent, Sequence
 
+# Rows whose logits are held at once, beside one for each sequence.
+LOGITS_ROWS = 128
+
 
 @dataclass(frozen=True)
 class _State:
@@ -58,6 +61,7 @@ class ModelRunner:
         """One forward over all chunks; a result for each whose prompt is now complete."""
         hidden = self._model.forward([self._segment(chunk) for chunk in chunks])
         results: dict[Sequence, StepResult | Exception] = {}
+        # Of each complete prompt the last token, and the continuations behind it.
         rows: dict[Sequence, Tensor] = {}
         for chunk, states in zip(chunks, hidden, strict=True):
             sequence = chunk.sequence
@@ -66,17 +70,43 @@ class ModelRunner:
             if sequence.params is None and not sequence.continuations:
                 results[sequence] = PrefilledEvent()
             else:
-                # From the last prompt token on, so that continuations are included.
                 rows[sequence] = states[chunk.num_tokens - 1 :]
         if rows:
-            logits = self._model.logits(torch.cat(list(rows.values())))[:, : self._vocab_size]
-            parts = torch.split(logits, [len(part) for part in rows.values()])
-            for sequence, part in zip(rows, parts, strict=True):
+            logits, behind = self._logits(rows)
+            for sequence, row, logprobs in zip(rows, logits, behind, strict=True):
                 try:
-                    results[sequence] = self._result(sequence, part)
+                    results[sequence] = self._result(sequence, row, logprobs)
                 except Exception as error:
                     results[sequence] = error
         return results
+
+    def _logits(self, rows: dict[Sequence, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Logits of what follows each prompt (N, V), and log-probabilities of what is known to.
+
+        The latter are of the continuations' tokens but each one's first, in order.
+        rows: the hidden state of the last prompt token, then of the continuations' tokens.
+        """
+        prompts = torch.cat([each[:1] for each in rows.values()])
+        others = torch.cat([each[1:] for each in rows.values()])
+        token_ids = torch.tensor(
+            [token_id for each in rows for ids in each.continuations for token_id in ids[1:]],
+            dtype=torch.long,
+        )
+        # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
+        # goes with the prompts; in most steps there is no other.
+        first = self._model.logits(torch.cat([prompts, others[:LOGITS_ROWS]]))
+        logits, of_others = first[: len(prompts)], first[len(prompts) :]
+        logprobs = [self._logprobs(of_others, token_ids[:LOGITS_ROWS])]
+        for begin in range(LOGITS_ROWS, len(others), LOGITS_ROWS):
+            block = slice(begin, begin + LOGITS_ROWS)
+            logprobs.append(self._logprobs(self._model.logits(others[block]), token_ids[block]))
+        lengths = [len(each) - 1 for each in rows.values()]
+        return logits[:, : self._vocab_size], list(torch.split(torch.cat(logprobs), lengths))
+
+    def _logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
+        """Of one token for each row of the logits (N, V): (N,)."""
+        logprobs = logits[:, : self._vocab_size].log_softmax(-1)
+        return logprobs.gather(1, token_ids[:, None])[:, 0]
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:
@@ -152,12 +182,14 @@ class ModelRunner:
             return Segment(token_ids, positions, cache)
         return _with_continuations(token_ids, positions, cache, sequence.continuations)
 
-    def _result(self, sequence: Sequence, logits: Tensor) -> StepResult:
-        """logits: (1, V) to sample from, or a row for each token that `_score` needs."""
+    def _result(self, sequence: Sequence, logits: Tensor, logprobs: Tensor) -> StepResult:
+        """As `_logits` has them of this sequence: (V,) and (T,)."""
         sampler = self._states[sequence].sampler
         if sampler is not None:
-            return sampler.sample(logits[0])
-        return ScoredEvent(_score(logits.log_softmax(-1), sequence.continuations))
+            return sampler.sample(logits)
+        return ScoredEvent(
+            _score(logits.log_softmax(-1), logprobs.tolist(), sequence.continuations)
+        )
 
 
 def _num_extra(sequence: Sequence) -> int:
@@ -189,18 +221,19 @@ def _with_continuations(
     return Segment(token_ids, positions, cache, mask)
 
 
-def _score(logprobs: Tensor, continuations: list[list[int]]) -> list[float]:
-    """Summed log-probability of each continuation; rows as `_with_continuations` laid them out.
+def _score(first: Tensor, others: list[float], continuations: list[list[int]]) -> list[float]:
+    """Summed log-probability of each continuation.
+
+    first: (V,) of its first token. others: of all its others, one continuation behind the other.
 
     Raises:
         ValueError: the logits were not numbers.
     """
-    scores, row = [], 1
+    scores, begin = [], 0
     for continuation in continuations:
-        score = logprobs[0, continuation[0]].item()
-        for token_id in continuation[1:]:
-            score += logprobs[row, token_id].item()
-            row += 1
+        end = begin + len(continuation) - 1
+        score = first[continuation[0]].item() + sum(others[begin:end])
+        begin = end
         if not math.isfinite(score):
             raise ValueError("the model's logits are not finite")
         scores.append(score)
