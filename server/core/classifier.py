@@ -20,6 +20,8 @@ from server.core.tasks import Label, Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
 
+# Characters, some milliseconds of encoding.
+LONG_TEXT = 10_000
 # They are computed in one step, and everybody else waits for it.
 MAX_LABEL_TOKENS = 1024
 
@@ -126,11 +128,13 @@ class Classifier:
             InvalidRequestError: the chat template refuses the conversation.
         """
         endings = [{"role": "user", "content": question.instructions} for question in questions]
+        about = json.dumps(conversation)
         try:
-            shared_ids, endings_ids = self._tokenizer.encode_chats(conversation, endings)
+            shared_ids, endings_ids = await _encoded(
+                len(about) * len(endings), lambda: self._encode_all(conversation, endings)
+            )
         except ChatTemplateError as error:
             raise _refused(error) from error
-        about = json.dumps(conversation)
 
         def ask(question: Task, ending_ids: list[int]) -> Coroutine[Any, Any, Classification]:
             return self._once(
@@ -147,6 +151,15 @@ class Classifier:
             if not answers[-1].is_cached:
                 break
         return answers + await all_of(ask(*each) for each in asked[len(answers) :])
+
+    def _encode_all(
+        self, conversation: Sequence[Message], endings: Sequence[Message]
+    ) -> tuple[list[int], list[list[int]]]:
+        # Before it is rendered once for each ending.
+        shortest = self._tokenizer.encode_chat([*conversation, {**endings[0], "content": ""}])
+        if len(shortest) >= self._max_context:
+            raise ContextLengthError(len(shortest), self._max_context, "input")
+        return self._tokenizer.encode_chats(conversation, endings)
 
     async def warm_up(self, tasks: Iterable[Task]) -> None:
         """Computes the tasks' instructions before anybody waits for them."""
@@ -184,8 +197,9 @@ class Classifier:
                 self._passes.pop(key, None)
 
     async def _compute(self, task: Task, text: str) -> Classification:
+        messages = task.messages(text)
         try:
-            prompt_ids = self._tokenizer.encode_chat(task.messages(text))
+            prompt_ids = await _encoded(len(text), lambda: self._tokenizer.encode_chat(messages))
         except ChatTemplateError as error:
             raise _refused(error) from error
         num_shared = self._num_shared_tokens(task)
@@ -250,6 +264,13 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [done.result() for done in running]
+
+
+async def _encoded(num_characters: int, encode: Callable[[], T]) -> T:
+    """Encodes at once what is short: a chat counts on it that its pass reaches the engine in the
+    same turn of the event loop. Megabytes take a second, and are encoded beside it.
+    """
+    return await asyncio.to_thread(encode) if num_characters > LONG_TEXT else encode()
 
 
 def normalise(text: str) -> str:

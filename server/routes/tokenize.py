@@ -1,5 +1,7 @@
 """POST /tokenize and /detokenize: text to token ids and back."""
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -15,7 +17,8 @@ async def tokenize(request: Request) -> Response:
     body = TokenizeRequest.parse(await request.body())
     if body.model is not None:
         check_model(services, body.model)
-    token_ids = _token_ids(body, services.tokenizer)
+    # Not on the event loop: megabytes take a second.
+    token_ids = await asyncio.to_thread(_token_ids, body, services.tokenizer)
     token_strs = services.tokenizer.token_strs(token_ids) if body.return_token_strs else None
     return JSONResponse(
         {

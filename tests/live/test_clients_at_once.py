@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -12,6 +13,7 @@ import pytest
 
 from server.core.engine import Engine
 from server.core.sequence import SamplingParams, Sequence
+from server.core.tokenizer import ChatTokenizer
 from server.routes import chat
 from tests.conftest import LiveServer
 
@@ -202,3 +204,42 @@ async def test_a_long_prompt_does_not_hold_up_a_running_stream(
     for response in await asyncio.gather(short, long):
         assert response.status_code == 200, response.text
     assert longest == 16
+
+
+LONG = "word " * 4000
+SAID = [{"role": "user", "content": LONG}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": SAID}),
+        ("/v1/responses", {"input": LONG}),
+        ("/v1/completions", {"prompt": LONG}),
+        ("/v1/classify", {"input": LONG}),
+        (
+            "/v1/decisions",
+            {"input": LONG, "questions": [{"type": "predicate", "instructions": "?"}]},
+        ),
+        ("/tokenize", {"prompt": LONG}),
+        ("/tokenize", {"messages": SAID}),
+    ],
+)
+async def test_nobody_waits_while_a_long_text_is_encoded(
+    client: httpx.AsyncClient,
+    tiny: LiveServer,
+    path: str,
+    body: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, encode = set(), ChatTokenizer.encode_text
+
+    def note_thread(self: ChatTokenizer, text: str) -> list[int]:
+        if LONG.strip() in text:
+            threads.add(threading.current_thread().name)
+        return encode(self, text)
+
+    monkeypatch.setattr(ChatTokenizer, "encode_text", note_thread)
+    response = await client.post(tiny.url + path, json={"model": tiny.model, **body})
+    assert response.status_code == (200 if path == "/tokenize" else 400), response.text
+    assert threads and all(name.startswith("asyncio_") for name in threads)
