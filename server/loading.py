@@ -88,7 +88,7 @@ def load_services(settings: Settings) -> Services:
         tokenizer,
         max_context=max_context,
         cache_size=settings.sentiment_cache_size,
-        pinned_tasks=tasks,
+        pinned_tasks=tasks.values(),
     )
     replier = Replier(
         engine,

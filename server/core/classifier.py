@@ -9,7 +9,7 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -84,15 +84,16 @@ class Classifier:
         *,
         max_context: int,
         cache_size: int,
-        pinned_tasks: Collection[str] = (),
+        pinned_tasks: Iterable[Task] = (),
     ) -> None:
         """cache_size: number of results kept, 0 for none.
 
-        pinned_tasks: names of tasks whose instruction the engine keeps computed for good.
+        pinned_tasks: those whose instruction the engine keeps computed for good.
         """
         self._scorer, self._tokenizer = scorer, tokenizer
         self._max_context = max_context
-        self._pinned_tasks = frozenset(pinned_tasks)
+        # Not their names: what a client calls its own task must not make it one of these.
+        self._pinned_versions = {task.version for task in pinned_tasks}
         # The model is not part of the key: a classifier lives and dies with one model.
         self._results: LRUCache[_Key, Classification] = LRUCache(cache_size)
         self._passes: dict[_Key, _Pass] = {}
@@ -111,7 +112,7 @@ class Classifier:
         text = normalise(text)
         key = (task.name, task.version, text)
         result = await self._once(key, lambda: self._compute(task, text))
-        if task.name in self._pinned_tasks:
+        if task.version in self._pinned_versions:
             self.label_counts[task.name, result.label.value] += 1
         return result
 
@@ -203,7 +204,7 @@ class Classifier:
         except ChatTemplateError as error:
             raise _refused(error) from error
         num_shared = self._num_shared_tokens(task)
-        is_pinned = task.name in self._pinned_tasks
+        is_pinned = task.version in self._pinned_versions
         return await self._score(task, "labels", prompt_ids, num_shared, is_pinned=is_pinned)
 
     async def _score(

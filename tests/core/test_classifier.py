@@ -42,6 +42,7 @@ class FakeScorer:
         self.logprobs = list(logprobs)
         self.calls: list[tuple[str, list[str]]] = []
         self.shared: list[str] = []
+        self.pinned: list[bool] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_cancelled = 0
@@ -58,6 +59,7 @@ class FakeScorer:
         self.calls.append(
             ("".join(map(chr, prompt_ids)), ["".join(map(chr, ids)) for ids in continuations])
         )
+        self.pinned.append(is_pinned)
         self.shared.append("".join(map(chr, prompt_ids[:num_shared])))
         try:
             await self.gate.wait()
@@ -69,9 +71,16 @@ class FakeScorer:
         return Scores(self.logprobs, num_cached=0)
 
 
-def make(scorer: FakeScorer, *, cache_size: int = 10, max_context: int = 1000) -> Classifier:
-    tokenizer = cast(ChatTokenizer, FakeTokenizer())
-    return Classifier(scorer, tokenizer, max_context=max_context, cache_size=cache_size)
+def make(
+    scorer: FakeScorer, *, cache_size: int = 10, max_context: int = 1000, pinned: Task | None = None
+) -> Classifier:
+    return Classifier(
+        scorer,
+        cast(ChatTokenizer, FakeTokenizer()),
+        max_context=max_context,
+        cache_size=cache_size,
+        pinned_tasks=[pinned] if pinned else [],
+    )
 
 
 def task(name: str = "mood", **changes: Any) -> Task:
@@ -590,3 +599,12 @@ async def test_a_question_that_does_not_fit_ends_the_others() -> None:
     with pytest.raises(ContextLengthError) as caught:
         await classifier.answer(questions("a", "b", "c" * 40), CONVERSATION)
     assert caught.value.param == "input"
+
+
+async def test_a_task_of_a_client_is_never_taken_for_the_servers_of_that_name() -> None:
+    scorer, own = up(), task("inline")
+    classifier = make(scorer, pinned=own)
+    await bounded(classifier.classify(own, "text"))
+    await bounded(classifier.classify(inline_task("Judge otherwise.", ["a", "b", "c"]), "text"))
+    assert scorer.pinned == [True, False]
+    assert classifier.label_counts == {("inline", "up"): 1}
