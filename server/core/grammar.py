@@ -139,12 +139,6 @@ class GrammarCompiler:
         Raises:
             GrammarError: a schema is wrong, or says what cannot be guaranteed.
         """
-        for tool in tools:
-            # Alone first, so that the message says whose schema is wrong.
-            try:
-                self.json_schema(tool.parameters)
-            except GrammarError as error:
-                raise GrammarError(str(error), tool) from error
         more = '("\\n" call)*' if is_parallel else ""
         bodies = (
             f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} {_json(tool.parameters)}"
@@ -157,7 +151,6 @@ class GrammarCompiler:
         if is_required:
             rules.append(f"start: call {more}")
         elif answer is not None:
-            self.json_schema(answer)
             rules += [f"start: answer | call {more}", f"answer: {_json(answer)}"]
         else:
             # Lazy: the text is over where the first call begins.
@@ -166,7 +159,18 @@ class GrammarCompiler:
                 f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
                 r"TEXT: /(.|\n)*/",
             ]
-        return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+        try:
+            return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+        except GrammarError:
+            # Each alone, so that the message says whose schema is wrong.
+            for tool in tools:
+                try:
+                    self.json_schema(tool.parameters)
+                except GrammarError as error:
+                    raise GrammarError(str(error), tool) from error
+            if answer is not None:
+                self.json_schema(answer)
+            raise
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -175,10 +179,10 @@ class GrammarCompiler:
         return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
 
     def _compile(self, grammar: str) -> Grammar:
-        is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
-        if is_wrong:
-            raise GrammarError(messages[0])
-        return Grammar(LLMatcher(self._tokenizer, grammar, log_level=0))
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+        return Grammar(matcher)
 
 
 class _Vocabulary:

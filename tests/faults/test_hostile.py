@@ -152,7 +152,6 @@ async def test_nonsense_is_refused_in_the_right_shape(
 
 LARGE = {"type": "integer", "maximum": 2**64}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": LARGE}}
-FUNCTION = {"name": "f", "parameters": {"type": "object", "properties": {"a": LARGE}}}
 # Nothing is made of it if no tool may be called, but the response repeats it.
 UNUSED = {"type": "function", "name": "f", "parameters": {"a": float("inf")}}
 
@@ -164,7 +163,6 @@ UNUSED = {"type": "function", "name": "f", "parameters": {"a": float("inf")}}
         ("chat/completions", "logit_bias", {"logit_bias": dict.fromkeys(range(5000), 1)}),
         ("chat/completions", "repetition_penalty", {"repetition_penalty": 1e-40}),
         ("chat/completions", "response_format", {"response_format": SCHEMA}),
-        ("chat/completions", "tools", {"tools": [{"type": "function", "function": FUNCTION}]}),
         ("responses", "tools[0].parameters", {"tools": [UNUSED], "tool_choice": "none"}),
     ],
 )
