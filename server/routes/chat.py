@@ -41,7 +41,8 @@ async def chat_completions(request: Request) -> Response:
         reply = await services.replier.reply(
             [said.for_template() for said in body.messages],
             params,
-            body.stop,
+            # An answer of calls alone has no text to end.
+            () if output.is_call_required else body.stop,
             with_sentiment=body.sentiment and not is_plain,
             tools=output.tools,
             num_choices=body.n,

@@ -49,7 +49,8 @@ async def responses(request: Request) -> Response:
         reply = await services.replier.reply(
             body.messages(),
             params,
-            body.stop,
+            # An answer of calls alone has no text to end.
+            () if output.is_call_required else body.stop,
             with_sentiment=body.sentiment and not is_plain,
             tools=output.tools,
         )

@@ -229,7 +229,7 @@ def test_a_stream_of_calls_is_the_whole(tiny: LiveServer) -> None:
     assert chunks[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
 
 
-@pytest.mark.parametrize("stop", ["city", '"', "}", "\n"])
+@pytest.mark.parametrize("stop", ["<", "call", "city", '"', "}", "\n"])
 def test_stop_strings_do_not_cut_a_call(tiny: LiveServer, stop: str) -> None:
     changes = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
     [choice] = chat(tiny, max_tokens=200, stop=stop, **changes).json()["choices"]
