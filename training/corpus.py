@@ -2,12 +2,17 @@
 
 import gzip
 import json
+import random
+import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OPENERS = Path(__file__).parent / "data"
+OWN_DATA = Path(__file__).parent / "data"
+# How often a template is filled; the same text twice counts once.
+FILLINGS = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def read_replies(path: Path) -> list[ReplyRow]:
     ]
 
 
-def read_openers(folder: Path = OPENERS) -> list[ReplyRow]:
+def read_openers(folder: Path = OWN_DATA) -> list[ReplyRow]:
     """The project's own openers: every phrasing of a group with every reply of it."""
     rows = []
     for path in sorted(folder.glob("openers_*.jsonl")):
@@ -53,6 +58,20 @@ def read_openers(folder: Path = OPENERS) -> list[ReplyRow]:
                 for reply in group["replies"]
             ]
     return rows
+
+
+def read_own_texts(folder: Path = OWN_DATA) -> list[SentimentRow]:
+    """The project's own texts: each template with some of what its slots may hold."""
+    rng = random.Random(0)
+    rows = set()
+    for lang, section in tomllib.loads((folder / "texts.toml").read_text(encoding="utf-8")).items():
+        slots = section.pop("slots")
+        for label, templates in section.items():
+            for template in templates * FILLINGS:
+                parts = re.split(r"\{(\w+)\}", template)
+                parts[1::2] = [rng.choice(slots[name]) for name in parts[1::2]]
+                rows.add(SentimentRow("".join(parts), label, lang, "own"))
+    return sorted(rows, key=lambda row: row.text)
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -25,13 +25,11 @@ class Example:
     """Token ids behind a shared prefix; `targets` holds IGNORED where nothing is learned.
 
     probabilities: of the labels, where `targets` holds LABEL.
-    text: where in `ids` the text lies that the label is about.
     """
 
     ids: list[int]
     targets: list[int]
     probabilities: Sequence[float] = ()
-    text: range = range(0)
 
 
 class Renderer:
@@ -60,11 +58,10 @@ class Renderer:
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         ids = [*prompt, self.label_ids[best], self.end]
         targets = [IGNORED] * len(prompt) + [LABEL, self.end]
-        begin = len(self._header["user"])
-        where = range(begin, begin + len(text))
         if learn_text:
-            targets[where.start : where.stop] = text
-        return Example(ids, targets, probabilities, where)
+            begin = len(self._header["user"])
+            targets[begin : begin + len(text)] = text
+        return Example(ids, targets, probabilities)
 
     def reply(
         self,

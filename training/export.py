@@ -14,7 +14,6 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
 from server.core.tokenizer import ChatTokenizer
-from training.bag import BagOfTokens
 from training.train import new_model
 
 MAX_SHARD = "40MB"
@@ -24,7 +23,7 @@ def export(run: Path, tokenizer_folder: Path, out: Path, mix_with: Path | None =
     """Writes config.json, generation_config.json and model.safetensors to `out`."""
     tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(tokenizer_folder))
     end_id, pad_id = tokenizer.marker_id("<|im_end|>"), tokenizer.marker_id("<|endoftext|>")
-    model = new_model(tokenizer.vocab_size, end_id, BagOfTokens(tokenizer.vocab_size, "abc"))
+    model = new_model(tokenizer.vocab_size, end_id)
     state = torch.load(run / "checkpoint.pt", map_location="cpu")
     prefix = "module."
     weights = {

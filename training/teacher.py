@@ -20,8 +20,6 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from training.corpus import SentimentRow
 
 FOLDS = 3
-# Share of the teacher in what is learned about a row that has a label.
-TEACHER_SHARE = 0.5
 MAX_WORDS, MAX_CHARACTERS = 8, 12  # of a fragment, English and Chinese
 
 Probabilities = NDArray[np.float32]
@@ -50,19 +48,16 @@ class Teacher:
         self.values = list(values)
         self._order = np.argsort(np.argsort(values))
         self._by_lang: dict[str, Pipeline] = {}
-        # What it says of each row after training on the others, mixed with the row's own label.
-        self.targets: Probabilities = np.zeros((len(rows), len(values)), dtype=np.float32)
+        # What it says of each row after training on the others.
+        self.out_of_fold: Probabilities = np.zeros((len(rows), len(values)), dtype=np.float32)
         for lang in sorted({row.lang for row in rows}):
             chosen = np.array([row.lang == lang for row in rows])
             texts = [row.text for row in rows if row.lang == lang]
             labels = [row.label for row in rows if row.lang == lang]
             classifier = _classifier(lang)
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-            judged = cross_val_predict(classifier, texts, labels, cv=folds, method="predict_proba")[
-                :, self._order
-            ]
-            given = np.array(labels)[:, None] == np.array(values)
-            self.targets[chosen] = TEACHER_SHARE * judged + (1 - TEACHER_SHARE) * given
+            judged = cross_val_predict(classifier, texts, labels, cv=folds, method="predict_proba")
+            self.out_of_fold[chosen] = judged[:, self._order]
             self._by_lang[lang] = classifier.fit(texts, labels)
 
     def judge(self, texts: Sequence[str], lang: str) -> Probabilities:

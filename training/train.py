@@ -12,31 +12,41 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import joblib
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from server.core.tasks import load_tasks
 from server.core.tokenizer import ChatTokenizer
 from training.bag import BagOfTokens, train_bag
-from training.corpus import ReplyRow, SentimentRow, read_openers, read_replies, read_sentiment
+from training.corpus import (
+    ReplyRow,
+    SentimentRow,
+    read_openers,
+    read_own_texts,
+    read_replies,
+    read_sentiment,
+)
 from training.examples import IGNORED, LABEL, Example, Renderer, check_rendering
 from training.teacher import Probabilities, Teacher, fragment, train_teacher
 
 # How often a source is drawn compared with its size.
-SENTIMENT_SOURCES = {"openers": 6.0}
+SENTIMENT_SOURCES = {"openers": 6.0, "own": 6.0}
 # English is harder, so it gets more.
 SENTIMENT_CLASSES = {
-    ("zh", "positive"): 0.11, ("zh", "negative"): 0.11, ("zh", "neutral"): 0.06,
+    ("zh", "positive"): 0.11, ("zh", "negative"): 0.11, ("zh", "neutral"): 0.09,
     ("en", "positive"): 0.25, ("en", "negative"): 0.24, ("en", "neutral"): 0.23,
 }  # fmt: skip
 # Share of the reply examples drawn from each kind of row.
@@ -52,12 +62,20 @@ WARMUP = 0.01
 EMA_DECAY = 0.998
 BATCH_TOKENS = 3000
 POOL = 1500
-LEARN_TEXT = 0.0
+LEARN_TEXT = 0.15
 DROP_TOKEN = 0.12
-DROPOUT = 0.1
-# Weight of the label as seen from each token of a text, all of them together, beside the label
-# where it is asked for: thirty times as many places to learn it from.
-EVERY_TOKEN = 1.0
+# Share of the teacher in what is learned of a row that has a label: the label is the noisier.
+TEACHER_SHARE = 0.75
+# Share of the film reviews, which come in lower case and cut into words, that are put as typed.
+AS_TYPED = 0.5
+# What tells a question, and the marks that end a question and a statement.
+QUESTIONS = {
+    "zh": ("吗|呢|什么|几|多少|哪|谁|怎么|是不是|有没有", "？。"),
+    "en": (
+        r"(?i)^(what|when|where|which|who|why|how|can|could|do|does|did|is|are|will|would)\b",
+        "?.",
+    ),
+}
 
 # Token ids and the label probabilities to learn.
 Judged = tuple[list[int], Sequence[float]]
@@ -67,19 +85,22 @@ class SentimentSampler:
     """Draws labelled texts with fixed shares of languages and labels, and fragments."""
 
     def __init__(
-        self, rows: Sequence[SentimentRow], targets: Probabilities,
+        self, rows: Sequence[SentimentRow], judged: Probabilities, values: Sequence[str],
         fragments: Sequence[tuple[str, Sequence[float]]],
         tokenizer: ChatTokenizer, rng: random.Random,
     ) -> None:  # fmt: skip
-        """targets: (rows, labels); fragments: texts without a label and the teacher's view."""
+        """judged: (rows, labels), the teacher's view; fragments: texts that have only that."""
         self._rng = rng
         self._by_class: dict[tuple[str, str], list[Judged]] = defaultdict(list)
         self._weights: dict[tuple[str, str], list[float]] = defaultdict(list)
+        given = np.array([row.label for row in rows])[:, None] == np.array(values)
+        targets = TEACHER_SHARE * judged + (1 - TEACHER_SHARE) * given
         for row, probabilities in zip(rows, targets.tolist(), strict=True):
-            ids = tokenizer.encode_text(row.text.strip())[: MAX_ROW_TOKENS - 8]
             key = (row.lang, row.label)
-            self._by_class[key].append((ids, probabilities))
-            self._weights[key].append(SENTIMENT_SOURCES.get(row.source, 1.0))
+            for text in spellings(row, rng):
+                ids = tokenizer.encode_text(text)[: MAX_ROW_TOKENS - 8]
+                self._by_class[key].append((ids, probabilities))
+                self._weights[key].append(SENTIMENT_SOURCES.get(row.source, 1.0))
         self._classes = [key for key in SENTIMENT_CLASSES if self._by_class[key]]
         for weights in self._weights.values():
             for i in range(1, len(weights)):
@@ -102,12 +123,42 @@ class SentimentSampler:
         return renderer.sentiment(kept, probabilities, False)
 
 
+def spellings(row: SentimentRow, rng: random.Random) -> list[str]:
+    """The text as people may type it, in one way or more."""
+    text = row.text.strip()
+    if row.source.startswith("sst"):
+        return [as_typed(text) if rng.random() < AS_TYPED else text]
+    return with_and_without_mark(text, row.lang) if row.source in ("openers", "own") else [text]
+
+
+def as_typed(text: str) -> str:
+    """A review of the Stanford treebanks as people write: "it 's bad ." as "It's bad."."""
+    text = re.sub(r" (?=(?:[,.;:!?)]|'\w|n't))|(?<=\() ", "", text)
+    return text[:1].upper() + text[1:]
+
+
+def with_and_without_mark(text: str, lang: str) -> list[str]:
+    """A short line as it is and, if it has no mark at its end, with the usual one.
+
+    In the corpus a full stop goes with complaints, for chats have none.
+    """
+    if not text[-1].isalnum():
+        return [text]
+    asks, marks = QUESTIONS[lang]
+    return [text, text + marks[0 if re.search(asks, text) else 1]]
+
+
 def judged_fragments(
     texts: Sequence[SentimentRow], replies: Sequence[ReplyRow], teacher: Teacher,
-    rng: random.Random,
+    rng: random.Random, path: Path,
 ) -> list[tuple[str, Sequence[float]]]:  # fmt: skip
-    """Whole lines of the reply corpus and fragments of everything, as the teacher sees them."""
-    judged: list[tuple[str, Sequence[float]]] = []
+    """Whole lines of the reply corpus and fragments of everything, as the teacher sees them.
+
+    That takes some minutes; read from `path` if it is there.
+    """
+    judged: list[tuple[str, Sequence[float]]] = joblib.load(path) if path.exists() else []
+    if judged:
+        return judged
     for lang, num_fragments in NUM_FRAGMENTS.items():
         lines = [line for r in replies if r.lang == lang for line in (r.user, r.reply)]
         sources = lines + [row.text for row in texts if row.lang == lang]
@@ -115,6 +166,7 @@ def judged_fragments(
         drawn += rng.sample(lines, min(len(lines), num_fragments // 4))
         drawn = sorted({line for line in drawn if line.strip()})
         judged += zip(drawn, teacher.judge(drawn, lang).tolist(), strict=True)
+    joblib.dump(judged, path)
     return judged
 
 
@@ -130,10 +182,12 @@ class ReplySampler:
             kind = _reply_kind(row)
             if kind is None:
                 continue
-            user = tokenizer.encode_text(row.user.strip())
+            line = row.user.strip()
+            lines = with_and_without_mark(line, row.lang) if kind == "openers" else [line]
             reply = tokenizer.encode_text(row.reply.strip())
-            if len(user) + len(reply) <= MAX_ROW_TOKENS - 30:
-                self._pairs[kind, row.lang].append((user, row.label or "neutral", reply))
+            for user in map(tokenizer.encode_text, lines):
+                if len(user) + len(reply) <= MAX_ROW_TOKENS - 30:
+                    self._pairs[kind, row.lang].append((user, row.label or "neutral", reply))
         self._keys = list(self._pairs)
         self._shares = [
             REPLY_KINDS[kind] / sum(other == kind for other, _ in self._keys)
@@ -277,42 +331,7 @@ def loss_of(
     else:
         weights = torch.full(targets.shape, 0.5 / len(targets), device=device)
     loss = FusedCrossEntropy.apply(hidden, model.lm_head.weight, targets, weights)
-    value = loss.item()
-    if num:
-        loss = loss + EVERY_TOKEN * every_token_loss(model, states, examples, label_ids) / num
-    return loss, value
-
-
-def every_token_loss(
-    model: Qwen2ForCausalLM, states: Tensor, examples: Sequence[Example], label_ids: Tensor
-) -> Tensor:
-    """What a text's label looks like from each of its tokens; summed over texts.
-
-    states: (B, T, C). "Target replication" of Lipton et al. (arXiv 1511.03677): a token alone
-    then tells its worth, and its row of the embeddings learns in every step it occurs in.
-    """
-    lengths = torch.tensor([len(e.text) for e in examples], device=states.device)
-    hidden = torch.cat(
-        [row[e.text.start : e.text.stop] for row, e in zip(states, examples, strict=True)]
-    )
-    logprobs = (hidden @ model.lm_head.weight[label_ids].T).float().log_softmax(-1)
-    probabilities = torch.tensor([e.probabilities for e in examples], device=states.device)
-    per_token = -(logprobs * probabilities.repeat_interleave(lengths, dim=0)).sum(-1)
-    return (per_token / lengths.repeat_interleave(lengths)).sum()
-
-
-def drop_out(model: Qwen2ForCausalLM) -> None:
-    """Adds dropout to the embeddings and to what each layer adds; the architecture has none."""
-
-    def hook(module: nn.Module, _: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return hook(module, _, output[0]), *output[1:]
-        return F.dropout(output, DROPOUT, module.training)
-
-    model.model.embed_tokens.register_forward_hook(hook)
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(hook)
-        layer.mlp.register_forward_hook(hook)
+    return loss, loss.item()
 
 
 @torch.no_grad()
@@ -341,8 +360,8 @@ def evaluate(
     return {key: round(sum(hits) / len(hits), 4) for key, hits in right.items()}
 
 
-def new_model(vocab_size: int, end_id: int, bag: BagOfTokens) -> Qwen2ForCausalLM:
-    """Random weights but for the embeddings, which start from the bag-of-tokens classifier."""
+def new_model(vocab_size: int, end_id: int) -> Qwen2ForCausalLM:
+    """The bundled model's shape with random weights."""
     config = Qwen2Config(
         vocab_size=vocab_size, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4, intermediate_size=704, max_position_embeddings=2048,
@@ -350,12 +369,33 @@ def new_model(vocab_size: int, end_id: int, bag: BagOfTokens) -> Qwen2ForCausalL
         tie_word_embeddings=False, rope_theta=10_000.0, bos_token_id=0, eos_token_id=end_id,
         pad_token_id=0, attn_implementation="eager",
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        embeddings = bag.embeddings.weight
-        model.model.embed_tokens.weight.copy_(embeddings / embeddings.std() * 0.03)
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
-    return model
+    return Qwen2ForCausalLM(config)
+
+
+@torch.no_grad()
+def start_from_bag(model: Qwen2ForCausalLM, bag: BagOfTokens) -> None:
+    """Takes the embeddings from the bag-of-tokens classifier."""
+    embeddings = bag.embeddings.weight
+    model.model.embed_tokens.weight.copy_(embeddings / embeddings.std() * 0.03)
+    model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def start_from(model: Qwen2ForCausalLM, folder: Path, vocab: Mapping[str, int]) -> None:
+    """Copies the weights of a checkpoint, whose tokenizer may be another one.
+
+    vocab: ids of the tokens of `model`. Each starts as the mean of those the checkpoint cuts it
+    into, which is its own row where both know it.
+    """
+    former = AutoTokenizer.from_pretrained(folder)
+    ids = former.get_vocab()
+    cut = former.backend_tokenizer.model.tokenize
+    weights = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    pieces = [[ids[t]] if t in ids else [piece.id for piece in cut(t)] for t in tokens]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.stack([weights[name][of_token].mean(0) for of_token in pieces])
+    model.load_state_dict(weights)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -382,7 +422,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
-    tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+    vocab = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = ChatTokenizer(vocab)
     task = load_tasks()["sentiment"]
     renderer = Renderer(tokenizer, task)
     openers = read_openers()
@@ -394,16 +435,17 @@ def main() -> None:
         for user, label, lang in sorted({(r.user, str(r.label), r.lang) for r in openers})
         if user not in seen
     ]
+    texts += [row for row in read_own_texts() if row.text not in seen]
     replies = read_replies(args.corpus / "replies_train.jsonl.gz")
     check_rendering(renderer, tokenizer, task, texts, replies)
 
     teacher = train_teacher(texts, renderer.values, args.run / "teacher.joblib")
-    bag = train_bag(texts, tokenizer, renderer.values, args.run / "bag.pt")
-    model = new_model(tokenizer.vocab_size, renderer.end, bag)
+    model = new_model(tokenizer.vocab_size, renderer.end)
     if args.init is not None:
-        model.load_state_dict(Qwen2ForCausalLM.from_pretrained(args.init).state_dict())
+        start_from(model, args.init, vocab.get_vocab())
+    else:
+        start_from_bag(model, train_bag(texts, tokenizer, renderer.values, args.run / "bag.pt"))
     model.to(args.device)
-    drop_out(model)
     model.train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY)).eval()
     embeddings = model.model.embed_tokens.weight
@@ -412,8 +454,10 @@ def main() -> None:
         [{"params": others, "scale": 1.0}, {"params": [embeddings], "scale": EMBEDDINGS_LR}],
         lr=args.peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True,
     )  # fmt: skip
-    fragments = judged_fragments(texts, replies, teacher, rng)
-    sentiment = SentimentSampler(texts, teacher.targets, fragments, tokenizer, rng)
+    fragments = judged_fragments(texts, replies, teacher, rng, args.run / "fragments.joblib")
+    sentiment = SentimentSampler(
+        texts, teacher.out_of_fold, teacher.values, fragments, tokenizer, rng
+    )
     used = [row for row in replies if _reply_kind(row) is not None]
     reply = ReplySampler(label_replies(used, texts, teacher) + openers, tokenizer, rng)
 

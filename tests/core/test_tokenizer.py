@@ -17,6 +17,7 @@ from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 Conversation = list[dict[str, str]]
 
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = ChatTokenizer.from_folder(BUNDLED_FOLDER).vocab_size
 FIRST_PRIVATE, LAST_PRIVATE = "\ue000", "\uf8ff"
 
 TEXTS = [
@@ -328,13 +329,13 @@ def test_an_added_token_that_is_no_special_one_is_text_for_readers_but_never_fro
 ) -> None:
     def add_tool_call(content: dict[str, Any]) -> None:
         like = content["added_tokens"][0]
-        added = {**like, "id": 16000, "content": "<tool_call>", "special": False}
+        added = {**like, "id": VOCAB_SIZE, "content": "<tool_call>", "special": False}
         content["added_tokens"].append(added)
 
     template = "{{ '<tool_call>' + messages[0]['content'] }}"
     tokenizer = ChatTokenizer.from_folder(copy_with(add_tool_call, template))
     tool_call = tokenizer.marker_id("<tool_call>")
-    assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 16001
+    assert tokenizer.vocab_size == len(tokenizer.token_bytes) == VOCAB_SIZE + 1
     assert tokenizer.token_bytes[tool_call] == b"<tool_call>"
     assert tool_call not in tokenizer.encode_text("<tool_call>")
     ids = tokenizer.encode_chat(chat("user: <tool_call>"))
@@ -347,7 +348,7 @@ def test_a_marker_that_begins_another_one_does_not_take_its_place(
 ) -> None:
     def add_longer(content: dict[str, Any]) -> None:
         like = content["added_tokens"][0]
-        content["added_tokens"].append({**like, "id": 16000, "content": "<|im_end|>!"})
+        content["added_tokens"].append({**like, "id": VOCAB_SIZE, "content": "<|im_end|>!"})
 
     template = "{{ '<|im_end|>!' + messages[0]['content'] + '<|im_end|>' }}"
     tokenizer = ChatTokenizer.from_folder(copy_with(add_longer, template))
