@@ -79,6 +79,8 @@ QUESTIONS = {
 
 # Token ids and the label probabilities to learn.
 Judged = tuple[list[int], Sequence[float]]
+# Its text, language and label probabilities.
+Fragment = tuple[str, str, Sequence[float]]
 
 
 class SentimentSampler:
@@ -86,7 +88,7 @@ class SentimentSampler:
 
     def __init__(
         self, rows: Sequence[SentimentRow], judged: Probabilities, values: Sequence[str],
-        fragments: Sequence[tuple[str, Sequence[float]]],
+        fragments: Sequence[Fragment],
         tokenizer: ChatTokenizer, rng: random.Random,
     ) -> None:  # fmt: skip
         """judged: (rows, labels), the teacher's view; fragments: texts that have only that."""
@@ -105,15 +107,20 @@ class SentimentSampler:
         for weights in self._weights.values():
             for i in range(1, len(weights)):
                 weights[i] += weights[i - 1]
-        self._fragments = [(tokenizer.encode_text(text), p) for text, p in fragments]
+        self._fragments: dict[tuple[str, str], list[Judged]] = defaultdict(list)
+        for text, lang, probabilities in fragments:
+            best = max(zip(probabilities, values, strict=True))[1]
+            self._fragments[lang, best].append((tokenizer.encode_text(text), probabilities))
 
     def draw(self, renderer: Renderer) -> Example:
         """One text; mostly with a few tokens dropped, now and then learning the text itself."""
-        if self._rng.random() < FRAGMENTS:
-            ids, probabilities = self._rng.choice(self._fragments)
-            return renderer.sentiment(ids, probabilities, False)
         shares = [SENTIMENT_CLASSES[key] for key in self._classes]
         [key] = self._rng.choices(self._classes, shares)
+        # With the same shares: drawn as they come, most would be positive, and what is doubtful
+        # would seem so, too.
+        if self._rng.random() < FRAGMENTS:
+            ids, probabilities = self._rng.choice(self._fragments[key])
+            return renderer.sentiment(ids, probabilities, False)
         [(ids, probabilities)] = self._rng.choices(
             self._by_class[key], cum_weights=self._weights[key]
         )
@@ -151,12 +158,12 @@ def with_and_without_mark(text: str, lang: str) -> list[str]:
 def judged_fragments(
     texts: Sequence[SentimentRow], replies: Sequence[ReplyRow], teacher: Teacher,
     rng: random.Random, path: Path,
-) -> list[tuple[str, Sequence[float]]]:  # fmt: skip
+) -> list[Fragment]:  # fmt: skip
     """Whole lines of the reply corpus and fragments of everything, as the teacher sees them.
 
     That takes some minutes; read from `path` if it is there.
     """
-    judged: list[tuple[str, Sequence[float]]] = joblib.load(path) if path.exists() else []
+    judged: list[Fragment] = joblib.load(path) if path.exists() else []
     if judged:
         return judged
     for lang, num_fragments in NUM_FRAGMENTS.items():
@@ -165,7 +172,8 @@ def judged_fragments(
         drawn = [fragment(rng.choice(sources), lang, rng) for _ in range(num_fragments)]
         drawn += rng.sample(lines, min(len(lines), num_fragments // 4))
         drawn = sorted({line for line in drawn if line.strip()})
-        judged += zip(drawn, teacher.judge(drawn, lang).tolist(), strict=True)
+        probabilities = teacher.judge(drawn, lang).tolist()
+        judged += [(text, lang, p) for text, p in zip(drawn, probabilities, strict=True)]
     joblib.dump(judged, path)
     return judged
 
