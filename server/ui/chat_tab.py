@@ -91,8 +91,6 @@ class ChatTab:
         opened = [self._current, turns, chatbot, self._label, self._plot, side.conversations]
         # Nothing else on load: whoever is quick has already said something.
         page.load(_list_saved, [self._saved], [side.conversations], **QUIETLY)
-        side.new.click(_open_new, [self._saved], opened, **QUIETLY)
-        side.conversations.input(_open, [side.conversations, self._saved], opened, **QUIETLY)
         begun = [turns, said]
         answers = [
             self._answer_after(said.submit(_say, [said, turns], begun, **QUIETLY)),
@@ -102,6 +100,10 @@ class ChatTab:
         ]
         stopped = said.stop(None, cancels=answers, **QUIETLY)
         self._finish_after(stopped)
+        # What still comes belongs to the conversation that is left, which ends as if stopped.
+        left = side.new.click(None, cancels=answers, **QUIETLY)
+        self._finish_after(left).then(_open_new, [self._saved], opened, **QUIETLY)
+        side.conversations.input(_open, [side.conversations, self._saved], opened, **QUIETLY)
         undone = chatbot.undo(_undo, [turns], begun, **QUIETLY)
         self._finish_after(undone)
         cleared = chatbot.clear(_clear, None, begun, **QUIETLY)
@@ -150,8 +152,8 @@ class ChatTab:
                 changes |= dict(zip((self._curl, self._python), view.lines, strict=True))
             yield changes | (self._side.ask_for_key() if view.is_key_needed else {})
 
-    def _finish_after(self, event: Any) -> None:
-        event.then(
+    def _finish_after(self, event: Any) -> Any:
+        return event.then(
             _finish,
             [self._turns, self._saved, self._current, self._said],
             [

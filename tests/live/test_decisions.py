@@ -115,7 +115,7 @@ def test_a_string_and_the_boolean_of_the_same_text_are_two_choices(live: LiveSer
     [answer] = decide(live, questions=[question])["answers"]
     told = [p["value"] for p in answer["probabilities"]]
     assert [(type(value), value) for value in told] == [(type(value), value) for value in values]
-    assert len({p["probability"] for p in answer["probabilities"]}) > 2
+    assert len({p["probability"] for p in answer["probabilities"]}) > 1
     assert any(answer["choice"] is value or answer["choice"] == value for value in values)
 
 
