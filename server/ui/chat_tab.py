@@ -83,12 +83,15 @@ class ChatTab:
                     self._curl = gr.Code(language="shell", show_label=False, wrap_lines=True)
                 with gr.Tab("Python"):
                     self._python = gr.Code(language="python", show_label=False, wrap_lines=True)
+        # What is kept of the open conversation, and where it is shown.
+        self._kept = [self._turns, self._saved, self._current, self._said]
+        shown = [self._chatbot, self._label, self._plot, side.conversations]
+        self._shown = [*self._kept, *shown]
         self._connect(page)
 
     def _connect(self, page: gr.Blocks) -> None:
         said, turns = self._said, self._turns
         chatbot, side = self._chatbot, self._side
-        opened = [self._current, turns, chatbot, self._label, self._plot, side.conversations]
         # Nothing else on load: whoever is quick has already said something.
         page.load(_list_saved, [self._saved], [side.conversations], **QUIETLY)
         begun = [turns, said]
@@ -102,8 +105,9 @@ class ChatTab:
         self._finish_after(stopped)
         # What still comes belongs to the conversation that is left, which ends as if stopped.
         left = side.new.click(None, cancels=answers, **QUIETLY)
-        self._finish_after(left).then(_open_new, [self._saved], opened, **QUIETLY)
-        side.conversations.input(_open, [side.conversations, self._saved], opened, **QUIETLY)
+        left.then(_open_new, self._kept, self._shown, **QUIETLY)
+        left = side.conversations.input(None, cancels=answers, **QUIETLY)
+        left.then(_open, [side.conversations, *self._kept], self._shown, **QUIETLY)
         undone = chatbot.undo(_undo, [turns], begun, **QUIETLY)
         self._finish_after(undone)
         cleared = chatbot.clear(_clear, None, begun, **QUIETLY)
@@ -119,7 +123,9 @@ class ChatTab:
             show_progress="hidden",
             api_visibility="private",
         )
-        self._finish_after(answering)
+        # Not `then`, which a cancelled answer would start, too: what cancels one finishes it, and
+        # of two at once the second would undo what the first did.
+        answering.success(_finish, self._kept, self._shown, **QUIETLY)
         return answering
 
     async def _answer(
@@ -153,42 +159,28 @@ class ChatTab:
             yield changes | (self._side.ask_for_key() if view.is_key_needed else {})
 
     def _finish_after(self, event: Any) -> Any:
-        return event.then(
-            _finish,
-            [self._turns, self._saved, self._current, self._said],
-            [
-                self._turns,
-                self._saved,
-                self._current,
-                self._said,
-                self._chatbot,
-                self._label,
-                self._plot,
-                self._side.conversations,
-            ],
-            **QUIETLY,
-        )
+        return event.then(_finish, self._kept, self._shown, **QUIETLY)
 
 
-def _open_new(saved: Conversations, request: gr.Request) -> tuple[Any, ...]:
-    return _opened(None, [], saved, request)
-
-
-def _open(number: int, saved: Conversations, request: gr.Request) -> tuple[Any, ...]:
-    return _opened(number, saved[number], saved, request)
-
-
-def _opened(
-    number: int | None, turns: list[Turn], saved: Conversations, request: gr.Request
+def _open_new(
+    turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
 ) -> tuple[Any, ...]:
-    return (
-        number,
-        turns,
-        shown_messages(turns, language_of(request)),
-        chat.mood_label(turns, request),
-        chat.mood_plot(turns, request),
-        _list_of(saved, number, request),
-    )
+    _, saved, _, said = _keep(turns, saved, current, said)
+    return _show([], saved, None, said, request)
+
+
+def _open(
+    number: int,
+    turns: list[Turn],
+    saved: Conversations,
+    current: int | None,
+    said: str,
+    request: gr.Request,
+) -> tuple[Any, ...]:
+    _, kept, _, said = _keep(turns, saved, current, said)
+    if current is not None and current < number:
+        number -= len(saved) - len(kept)  # nothing was left of the one before it
+    return _show(kept[number], kept, number, said, request)
 
 
 def _list_saved(saved: Conversations, request: gr.Request) -> Any:
@@ -234,6 +226,12 @@ def _clear() -> tuple[list[Turn], Any]:
 def _finish(
     turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
 ) -> tuple[Any, ...]:
+    return _show(*_keep(turns, saved, current, said), request)
+
+
+def _keep(
+    turns: list[Turn], saved: Conversations, current: int | None, said: str
+) -> tuple[list[Turn], Conversations, int | None, str]:
     """Keeps the conversation, if there is one; what got no answer goes back to be sent anew."""
     if turns and not turns[-1]["answer"]:
         *turns, unanswered = turns
@@ -247,6 +245,12 @@ def _finish(
     elif turns:
         current = len(saved)
         saved.append(turns)
+    return turns, saved, current, said
+
+
+def _show(
+    turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
+) -> tuple[Any, ...]:
     return (
         turns,
         saved,

@@ -85,6 +85,48 @@ def test_conversations_are_kept_in_the_browser_each_by_itself(
         expect(page.bubbles.first).to_contain_text("The first one.")
 
 
+def test_another_conversation_is_opened_while_an_answer_comes(
+    tiny: LiveServer, visit: VisitPage
+) -> None:
+    with visit(tiny.url) as page:
+        listed = page.page.locator("#conversations label")
+        page.say("The first one.")
+        expect(page.answers).to_have_count(1)
+        page.page.get_by_role("button", name="New conversation").click()
+        expect(page.bubbles).to_have_count(0)
+        expect(listed).to_contain_text(["The first one."])
+        page.say("The second one.")
+        expect(page.answers).to_have_count(1)
+        listed.click()
+        expect(page.bubbles.first).to_contain_text("The first one.")
+        expect(listed).to_contain_text(["The second one.", "The first one."])
+        expect(listed.nth(1).locator("input")).to_be_checked()
+        assert httpx.get(f"{tiny.url}/ready").json()["requests"] == 0
+
+
+def test_a_conversation_left_without_an_answer_gives_its_message_back(
+    mini: LiveServer, visit: VisitPage
+) -> None:
+    with visit(mini.url) as page:
+        listed = page.page.locator("#conversations label")
+        page.say("The first one.")
+        page.until_answered(1)
+        page.page.get_by_role("button", name="New conversation").click()
+        expect(page.bubbles).to_have_count(0)
+        page.say("The second one.")
+        page.until_answered(1)
+        listed.nth(1).click()
+        expect(page.bubbles.first).to_contain_text("The first one.")
+        with held(mini.services, answers_only=True):
+            page.page.get_by_role("button", name="Retry").click()
+            expect(page.answers).to_have_count(0)
+            listed.nth(0).click()
+            expect(page.bubbles.first).to_contain_text("The second one.")
+        expect(page.message).to_have_value("The first one.")
+        expect(listed).to_contain_text(["The second one."])
+        expect(listed.locator("input")).to_be_checked()
+
+
 def test_an_edited_message_is_answered_anew(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         page.say("I am <b>sad</b>")
