@@ -5,15 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 from server.config import Settings
 from server.core.checkpoint import CheckpointError, find_checkpoint
-from server.core.classifier import Classifier
+from server.core.classifier import Classifier, encode_labels
 from server.core.completion import Completer
 from server.core.engine import Engine
 from server.core.generation_config import read_generation_defaults
 from server.core.grammar import GrammarCompiler
 from server.core.model import load_runner, read_model_config
 from server.core.reply import Replier
-from server.core.tasks import load_tasks
+from server.core.tasks import Task, load_tasks
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.errors import ContextLengthError, InvalidRequestError
 from server.metrics import Metrics
 from server.services import Services
 
@@ -44,18 +45,7 @@ def load_services(settings: Settings) -> Services:
             f"which holds {max_kv_tokens}; raise it or lower --max-context"
         )
     for task in tasks.values():
-        try:
-            length = len(tokenizer.encode_chat(task.messages("")))
-        except ChatTemplateError as error:
-            raise CheckpointError(
-                f"{checkpoint.folder}: the chat template refuses the prompt of the task "
-                f"{task.name!r}: {error}"
-            ) from error
-        if length + 1 >= max_context:
-            raise CheckpointError(
-                f"the instruction of the task {task.name!r} has {length} tokens, which leaves no "
-                f"room in a context of {max_context}; raise --max-context, or shorten it"
-            )
+        _check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
@@ -113,3 +103,21 @@ def load_services(settings: Settings) -> Services:
         replier=replier,
         completer=Completer(engine, tokenizer, max_context=max_context),
     )
+
+
+def _check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
+    """Finds out now what would otherwise fail with the first text."""
+    try:
+        num_prompt_tokens = len(tokenizer.encode_chat(task.messages("a")))
+        encode_labels(task, tokenizer, num_prompt_tokens, max_context)
+    except ChatTemplateError as error:
+        raise CheckpointError(
+            f"the model's chat template refuses the prompt of the task {task.name!r}: {error}"
+        ) from error
+    except ContextLengthError as error:
+        raise CheckpointError(
+            f"the instruction of the task {task.name!r} leaves no room in a context of "
+            f"{max_context} tokens; raise --max-context, or shorten it"
+        ) from error
+    except InvalidRequestError as error:
+        raise CheckpointError(f"the task {task.name!r} cannot be used: {error.message}") from error

@@ -216,21 +216,10 @@ class Classifier:
         *,
         is_pinned: bool = False,
     ) -> Classification:
-        """labels_param: where a request has its labels. num_shared: first tokens that later
-        prompts will have too.
-        """
-        label_ids = [self._tokenizer.encode_text(label.text) for label in task.labels]
-        num_label_tokens = sum(map(len, label_ids))
-        if num_label_tokens > MAX_LABEL_TOKENS:
-            raise InvalidRequestError(
-                f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
-                f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
-                param=labels_param,
-            )
-        # All labels but their last tokens are laid behind the prompt in one forward.
-        num_tokens = len(prompt_ids) + num_label_tokens - len(label_ids)
-        if num_tokens >= self._max_context:
-            raise ContextLengthError(num_tokens, self._max_context, "input")
+        """num_shared: first tokens that later prompts will have too."""
+        label_ids = encode_labels(
+            task, self._tokenizer, len(prompt_ids), self._max_context, labels_param
+        )
         scores = await self._scorer.score(
             prompt_ids,
             label_ids,
@@ -255,6 +244,36 @@ class Classifier:
         # exception() also marks it as seen, for a pass that nobody waits for any more.
         if not done.cancelled() and done.exception() is None and self._results.maxsize:
             self._results[key] = done.result()
+
+
+def encode_labels(
+    task: Task,
+    tokenizer: ChatTokenizer,
+    num_prompt_tokens: int,
+    max_context: int,
+    labels_param: str = "labels",
+) -> list[list[int]]:
+    """Ids of each label's text, to be laid behind a prompt.
+
+    labels_param: where a request has its labels.
+
+    Raises:
+        InvalidRequestError: the labels are too long to be computed in one step.
+        ContextLengthError: prompt and labels are too long for the model.
+    """
+    label_ids = [tokenizer.encode_text(label.text) for label in task.labels]
+    num_label_tokens = sum(map(len, label_ids))
+    if num_label_tokens > MAX_LABEL_TOKENS:
+        raise InvalidRequestError(
+            f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
+            f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
+            param=labels_param,
+        )
+    # All labels but their last tokens are laid behind the prompt in one forward.
+    num_tokens = num_prompt_tokens + num_label_tokens - len(label_ids)
+    if num_tokens >= max_context:
+        raise ContextLengthError(num_tokens, max_context, "input")
+    return label_ids
 
 
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

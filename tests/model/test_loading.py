@@ -212,6 +212,16 @@ def test_an_instruction_that_no_text_fits_behind_is_one_clear_sentence(
         load_services(settings)
 
 
+def test_labels_of_a_task_file_that_are_too_long_are_one_clear_sentence(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tasks.toml"
+    labels = ", ".join(f'{{value = "{i}", text = "{i}{"长" * 700}"}}' for i in range(2))
+    file.write_text(f'[long]\ninstructions = "Which?"\nlabels = [{labels}]\n', encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"the task 'long' .* of 1024 at most"):
+        load_services(Settings(model=str(tiny_checkpoint), tasks=file))
+
+
 def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
     whole = load_qwen(copy, read_model_config(copy), "float32")
     model = AutoModelForCausalLM.from_pretrained(copy)
