@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2 import modeling_qwen2
 
 from server.core.tasks import load_tasks
 from server.core.tokenizer import ChatTokenizer
@@ -40,32 +41,38 @@ from training.corpus import (
     read_sentiment,
 )
 from training.examples import IGNORED, LABEL, Example, Renderer, check_rendering
-from training.teacher import Probabilities, Teacher, fragment, train_teacher
+from training.teacher import Probabilities, Teacher, fragment, patchwork, train_teacher
 
 # How often a source is drawn compared with its size.
-SENTIMENT_SOURCES = {"openers": 6.0, "own": 6.0}
-# English is harder, so it gets more.
+# SST-2 is phrases cut from few reviews.
+SENTIMENT_SOURCES = {
+    "openers": 6.0, "own": 6.0,
+    "sst2_train": 0.4, "tweeteval_sentiment_val": 2.0, "vader_amazon": 2.0,
+}  # fmt: skip
+# English is harder, so it gets more; there the model leans to the positive, as the teacher did.
 SENTIMENT_CLASSES = {
-    ("zh", "positive"): 0.11, ("zh", "negative"): 0.11, ("zh", "neutral"): 0.09,
-    ("en", "positive"): 0.25, ("en", "negative"): 0.24, ("en", "neutral"): 0.23,
+    ("zh", "positive"): 0.12, ("zh", "negative"): 0.12, ("zh", "neutral"): 0.10,
+    ("en", "positive"): 0.18, ("en", "negative"): 0.28, ("en", "neutral"): 0.20,
 }  # fmt: skip
 # Share of the reply examples drawn from each kind of row.
 REPLY_KINDS = {"openers": 0.50, "caring": 0.27, "friendly": 0.07, "support": 0.13, "empathy": 0.03}
 MAX_ROW_TOKENS = 160
-# Share of fragments among the texts of which the label is learned, and how many are made.
-FRAGMENTS = 0.35
+# Share of fragments and patchworks among the texts of which the label is learned, and how many
+# of each are made.
+FRAGMENTS = 0.6
 NUM_FRAGMENTS = {"zh": 70_000, "en": 170_000}
-FINAL_LR = 5e-5
+NUM_PATCHWORKS = {"zh": 100_000, "en": 400_000}
+FINAL_LR = 2e-5
 # A token's own row is learned in few of the steps.
 EMBEDDINGS_LR = 4.0
 WARMUP = 0.01
 EMA_DECAY = 0.998
 BATCH_TOKENS = 3000
 POOL = 1500
-LEARN_TEXT = 0.15
-DROP_TOKEN = 0.12
+LEARN_TEXT = 0.06
+DROP_TOKEN = 0.1
 # Share of the teacher in what is learned of a row that has a label: the label is the noisier.
-TEACHER_SHARE = 0.75
+TEACHER_SHARE = 0.8
 # Share of the film reviews, which come in lower case and cut into words, that are put as typed.
 AS_TYPED = 0.5
 # What tells a question, and the marks that end a question and a statement.
@@ -159,7 +166,8 @@ def judged_fragments(
     texts: Sequence[SentimentRow], replies: Sequence[ReplyRow], teacher: Teacher,
     rng: random.Random, path: Path,
 ) -> list[Fragment]:  # fmt: skip
-    """Whole lines of the reply corpus and fragments of everything, as the teacher sees them.
+    """Whole lines of the reply corpus, fragments of everything and patchworks of fragments, as
+    the teacher sees them.
 
     That takes some minutes; read from `path` if it is there.
     """
@@ -170,6 +178,7 @@ def judged_fragments(
         lines = [line for r in replies if r.lang == lang for line in (r.user, r.reply)]
         sources = lines + [row.text for row in texts if row.lang == lang]
         drawn = [fragment(rng.choice(sources), lang, rng) for _ in range(num_fragments)]
+        drawn += [patchwork(sources, lang, rng) for _ in range(NUM_PATCHWORKS[lang])]
         drawn += rng.sample(lines, min(len(lines), num_fragments // 4))
         drawn = sorted({line for line in drawn if line.strip()})
         probabilities = teacher.judge(drawn, lang).tolist()
@@ -290,18 +299,18 @@ class FusedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, embeddings: Tensor, targets: Tensor, weights: Tensor
     ) -> Tensor:
-        """hidden: (N, C), embeddings: (V, C), targets: (N,), weights: (N,)."""
+        """hidden: (N, C), embeddings: (V, C), targets, weights: (N, K), K targets each."""
         narrow, wide = embeddings.to(torch.bfloat16), hidden.to(torch.bfloat16)
         grad_hidden = torch.empty_like(wide)
         grad_embeddings = torch.zeros_like(embeddings)
         total = hidden.new_zeros((), dtype=torch.float32)
         for begin in range(0, len(targets), 512):
             chunk = slice(begin, begin + 512)
-            target, weight = targets[chunk, None], weights[chunk, None]
+            target, weight = targets[chunk], weights[chunk]
             logprobs = F.log_softmax((wide[chunk] @ narrow.T).float(), dim=-1)
             total -= (logprobs.gather(1, target) * weight).sum()
-            grad = logprobs.exp_().scatter_add_(1, target, -torch.ones_like(weight))
-            grad = grad.mul_(weight).to(torch.bfloat16)
+            grad = logprobs.exp_().mul_(weight.sum(-1, keepdim=True))
+            grad = grad.scatter_add_(1, target, -weight).to(torch.bfloat16)
             grad_hidden[chunk] = grad @ narrow
             grad_embeddings += grad.T @ wide[chunk]
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_embeddings)
@@ -327,14 +336,13 @@ def loss_of(
     """
     states, targets = forward_behind(model, prefix, examples, device)
     chosen = targets != IGNORED
-    hidden, targets = states[chosen], targets[chosen]
-    is_label = targets == LABEL
+    hidden, targets = states[chosen], targets[chosen, None]
+    is_label = targets[:, 0] == LABEL
     if num := int(is_label.sum()):
-        probabilities = torch.tensor([e.probabilities for e in examples], device=device)
-        text, labels = hidden[~is_label], hidden[is_label]
-        hidden = torch.cat([text, labels.repeat_interleave(len(label_ids), dim=0)])
-        targets = torch.cat([targets[~is_label], label_ids.repeat(num)])
-        weights = torch.cat([probabilities.new_full((len(text),), 0.1), probabilities.flatten()])
+        targets = targets.repeat(1, len(label_ids))
+        targets[is_label] = label_ids
+        weights = torch.full(targets.shape, 0.1 / len(label_ids), device=device)
+        weights[is_label] = torch.tensor([e.probabilities for e in examples], device=device)
         weights /= num
     else:
         weights = torch.full(targets.shape, 0.5 / len(targets), device=device)
@@ -406,6 +414,18 @@ def start_from(model: Qwen2ForCausalLM, folder: Path, vocab: Mapping[str, int]) 
     model.load_state_dict(weights)
 
 
+def compile_elementwise(model: Qwen2ForCausalLM) -> None:
+    """Fuses what surrounds the matrix products, which saves a third of a step's time on a CPU.
+
+    Attention stays as it is: its cache is an argument that changes in the course of a step.
+    """
+    for layer in model.model.layers:
+        for module in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+            module.compile(dynamic=True)
+    rotate = torch.compile(modeling_qwen2.apply_rotary_pos_emb, dynamic=True)
+    modeling_qwen2.apply_rotary_pos_emb = rotate
+
+
 def learning_rate(progress: float, peak: float) -> float:
     if progress < WARMUP:
         return peak * progress / WARMUP
@@ -423,6 +443,7 @@ def main() -> None:
     # A batch has a hundred labels where it has thousands of words, and they are noisy: at
     # three times this rate the loss of the labels stays where it is.
     parser.add_argument("--peak-lr", type=float, default=3e-4)
+    parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -456,6 +477,8 @@ def main() -> None:
     model.to(args.device)
     model.train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY)).eval()
+    if args.compile:
+        compile_elementwise(model)
     embeddings = model.model.embed_tokens.weight
     others = [p for p in model.parameters() if p is not embeddings]
     optimizer = torch.optim.AdamW(
