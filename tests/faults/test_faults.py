@@ -162,6 +162,8 @@ def others(server: LiveServer) -> list[dict[str, Any]]:
             messages=[{"role": "user", "content": f"question {i} " * (10 * i + 1)}],
             seed=i,
             temperature=1.5,
+            # Among thousands, whose order rounding changes, another would be drawn.
+            top_k=20,
             max_tokens=MAX_TOKENS,
             logprobs=True,
             stream=i == 1,
