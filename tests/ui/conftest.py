@@ -58,6 +58,11 @@ class Visit:
         return self.page.locator("#chatbot [data-testid=bot]")
 
     @property
+    def conversations(self) -> Locator:
+        """Those kept, the newest first."""
+        return self.page.locator("#conversations label")
+
+    @property
     def mood(self) -> Locator:
         return self.page.locator("#mood")
 
@@ -77,6 +82,10 @@ class Visit:
         """Waits until so many answers are there and complete."""
         expect(self.answers).to_have_count(number)
         expect(self.page.locator("#message .submit-button")).to_be_visible()
+
+    def open_new_conversation(self) -> None:
+        self.page.get_by_role("button", name="New conversation").click()
+        expect(self.bubbles).to_have_count(0)
 
     def open_chat(self) -> None:
         self.page.get_by_role("tab").nth(0).click()

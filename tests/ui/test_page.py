@@ -57,14 +57,13 @@ def test_an_opener_a_retry_an_undo_and_a_new_conversation(
         page.until_answered(1)
         # The same text again: the mood is known.
         expect(page.mood).to_contain_text("from the cache")
-        page.page.get_by_role("button", name="New conversation").click()
-        expect(page.bubbles).to_have_count(0)
-        page.page.locator("#conversations label").click()
+        page.open_new_conversation()
+        page.conversations.click()
         page.until_answered(1)
         page.page.get_by_role("button", name="Undo").click()
         expect(page.bubbles).to_have_count(0)
         expect(page.message).to_have_value("I finally got the job!")
-        expect(page.page.locator("#conversations label")).to_have_count(0)
+        expect(page.conversations).to_have_count(0)
 
 
 def test_conversations_are_kept_in_the_browser_each_by_itself(
@@ -78,9 +77,8 @@ def test_conversations_are_kept_in_the_browser_each_by_itself(
         page.until_answered(1)
         page.say("And more of it.")
         page.until_answered(2)
-        listed = page.page.locator("#conversations label")
-        expect(listed).to_contain_text(["The second one.", "The first one."])
-        listed.nth(1).click()
+        expect(page.conversations).to_contain_text(["The second one.", "The first one."])
+        page.conversations.nth(1).click()
         page.until_answered(1)
         expect(page.bubbles.first).to_contain_text("The first one.")
 
@@ -89,18 +87,16 @@ def test_another_conversation_is_opened_while_an_answer_comes(
     tiny: LiveServer, visit: VisitPage
 ) -> None:
     with visit(tiny.url) as page:
-        listed = page.page.locator("#conversations label")
         page.say("The first one.")
         expect(page.answers).to_have_count(1)
-        page.page.get_by_role("button", name="New conversation").click()
-        expect(page.bubbles).to_have_count(0)
-        expect(listed).to_contain_text(["The first one."])
+        page.open_new_conversation()
+        expect(page.conversations).to_contain_text(["The first one."])
         page.say("The second one.")
         expect(page.answers).to_have_count(1)
-        listed.click()
+        page.conversations.click()
         expect(page.bubbles.first).to_contain_text("The first one.")
-        expect(listed).to_contain_text(["The second one.", "The first one."])
-        expect(listed.nth(1).locator("input")).to_be_checked()
+        expect(page.conversations).to_contain_text(["The second one.", "The first one."])
+        expect(page.conversations.nth(1).locator("input")).to_be_checked()
         assert httpx.get(f"{tiny.url}/ready").json()["requests"] == 0
 
 
@@ -108,23 +104,21 @@ def test_a_conversation_left_without_an_answer_gives_its_message_back(
     mini: LiveServer, visit: VisitPage
 ) -> None:
     with visit(mini.url) as page:
-        listed = page.page.locator("#conversations label")
         page.say("The first one.")
         page.until_answered(1)
-        page.page.get_by_role("button", name="New conversation").click()
-        expect(page.bubbles).to_have_count(0)
+        page.open_new_conversation()
         page.say("The second one.")
         page.until_answered(1)
-        listed.nth(1).click()
+        page.conversations.nth(1).click()
         expect(page.bubbles.first).to_contain_text("The first one.")
         with held(mini.services, answers_only=True):
             page.page.get_by_role("button", name="Retry").click()
             expect(page.answers).to_have_count(0)
-            listed.nth(0).click()
+            page.conversations.nth(0).click()
             expect(page.bubbles.first).to_contain_text("The second one.")
         expect(page.message).to_have_value("The first one.")
-        expect(listed).to_contain_text(["The second one."])
-        expect(listed.locator("input")).to_be_checked()
+        expect(page.conversations).to_contain_text(["The second one."])
+        expect(page.conversations.locator("input")).to_be_checked()
 
 
 def test_an_edited_message_is_answered_anew(mini: LiveServer, visit: VisitPage) -> None:
