@@ -13,6 +13,9 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from server.core.scheduler import ScheduledChunk, Scheduler
 from server.core.sequence import (
     AbortedEvent,
@@ -50,10 +53,15 @@ StepResult = TokenEvent | ScoredEvent | PrefilledEvent
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probability (nats) of every continuation, and how much of the prompt was known."""
+    """What was asked for about the end of a prompt, and how much of the prompt was known.
+
+    logprobs: (nats) of every continuation.
+    hidden_states: (L, C), of the last prompt token after each layer asked for, or None.
+    """
 
     logprobs: list[float]
     num_cached: int
+    hidden_states: NDArray[np.float32] | None = None
 
 
 class Runner(Protocol):
@@ -166,11 +174,14 @@ class Engine:
         prompt_ids: list[int],
         continuations: list[list[int]],
         *,
+        layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
     ) -> Scores:
         """Scores each continuation after the prompt, all in one forward.
 
+        layers: those whose hidden states are wanted, rising from 1. Without continuations the
+        forward ends for this prompt after the last of them.
         num_shared: first tokens that later prompts will have too; they are computed once.
         is_pinned: whether these are kept for good.
         A cancelled call frees its slot.
@@ -178,14 +189,19 @@ class Engine:
         Raises:
             EngineClosedError: the engine is closing.
         """
-        assert prompt_ids and continuations and all(continuations)
+        assert prompt_ids and (continuations or layers) and all(continuations)
         stream = self._start(
-            prompt_ids, None, continuations, num_shared=num_shared, is_pinned=is_pinned
+            prompt_ids,
+            None,
+            continuations,
+            layers=layers,
+            num_shared=num_shared,
+            is_pinned=is_pinned,
         )
         end = await _last_event(stream)
         if not isinstance(end, ScoredEvent):
             raise _as_error(end)
-        return Scores(end.logprobs, stream.num_cached)
+        return Scores(end.logprobs, stream.num_cached, end.hidden_states)
 
     async def prefill(self, prompt_ids: list[int]) -> int | None:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
@@ -238,6 +254,7 @@ class Engine:
         params: SamplingParams | None,
         continuations: Iterable[list[int]] = (),
         *,
+        layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
     ) -> TokenStream:
@@ -247,6 +264,7 @@ class Engine:
             params,
             list(continuations),
             lambda event: _deliver(loop, stream, event),
+            layers,
             num_shared,
             is_pinned,
         )

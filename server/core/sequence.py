@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class FinishReason(enum.Enum):
     """Why a sequence produced its last token. The values are OpenAI's words."""
@@ -73,9 +76,15 @@ class FinishedEvent:
 
 @dataclass(frozen=True)
 class ScoredEvent:
-    """Terminal: log-probability (nats) of every continuation, in their order."""
+    """Terminal: what was asked for about the end of the prompt.
+
+    logprobs: log-probability (nats) of every continuation, in their order.
+    hidden_states: (L, C), of the last prompt token after each of the sequence's layers; None if
+    it has none.
+    """
 
     logprobs: list[float]
+    hidden_states: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,9 @@ Event = TokenEvent | Terminal
 class Sequence:
     """One run of tokens through the model.
 
-    With `params` the prompt is continued, with `continuations` these are scored behind it,
-    with neither it is only computed, for others to begin with.
+    With `params` the prompt is continued, with `continuations` these are scored behind it, with
+    `layers` the hidden states after these layers are returned (1 is the first layer; they rise).
+    With none of them the prompt is only computed, for others to begin with.
     `num_shared` first tokens of a scored prompt are worth keeping for the next one.
     """
 
@@ -112,6 +122,7 @@ class Sequence:
     params: SamplingParams | None
     continuations: list[list[int]]
     deliver: Callable[[Event], None]
+    layers: tuple[int, ...] = ()
     num_shared: int = 0
     is_pinned: bool = False  # the shared tokens are never evicted
     completion_ids: list[int] = field(default_factory=list)
@@ -123,6 +134,16 @@ class Sequence:
     last_event_at: float = field(default_factory=time.perf_counter)
     # Of the request it belongs to, for what is noted and logged on the engine's thread.
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def depth(self) -> int | None:
+        """The layer after which the sequence leaves the forward; None for the model's last."""
+        return self.layers[-1] if self.layers and not self.continuations else None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it ends with a `ScoredEvent`."""
+        return bool(self.continuations or self.layers)
 
     @property
     def token_ids(self) -> list[int]:

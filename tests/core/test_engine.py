@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
+import numpy as np
 import pytest
 
 from server.core.engine import (
@@ -26,6 +27,7 @@ from server.core.sequence import (
     FailedEvent,
     FinishedEvent,
     FinishReason,
+    PrefilledEvent,
     SamplingParams,
     ScoredEvent,
     Sequence,
@@ -42,6 +44,8 @@ ENDLESS = SamplingParams(max_tokens=10**9)
 
 class FakeRunner:
     """Samples 100, 101, 102, … and scores 0, -1, -2, …, unless a test has other answers.
+
+    The hidden state after layer n is [n, length of the prompt].
 
     `before_step` is called on the engine's thread with the number of the step, from 1 on.
     """
@@ -96,8 +100,12 @@ class FakeRunner:
     def _answer(self, sequence: Sequence) -> StepResult | Exception:
         if sequence.prompt_ids[0] in self.answers:
             return self.answers[sequence.prompt_ids[0]](sequence)
-        if sequence.continuations:
-            return ScoredEvent([-float(i) for i in range(len(sequence.continuations))])
+        if sequence.is_scored:
+            logprobs = [-float(i) for i in range(len(sequence.continuations))]
+            states = [[layer, len(sequence.prompt_ids)] for layer in sequence.layers]
+            return ScoredEvent(logprobs, np.array(states, np.float32) if states else None)
+        if sequence.params is None:
+            return PrefilledEvent()
         return TokenEvent(100 + len(sequence.completion_ids))
 
 
@@ -239,6 +247,58 @@ async def test_a_long_prompt_is_scored_once_it_is_complete(runner: FakeRunner) -
         assert runner.steps == [[1]] * 3
 
 
+@pytest.mark.parametrize("continuations", [[], [[5], [6, 7]]])
+async def test_a_score_returns_the_hidden_states_of_its_layers(
+    runner: FakeRunner, continuations: list[list[int]]
+) -> None:
+    async with running(runner, max_prefill_tokens=2) as engine:
+        scores = await bounded(engine.score([1, 2, 3], continuations, layers=(2, 5)))
+        assert scores.logprobs == [0.0, -1.0][: len(continuations)]
+        assert scores.hidden_states is not None
+        assert scores.hidden_states.tolist() == [[2, 3], [5, 3]]
+
+
+async def test_a_score_without_layers_has_no_hidden_states(runner: FakeRunner) -> None:
+    async with running(runner) as engine:
+        assert (await bounded(engine.score([1], [[5]]))).hidden_states is None
+
+
+async def test_a_score_of_nothing_is_refused(runner: FakeRunner) -> None:
+    async with running(runner) as engine:
+        with pytest.raises(AssertionError):
+            await bounded(engine.score([1], []))
+        with pytest.raises(AssertionError):
+            await bounded(engine.score([1], [[]], layers=(1,)))
+    assert not runner.ran
+
+
+async def test_what_a_score_asks_for_reaches_the_runner(runner: FakeRunner) -> None:
+    async with running(runner) as engine:
+        await bounded(engine.score([1, 2], [], layers=(3,), num_shared=1, is_pinned=True))
+        await bounded(engine.score([2, 2], [[5]], layers=(3,)))
+        await bounded(engine.prefill([3, 2]))
+    shallow, scored, prefilled = sorted(runner.released, key=lambda each: each.prompt_ids)
+    assert (shallow.layers, shallow.num_shared, shallow.is_pinned) == ((3,), 1, True)
+    assert (scored.layers, scored.continuations, scored.num_shared) == ((3,), [[5]], 0)
+    assert (prefilled.layers, prefilled.is_scored) == ((), False)
+
+
+@pytest.mark.parametrize(
+    ("layers", "continuations", "depth", "is_scored"),
+    [
+        ((), [], None, False),
+        ((), [[5]], None, True),
+        ((2, 4), [], 4, True),
+        ((2, 4), [[5]], None, True),
+    ],
+)
+def test_a_sequence_leaves_after_its_last_layer_unless_something_comes_behind_its_prompt(
+    layers: tuple[int, ...], continuations: list[list[int]], depth: int | None, is_scored: bool
+) -> None:
+    sequence = Sequence([1], None, continuations, lambda event: None, layers)
+    assert (sequence.depth, sequence.is_scored) == (depth, is_scored)
+
+
 # --- abort ----------------------------------------------------------------------------
 
 
@@ -374,6 +434,20 @@ async def test_a_cancelled_score_that_waits_never_runs(runner: FakeRunner) -> No
         assert runner.steps == [[1], [1], [3]]
 
 
+async def test_a_cancelled_measurement_frees_its_slot(runner: FakeRunner) -> None:
+    runner.before_step = hold = Hold(number=2)
+    async with running(runner, max_num_seqs=1, max_prefill_tokens=2) as engine:
+        score = asyncio.create_task(engine.score([1] * 100, [], layers=(1,)))
+        await hold.reached()
+        score.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await bounded(score)
+        hold.let_go()
+        assert await tokens_of(engine.submit([2], SamplingParams(max_tokens=1))) == [100]
+        assert runner.steps.count([1]) < 50
+        assert Counter(runner.released) == Counter(runner.ran)
+
+
 async def test_a_score_that_is_aborted_by_closing_raises(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold()
     async with running(runner, max_prefill_tokens=1) as engine:
@@ -422,6 +496,24 @@ async def test_a_failing_score_raises_what_the_runner_says(runner: FakeRunner) -
         with pytest.raises(ValueError, match="not finite"):
             await bounded(engine.score([1], [[5], [6]]))
         assert (await bounded(engine.score([2], [[5], [6]]))).logprobs == [0.0, -1.0]
+
+
+async def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
+    runner: FakeRunner,
+) -> None:
+    runner.answers[1] = lambda sequence: ValueError("not finite")
+    async with running(runner) as engine:
+        broken, healthy, stream = (
+            asyncio.create_task(engine.score([1, 2], [], layers=(1,))),
+            asyncio.create_task(engine.score([2, 2], [], layers=(1,))),
+            engine.submit([3], SamplingParams(max_tokens=3)),
+        )
+        with pytest.raises(ValueError, match="not finite"):
+            await bounded(broken)
+        scores = await bounded(healthy)
+        assert scores.hidden_states is not None and scores.hidden_states.tolist() == [[1, 2]]
+        assert await tokens_of(stream) == [100, 101, 102]
+        assert engine.is_alive
 
 
 async def test_a_step_that_fails_is_tried_again_and_loses_nothing(runner: FakeRunner) -> None:
@@ -612,7 +704,7 @@ class Disturber:
 
 
 def fail_at_third_token(sequence: Sequence) -> StepResult | Exception:
-    if sequence.continuations or len(sequence.completion_ids) == 2:
+    if sequence.is_scored or len(sequence.completion_ids) == 2:
         return ValueError("this sequence")
     return TokenEvent(5)
 
@@ -634,7 +726,11 @@ async def test_every_sequence_ends_exactly_once_under_any_mix(
             )
             disturber.streams.append(engine.submit(prompt_ids, params))
             if i % 4 == 0:
-                scores.append(asyncio.create_task(engine.score(prompt_ids, [[5], [6]])))
+                continuations, layers = chance.choice(
+                    [([[5], [6]], ()), ([], (1, 3)), ([[5]], (2,))]
+                )
+                score = engine.score(prompt_ids, continuations, layers=layers)
+                scores.append(asyncio.create_task(score))
             if i % 20 == 4:
                 # Comes back only when the engine has worked through most of what came before.
                 await bounded(asyncio.wait([scores[-2]]))
@@ -649,6 +745,8 @@ async def test_every_sequence_ends_exactly_once_under_any_mix(
     assert {AbortedEvent, FinishedEvent, FailedEvent} <= kinds, "too tame to show anything"
     expected = (Scores, ValueError, RuntimeError, SequenceAbortedError, asyncio.CancelledError)
     assert all(isinstance(result, expected) for result in results)
+    for result in results:
+        assert not isinstance(result, Scores) or result.logprobs or result.hidden_states is not None
     releases = Counter(runner.released)
     assert runner.ran <= set(releases)
     assert set(releases.values()) == {1}

@@ -6,7 +6,8 @@ import torch
 
 from server.core.model.kv_cache import KVCache, KVMemory
 
-SHAPE = {"num_layers": 2, "num_kv_heads": 3, "head_dim": 4}
+LAYERS = 2
+SHAPE = {"num_layers": LAYERS, "num_kv_heads": 3, "head_dim": 4}
 
 
 def make(max_tokens: int = 4096, max_context: int = 600) -> KVMemory:
@@ -29,7 +30,7 @@ def test_a_sequence_keeps_its_tokens_when_it_moves_to_a_larger_slot() -> None:
         write(cache, 50, i)
     assert memory.num_sequences == 1
     assert cache.capacity == 600
-    prefix = cache.first(600).clone()
+    prefix = cache.first(600, LAYERS).clone()
     assert prefix.keys[1, 2, :, 3].tolist() == [i // 50 * 50 for i in range(600)]
     assert prefix.values[0, 0, 1].tolist() == [-(i // 50 * 50) for i in range(600)]
 
@@ -53,7 +54,7 @@ def test_a_clone_of_the_first_tokens_is_a_copy() -> None:
     memory, cache = make(), KVCache()
     assert memory.reserve(cache, 10)
     write(cache, 10, 1)
-    prefix = cache.first(4).clone()
+    prefix = cache.first(4, LAYERS).clone()
     cache.length = 0
     write(cache, 10, 2)
     assert prefix.keys.unique().tolist() == [1]
@@ -61,8 +62,26 @@ def test_a_clone_of_the_first_tokens_is_a_copy() -> None:
     assert memory.reserve(other, 4)
     memory.fill(other, prefix)
     assert other.length == 4
-    assert torch.equal(other.first(4).clone().values, prefix.values)
+    assert torch.equal(other.first(4, LAYERS).clone().values, prefix.values)
     assert prefix.num_bytes == 2 * 2 * 3 * 4 * 4 * 4
+
+
+def test_a_prefix_of_the_first_layers_fills_these_and_no_others() -> None:
+    memory, cache, other = make(), KVCache(), KVCache()
+    assert memory.reserve(cache, 10) and memory.reserve(other, 10)
+    write(cache, 10, 1)
+    prefix = cache.first(6, 1).clone()
+    assert (prefix.length, prefix.num_layers) == (6, 1)
+    assert prefix.num_bytes == cache.first(6, LAYERS).num_bytes / 2
+    write(other, 10, 2)
+    memory.fill(other, prefix)
+    assert other.length == 6
+    filled = other.first(6, LAYERS).clone()
+    assert filled.keys[0].unique().tolist() == [1] and filled.values[0].unique().tolist() == [-1]
+    assert filled.keys[1].unique().tolist() == [2] and filled.values[1].unique().tolist() == [-2]
+    write(other, 4, 2)
+    # Nothing behind the prefix was touched, in any layer.
+    assert other.first(10, LAYERS).keys[:, :, 6:].unique().tolist() == [2]
 
 
 def test_a_slot_of_a_broken_sequence_holds_numbers_only_when_it_is_given_again() -> None:
@@ -94,7 +113,7 @@ def test_any_order_of_growing_and_freeing_keeps_every_sequence_apart() -> None:
             write(cache, num_tokens, caches.setdefault(cache, float(number)))
         for cache, value in caches.items():
             if cache.length:
-                prefix = cache.first(cache.length).clone()
+                prefix = cache.first(cache.length, LAYERS).clone()
                 assert prefix.keys.unique().tolist() == [value]
                 assert prefix.values.unique().tolist() == [-value]
         pools = {cache.pool for cache in caches}

@@ -29,6 +29,11 @@ def memory(model: QwenModel) -> KVMemory:
     return model.new_memory(max_tokens=4096, max_context=256)
 
 
+@pytest.fixture
+def num_layers(model: QwenModel) -> int:
+    return model.config.num_layers
+
+
 def new_runner(model: QwenModel, max_prefix_bytes: int = 0) -> ModelRunner:
     return ModelRunner(
         model,
@@ -48,7 +53,7 @@ def compute(model: QwenModel, memory: KVMemory, ids: list[int], cache: KVCache) 
     assert memory.reserve(cache, len(ids))
     positions = range(cache.length, cache.length + len(ids))
     with torch.inference_mode():
-        [hidden] = model.forward([Segment(ids, positions, cache)])
+        [[hidden]] = model.forward([Segment(ids, positions, cache)])
         return model.logits(hidden)[-1]
 
 
@@ -71,89 +76,171 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("num_common", [1, 10, 39])
-def test_a_hit_equals_a_cold_start(model: QwenModel, memory: KVMemory, num_common: int) -> None:
+def test_a_hit_equals_a_cold_start(
+    model: QwenModel, memory: KVMemory, num_layers: int, num_common: int
+) -> None:
     known = random_ids(40)
     ids = known[:num_common] + random_ids(15, seed=9)
     prefixes = PrefixCache(2**30)
-    prefixes.store(known, computed(model, memory, known))
-    cache = filled(memory, prefixes.lookup(ids))
+    prefixes.store(known, computed(model, memory, known), num_layers)
+    cache = filled(memory, prefixes.lookup(ids, num_layers))
     assert cache.length >= num_common
     warm = compute(model, memory, ids[cache.length :], cache)
     assert_close(warm, compute(model, memory, ids, KVCache()))
 
 
-def test_a_hit_leaves_one_token_to_compute(model: QwenModel, memory: KVMemory) -> None:
+def test_a_hit_leaves_one_token_to_compute(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
     ids = random_ids(12)
     prefixes = PrefixCache(2**30)
-    prefixes.store(ids, computed(model, memory, ids))
-    prefix = prefixes.lookup(ids)
+    prefixes.store(ids, computed(model, memory, ids), num_layers)
+    prefix = prefixes.lookup(ids, num_layers)
     assert prefix is not None
     assert prefix.length == 11
 
 
-def test_what_goes_on_from_a_hit_leaves_it_as_it_was(model: QwenModel, memory: KVMemory) -> None:
+def test_what_goes_on_from_a_hit_leaves_it_as_it_was(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
     ids = random_ids(20)
     prefixes = PrefixCache(2**30)
-    prefixes.store(ids, computed(model, memory, ids))
-    first = filled(memory, prefixes.lookup(ids))
+    prefixes.store(ids, computed(model, memory, ids), num_layers)
+    first = filled(memory, prefixes.lookup(ids, num_layers))
     compute(model, memory, random_ids(30, seed=3), first)
-    second = filled(memory, prefixes.lookup(ids))
+    second = filled(memory, prefixes.lookup(ids, num_layers))
     again = compute(model, memory, ids[-1:], second)
     assert_close(again, compute(model, memory, ids, KVCache()))
 
 
 def test_a_longer_conversation_replaces_the_one_it_continues(
-    model: QwenModel, memory: KVMemory
+    model: QwenModel, memory: KVMemory, num_layers: int
 ) -> None:
     ids = random_ids(30)
     cache = computed(model, memory, ids)
     prefixes = PrefixCache(2**30)
-    prefixes.store(ids[:10], cache)
-    prefixes.store(ids, cache)
+    prefixes.store(ids[:10], cache, num_layers)
+    prefixes.store(ids, cache, num_layers)
     only_longer = prefixes.num_bytes
-    prefixes.store(ids[:20], cache)
-    assert prefixes.num_bytes == only_longer == cache.first(30).num_bytes
+    prefixes.store(ids[:20], cache, num_layers)
+    assert prefixes.num_bytes == only_longer == cache.first(30, num_layers).num_bytes
 
 
 def test_the_least_recently_used_go_first_and_pinned_ones_never(
-    model: QwenModel, memory: KVMemory
+    model: QwenModel, memory: KVMemory, num_layers: int
 ) -> None:
     prompts = [[3 + i, *random_ids(19)] for i in range(5)]
-    size = computed(model, memory, prompts[0]).first(20).num_bytes
+    size = computed(model, memory, prompts[0]).first(20, num_layers).num_bytes
     prefixes = PrefixCache(3 * size)
-    prefixes.store(prompts[0], computed(model, memory, prompts[0]), is_pinned=True)
+    prefixes.store(prompts[0], computed(model, memory, prompts[0]), num_layers, is_pinned=True)
     for ids in prompts[1:3]:
-        prefixes.store(ids, computed(model, memory, ids))
-    assert prefixes.lookup(prompts[1]) is not None  # now 2 is the least recently used
-    prefixes.store(prompts[3], computed(model, memory, prompts[3]))
+        prefixes.store(ids, computed(model, memory, ids), num_layers)
+    assert prefixes.lookup(prompts[1], num_layers) is not None  # now 2 is the least recently used
+    prefixes.store(prompts[3], computed(model, memory, prompts[3]), num_layers)
     assert prefixes.num_bytes <= 3 * size
-    found = [prefixes.lookup(ids) is not None for ids in prompts]
+    found = [prefixes.lookup(ids, num_layers) is not None for ids in prompts]
     assert found == [True, True, False, True, False]
 
 
 def test_what_is_larger_than_the_cache_takes_nobodys_place(
-    model: QwenModel, memory: KVMemory, monkeypatch: pytest.MonkeyPatch
+    model: QwenModel, memory: KVMemory, num_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = random_ids(10), random_ids(31, seed=2)
-    size = computed(model, memory, small).first(10).num_bytes
+    size = computed(model, memory, small).first(10, num_layers).num_bytes
     prefixes = PrefixCache(3 * size)
-    prefixes.store(small, computed(model, memory, small))
+    prefixes.store(small, computed(model, memory, small), num_layers)
     with monkeypatch.context() as patch:
         patch.setattr(KVPrefix, "clone", lambda self: pytest.fail("copied for nothing"))
-        prefixes.store(large, computed(model, memory, large))
-    assert prefixes.lookup(large) is None
-    assert prefixes.lookup(small) is not None
-    prefixes.store(small[:2], computed(model, memory, small[:2]), is_pinned=True)
+        prefixes.store(large, computed(model, memory, large), num_layers)
+    assert prefixes.lookup(large, num_layers) is None
+    assert prefixes.lookup(small, num_layers) is not None
+    prefixes.store(small[:2], computed(model, memory, small[:2]), num_layers, is_pinned=True)
     assert prefixes.has_room_for(2 * size) and not prefixes.has_room_for(3 * size)
 
 
-def test_pinning_twice_takes_no_more_memory(model: QwenModel, memory: KVMemory) -> None:
+def test_pinning_twice_takes_no_more_memory(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
     ids = random_ids(10)
     cache = computed(model, memory, ids)
     prefixes = PrefixCache(0)
     for _ in range(3):
-        prefixes.store(ids, cache, is_pinned=True)
-    assert prefixes.num_bytes == cache.first(10).num_bytes
+        prefixes.store(ids, cache, num_layers, is_pinned=True)
+    assert prefixes.num_bytes == cache.first(10, num_layers).num_bytes
+
+
+def test_a_prefix_serves_those_that_are_as_deep_or_less(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
+    ids = random_ids(10)
+    cache = computed(model, memory, ids)
+    prefixes = PrefixCache(2**30)
+    prefixes.store(ids, cache, 2)
+    for depth in range(1, num_layers + 1):
+        prefix = prefixes.lookup(ids, depth)
+        if depth > 2:
+            assert prefix is None
+        else:
+            assert prefix is not None
+            assert (prefix.length, prefix.num_layers) == (9, depth)
+            assert torch.equal(prefix.keys, cache.first(9, depth).keys)
+            assert torch.equal(prefix.values, cache.first(9, depth).values)
+
+
+def test_a_prefix_takes_memory_for_its_layers_only(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
+    ids = random_ids(10)
+    cache = computed(model, memory, ids)
+    whole = cache.first(10, num_layers).num_bytes
+    prefixes = PrefixCache(whole // num_layers)
+    prefixes.store(ids, cache, 2)
+    assert prefixes.num_bytes == 0
+    prefixes.store(ids, cache, 1)
+    assert prefixes.num_bytes == whole // num_layers
+
+
+def test_a_longer_shallow_prefix_hides_no_shorter_deep_one(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
+    ids = random_ids(30)
+    cache = computed(model, memory, ids)
+    for order in ((1, -1), (-1, 1)):
+        prefixes = PrefixCache(2**30)
+        for which in order:
+            if which == 1:
+                prefixes.store(ids, cache, 1)
+            else:
+                prefixes.store(ids[:10], cache, num_layers)
+        deep, shallow = prefixes.lookup(ids, num_layers), prefixes.lookup(ids, 1)
+        assert deep is not None and shallow is not None
+        assert (deep.length, shallow.length) == (10, 29)
+
+
+def test_a_deep_prefix_replaces_a_shallow_one_of_the_same_tokens_and_not_the_reverse(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
+    ids = random_ids(10)
+    cache = computed(model, memory, ids)
+    prefixes = PrefixCache(2**30)
+    for depth in (1, num_layers, 1, 2):
+        prefixes.store(ids, cache, depth)
+    assert prefixes.num_bytes == cache.first(10, num_layers).num_bytes
+    # What is longer is a replacement as well, in as many layers.
+    prefixes.store(ids[:9], cache, 1)
+    assert prefixes.num_bytes == cache.first(10, num_layers).num_bytes
+
+
+def test_a_pinned_shallow_prefix_stays_beside_a_deep_one(
+    model: QwenModel, memory: KVMemory, num_layers: int
+) -> None:
+    ids = random_ids(10)
+    cache = computed(model, memory, ids)
+    prefixes = PrefixCache(0)
+    for depth in (1, num_layers, 1, 2, num_layers):
+        prefixes.store(ids, cache, depth, is_pinned=True)
+    assert prefixes.num_bytes == sum(cache.first(10, n).num_bytes for n in (1, num_layers))
+    assert prefixes.lookup(ids, num_layers) is not None
 
 
 def to_score(prompt: list[int], num_shared: int) -> Sequence:

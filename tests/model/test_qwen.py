@@ -1,5 +1,6 @@
 """Our forward against transformers, whole and in pieces."""
 
+import itertools
 import random
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.core.model.attention import Segment
+from server.core.model.attention import Segment, StepAttention
 from server.core.model.config import read_model_config
 from server.core.model.kv_cache import KVCache, KVMemory
 from server.core.model.qwen import QwenModel, load_qwen
@@ -44,7 +45,7 @@ def run_all(
         assert memory.reserve(cache, len(ids))
         segments.append(Segment(ids, range(cache.length, cache.length + len(ids)), cache))
     with torch.inference_mode():
-        return [model.logits(hidden) for hidden in model.forward(segments)]
+        return [model.logits(hidden) for [hidden] in model.forward(segments)]
 
 
 def expected(oracle: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -111,3 +112,141 @@ def test_fewer_bits_stay_near_float32(
     theirs = expected(oracle, ids)
     ours = run(model, memory, ids, KVCache())
     assert (ours - theirs).abs().mean() < error * theirs.std()
+
+
+# --- hidden states after a layer ------------------------------------------------------
+
+
+def segment(
+    memory: KVMemory, ids: list[int], cache: KVCache, layers: tuple[int, ...] | None = None
+) -> Segment:
+    """The tokens behind those in the cache, which gets room for them."""
+    assert memory.reserve(cache, len(ids))
+    return Segment(ids, range(cache.length, cache.length + len(ids)), cache, layers=layers)
+
+
+def forward(model: QwenModel, segments: list[Segment]) -> list[list[Tensor]]:
+    with torch.inference_mode():
+        return model.forward(segments)
+
+
+def expected_states(oracle: PreTrainedModel, ids: list[int]) -> list[Tensor]:
+    """(T, C) after each layer, the first at 1; those after the last layer are normalised."""
+    with torch.inference_mode():
+        states = oracle(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    return [each[0] for each in states]
+
+
+def assert_states(
+    oracle: PreTrainedModel, layers: tuple[int, ...], ours: list[Tensor], theirs: list[Tensor]
+) -> None:
+    """ours: after each of the layers. theirs: after all layers, of as many tokens at least."""
+    num_layers = len(theirs) - 1
+    assert len(ours) == len(layers)
+    for layer, rows in zip(layers, ours, strict=True):
+        if layer == num_layers:
+            with torch.inference_mode():
+                rows = oracle.model.norm(rows)
+        assert_close(rows, theirs[layer][-len(rows) :])
+
+
+def test_hidden_states_after_every_layer_equal_those_of_transformers(
+    model: QwenModel, memory: KVMemory, oracle: PreTrainedModel
+) -> None:
+    ids, num_layers = random_ids(60), model.config.num_layers
+    theirs = expected_states(oracle, ids)
+    for count in (1, 2, num_layers):
+        for layers in itertools.combinations(range(1, num_layers + 1), count):
+            [ours] = forward(model, [segment(memory, ids, KVCache(), layers)])
+            assert_states(oracle, layers, ours, theirs)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+def test_hidden_states_of_chunks_equal_those_of_the_whole(
+    model: QwenModel, memory: KVMemory, oracle: PreTrainedModel, chunk: int
+) -> None:
+    ids, cache = random_ids(140), KVCache()
+    theirs = expected_states(oracle, ids)
+    rows = [
+        forward(model, [segment(memory, ids[i : i + chunk], cache, (1, 2))])[0]
+        for i in range(0, len(ids), chunk)
+    ]
+    assert_states(oracle, (1, 2), [torch.cat(parts) for parts in zip(*rows, strict=True)], theirs)
+    assert cache.length == len(ids)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_segments_that_leave_early_and_those_beside_them_equal_themselves_alone(
+    model: QwenModel, memory: KVMemory, oracle: PreTrainedModel, seed: int
+) -> None:
+    """Two steps of decodes, prefills and prompts behind a prefix, each of any depth."""
+    rng, num_layers = random.Random(seed), model.config.num_layers
+    every_layer = range(1, num_layers + 1)
+    wanted = [None, None, None, *((layer,) for layer in every_layer), (1, 2), tuple(every_layer)]
+    parts = []
+    for number in range(9):
+        layers = rng.choice(wanted)
+        num_cached, num_new = rng.choice([0, 0, 5, 40, 125]), rng.choice([1, 1, 1, 2, 9, 60])
+        ids, cache = random_ids(num_cached + num_new + 1, seed=100 * seed + number), KVCache()
+        if num_cached:
+            forward(model, [segment(memory, ids[:num_cached], cache, layers)])
+        parts.append((ids, cache, layers))
+    theirs = [expected_states(oracle, ids) for ids, _, _ in parts]
+    # All but the last token of each, then all last tokens.
+    for end in (-1, None):
+        rng.shuffle(order := list(range(len(parts))))
+        segments = [
+            segment(memory, parts[i][0][parts[i][1].length : end], *parts[i][1:]) for i in order
+        ]
+        for i, states in zip(order, forward(model, segments), strict=True):
+            layers = parts[i][2] or (num_layers,)
+            assert_states(oracle, layers, states, [each[:end] for each in theirs[i]])
+    assert [cache.length for _, cache, _ in parts] == [len(ids) for ids, _, _ in parts]
+
+
+def test_a_layer_computes_only_the_rows_that_reach_it(
+    model: QwenModel, memory: KVMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows: dict[int, int] = {}
+    attend = StepAttention.__call__
+
+    def count(self: StepAttention, layer: int, queries: Tensor, *others: Tensor) -> Tensor:
+        num_rows[layer] = len(queries)
+        return attend(self, layer, queries, *others)
+
+    monkeypatch.setattr(StepAttention, "__call__", count)
+    lengths = {(1,): 5, (1, 2): 7}
+    segments = [segment(memory, random_ids(n), KVCache(), layers) for layers, n in lengths.items()]
+    forward(model, segments)
+    assert num_rows == {0: 12, 1: 7}
+    num_rows.clear()
+    segments = [
+        segment(memory, random_ids(n), KVCache(), layers)
+        for layers, n in {None: 3, **lengths}.items()
+    ]
+    forward(model, segments)
+    assert num_rows == {0: 15, 1: 10} | dict.fromkeys(range(2, model.config.num_layers), 3)
+
+
+def test_states_that_are_returned_stay_as_they_are_in_later_layers_and_steps(
+    model: QwenModel, memory: KVMemory
+) -> None:
+    every_layer = tuple(range(1, model.config.num_layers + 1))
+    parts = [(random_ids(9, seed=i), KVCache(), every_layer[: i + 1]) for i in range(3)]
+    states = forward(model, [segment(memory, *part) for part in parts])
+    before = [[rows.clone() for rows in each] for each in states]
+    forward(model, [segment(memory, random_ids(3), cache, layers) for _, cache, layers in parts])
+    for each, copies in zip(states, before, strict=True):
+        assert len({rows.data_ptr() for rows in each}) == len(each)
+        assert all(map(torch.equal, each, copies))
+
+
+def test_the_keys_and_values_of_an_early_leaver_are_those_of_its_layers(
+    model: QwenModel, memory: KVMemory
+) -> None:
+    ids, shallow, deep = random_ids(30), KVCache(), KVCache()
+    forward(model, [segment(memory, ids, shallow, (2,)), segment(memory, ids, deep)])
+    ours, theirs = shallow.first(30, 2), deep.first(30, 2)
+    assert ours.num_layers == theirs.num_layers == 2
+    assert_close(ours.keys, theirs.keys)
+    assert_close(ours.values, theirs.values)

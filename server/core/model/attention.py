@@ -1,5 +1,6 @@
 """Attention of one step: every new token over its own sequence, few calls for all of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,12 +21,20 @@ class Segment:
     """New tokens of one sequence, T of them; its KV cache has room for them.
 
     mask: (T, cache.length + T), True where a token may look; None means causal.
+    layers: those after which its hidden states are wanted, rising from 1. The segment leaves
+    the forward after the last of them. None means the model's last layer.
     """
 
     token_ids: Sequence[int]
     positions: Sequence[int]
     cache: KVCache
     mask: Tensor | None = None
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def depth(self) -> float:
+        """How many layers it passes; infinite: all of them."""
+        return self.layers[-1] if self.layers else math.inf
 
     @property
     def is_decode(self) -> bool:
@@ -64,10 +73,13 @@ class StepAttention:
         """Stores the new keys and values and mixes the values.
 
         queries: (N, H, D), already scaled. keys, values: (N, H_kv, D). Returns (N, H D).
+        N is smaller in layers that the last segments of the step do not reach.
         Does not change the caches' lengths: all layers write at the same place.
         """
         mixed = []
         for run, views in self._runs:
+            if run.rows.start >= len(queries):
+                break
             rows = (queries[run.rows], keys[run.rows], values[run.rows])
             if views is None:
                 mixed.append(_prefill(run, layer, *rows))
@@ -166,11 +178,15 @@ def _few(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 
 def step_order(segments: Sequence[Segment]) -> list[int]:
-    """The order in which neighbours in memory are neighbours in the step, too."""
+    """The order in which neighbours in memory are neighbours in the step, too.
 
-    def key(index: int) -> tuple[bool, int, int]:
-        cache = segments[index].cache
-        return not segments[index].is_decode, cache.capacity, cache.slot
+    Segments that leave the forward early come last, the first to leave at the very end.
+    """
+
+    def key(index: int) -> tuple[float, bool, int, int]:
+        segment = segments[index]
+        cache = segment.cache
+        return -segment.depth, not segment.is_decode, cache.capacity, cache.slot
 
     return sorted(range(len(segments)), key=key)
 
@@ -192,6 +208,7 @@ def _are_neighbours(a: Segment, b: Segment) -> bool:
     return (
         a.is_decode
         and b.is_decode
+        and a.depth == b.depth
         and a.cache.pool is b.cache.pool
         and a.cache.slot + 1 == b.cache.slot
     )

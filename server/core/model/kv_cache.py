@@ -25,11 +25,11 @@ class KVCache:
         """Tokens there is room for."""
         return self.pool.capacity if self.pool else 0
 
-    def first(self, length: int) -> "KVPrefix":
-        """Its first tokens, in place."""
+    def first(self, length: int, num_layers: int) -> "KVPrefix":
+        """Its first tokens in the first layers, in place."""
         assert self.pool is not None
         assert 0 < length <= self.length
-        return self.pool.view(self.slot, length)
+        return self.pool.view(self.slot, length).first(length, num_layers)
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,16 @@ class KVPrefix:
         return self.keys.shape[2]
 
     @property
+    def num_layers(self) -> int:
+        return self.keys.shape[0]
+
+    @property
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
-    def first(self, length: int) -> "KVPrefix":
-        """Its first tokens, in the same memory."""
-        return KVPrefix(self.keys[:, :, :length], self.values[..., :length])
+    def first(self, length: int, num_layers: int | None = None) -> "KVPrefix":
+        """Its first tokens in the first layers (None: in all), in the same memory."""
+        return KVPrefix(self.keys[:num_layers, :, :length], self.values[:num_layers, ..., :length])
 
     def clone(self) -> "KVPrefix":
         """The same in memory of its own, and no more of it."""
@@ -133,9 +137,13 @@ class KVMemory:
         return True
 
     def fill(self, cache: KVCache, prefix: KVPrefix) -> None:
-        """Starts an empty cache, which has room for it, with a copy of the prefix."""
+        """Starts an empty cache, which has room for it, with a copy of the prefix.
+
+        Layers that the prefix does not have stay as they were.
+        """
         assert cache.pool is not None
-        cache.pool.view(cache.slot, prefix.length).copy_(prefix)
+        slot = cache.pool.view(cache.slot, prefix.length)
+        slot.first(prefix.length, prefix.num_layers).copy_(prefix)
         cache.length = prefix.length
 
     def free(self, cache: KVCache, *, is_sound: bool = True) -> None:

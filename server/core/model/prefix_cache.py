@@ -31,37 +31,47 @@ class PrefixCache:
         """Memory of all entries."""
         return sum(entry.prefix.num_bytes for entry in self._entries)
 
-    def lookup(self, token_ids: Sequence[int]) -> KVPrefix | None:
-        """The longest known prefix, always shorter than `token_ids`; not to be changed.
+    def lookup(self, token_ids: Sequence[int], num_layers: int) -> KVPrefix | None:
+        """The longest prefix known in the first `num_layers` layers; not to be changed.
 
-        One token at least stays to be computed, or there would be no logits.
+        It is always shorter than `token_ids`: one token at least stays to be computed, or there
+        would be no logits.
         """
         wanted = torch.tensor(token_ids[:-1])
-        lengths = [_num_common(entry.token_ids, wanted) for entry in self._entries]
+        lengths = [
+            _num_common(entry.token_ids, wanted) if entry.prefix.num_layers >= num_layers else 0
+            for entry in self._entries
+        ]
         if not lengths or (longest := max(lengths)) == 0:
             return None
         entry = self._entries.pop(lengths.index(longest))
         self._entries.append(entry)
-        return entry.prefix.first(longest)
+        return entry.prefix.first(longest, num_layers)
 
-    def store(self, token_ids: Sequence[int], cache: KVCache, *, is_pinned: bool = False) -> None:
+    def store(
+        self, token_ids: Sequence[int], cache: KVCache, num_layers: int, *, is_pinned: bool = False
+    ) -> None:
         """Remembers the tokens, which are the first of `cache`; it is copied, not kept.
 
-        Entries that the new one begins with are replaced by it. What is larger than all there is
-        room for is not remembered, and takes no other's place.
+        num_layers: the first layers, which alone have computed the tokens.
+        Entries that the new one begins with are replaced by it, unless they have more layers.
+        What is larger than all there is room for is not remembered, and takes no other's place.
         """
-        prefix = cache.first(len(token_ids))
+        prefix = cache.first(len(token_ids), num_layers)
         if not is_pinned and not self.has_room_for(prefix.num_bytes):
             return
         new = torch.tensor(token_ids)
         common = [_num_common(entry.token_ids, new) for entry in self._entries]
         for entry, length in zip(self._entries, common, strict=True):
-            if length == len(new) and (entry.is_pinned or not is_pinned):
+            is_as_deep = entry.prefix.num_layers >= num_layers
+            if length == len(new) and is_as_deep and (entry.is_pinned or not is_pinned):
                 return  # this one begins with all of it
         self._entries = [
             entry
             for entry, length in zip(self._entries, common, strict=True)
-            if entry.is_pinned or length < len(entry.token_ids)
+            if entry.is_pinned
+            or length < len(entry.token_ids)
+            or entry.prefix.num_layers > num_layers
         ]
         self._evict(prefix.num_bytes)
         self._entries.append(_Entry(new, prefix.clone(), is_pinned))

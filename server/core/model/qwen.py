@@ -66,14 +66,15 @@ class QwenModel:
             c.num_layers, c.num_kv_heads, c.head_dim, max_tokens=max_tokens, max_context=max_context
         )
 
-    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
+    def forward(self, segments: Sequence[Segment]) -> list[list[Tensor]]:
         """Computes the segments and appends them to their caches, which have room.
 
-        Returns the final hidden states of each segment: (T, C).
+        Returns the hidden states of each segment after each of its layers: (T, C).
         """
         order = step_order(segments)
         ordered = [segments[i] for i in order]
         attend = StepAttention(ordered)
+        states: list[list[Tensor]] = [[] for _ in segments]
         rotations = self._rotations([p for s in ordered for p in s.positions])
         ids = torch.tensor([i for s in ordered for i in s.token_ids])
         hidden = F.embedding(ids, self._embeddings).float()
@@ -81,10 +82,34 @@ class QwenModel:
             layer.out.add_to(hidden, self._attention(i, layer, hidden, attend, rotations))
             gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
             layer.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
+            num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
+            if num_staying < len(hidden):
+                hidden, rotations = hidden[:num_staying], rotations[:num_staying]
+            if not num_staying:
+                break
         for segment in segments:
             segment.cache.length += len(segment.token_ids)
-        parts = torch.split(hidden, [len(s.token_ids) for s in ordered])
-        return [parts[order.index(i)] for i in range(len(segments))]
+        return states
+
+    def _collect(
+        self, layer: int, hidden: Tensor, segments: Sequence[Segment], states: list[list[Tensor]]
+    ) -> int:
+        """Appends to `states` what the segments want of this layer.
+
+        Returns how many rows stay in the forward: those in front.
+        """
+        begin = num_staying = 0
+        for segment, collected in zip(segments, states, strict=True):
+            if begin == len(hidden):
+                break  # this one and all behind it have left before
+            rows = slice(begin, begin := begin + len(segment.token_ids))
+            is_leaving = segment.depth <= layer or layer == self.config.num_layers
+            if not is_leaving:
+                num_staying = begin
+            if is_leaving or (segment.layers and layer in segment.layers):
+                # Of those that stay a copy: the next layer adds to the same memory.
+                collected.append(hidden[rows] if is_leaving else hidden[rows].clone())
+        return num_staying
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32."""

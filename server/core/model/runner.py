@@ -2,8 +2,9 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,28 +61,28 @@ class ModelRunner:
     def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
         """One forward over all chunks; a result for each whose prompt is now complete."""
         hidden = self._model.forward([self._segment(chunk) for chunk in chunks])
+        # Of each complete prompt its hidden states after each of its layers, last token first.
+        complete = {
+            chunk.sequence: [rows[chunk.num_tokens - 1 :] for rows in states]
+            for chunk, states in zip(chunks, hidden, strict=True)
+            if chunk.is_last
+        }
+        continued = {
+            sequence: states[-1]
+            for sequence, states in complete.items()
+            if sequence.params is not None or sequence.continuations
+        }
+        logits = self._logits(continued) if continued else {}
         results: dict[Sequence, StepResult | Exception] = {}
-        # Of each complete prompt the last token, and the continuations behind it.
-        rows: dict[Sequence, Tensor] = {}
-        for chunk, states in zip(chunks, hidden, strict=True):
-            sequence = chunk.sequence
-            if not chunk.is_last:
-                continue
-            if sequence.params is None and not sequence.continuations:
-                results[sequence] = PrefilledEvent()
-            else:
-                rows[sequence] = states[chunk.num_tokens - 1 :]
-        if rows:
-            logits, behind = self._logits(rows)
-            for sequence, row, logprobs in zip(rows, logits, behind, strict=True):
-                try:
-                    results[sequence] = self._result(sequence, row, logprobs)
-                except Exception as error:
-                    results[sequence] = error
+        for sequence, states in complete.items():
+            try:
+                results[sequence] = self._result(sequence, states, logits.get(sequence))
+            except Exception as error:
+                results[sequence] = error
         return results
 
-    def _logits(self, rows: dict[Sequence, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Logits of what follows each prompt (N, V), and log-probabilities of what is known to.
+    def _logits(self, rows: dict[Sequence, Tensor]) -> dict[Sequence, tuple[Tensor, Tensor]]:
+        """Logits of what follows each prompt (V,), and log-probabilities of what is known to (T,).
 
         The latter are of the continuations' tokens but each one's first, in order.
         rows: the hidden state of the last prompt token, then of the continuations' tokens.
@@ -101,7 +102,8 @@ class ModelRunner:
             block = slice(begin, begin + LOGITS_ROWS)
             logprobs.append(self._logprobs(self._model.logits(others[block]), token_ids[block]))
         lengths = [len(each) - 1 for each in rows.values()]
-        return logits[:, : self._vocab_size], list(torch.split(torch.cat(logprobs), lengths))
+        behind = torch.split(torch.cat(logprobs), lengths)
+        return dict(zip(rows, zip(logits[:, : self._vocab_size], behind, strict=True), strict=True))
 
     def _logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """Of one token for each row of the logits (N, V): (N,)."""
@@ -118,7 +120,7 @@ class ModelRunner:
         if not self._memory.reserve(state.cache, len(sequence.token_ids) + _num_extra(sequence)):
             return None
         self._states[sequence] = state
-        prefix = self._prefixes.lookup(sequence.token_ids)
+        prefix = self._prefixes.lookup(sequence.token_ids, self._num_layers(sequence))
         if prefix is not None:
             self._memory.fill(state.cache, prefix)
         return state.cache.length
@@ -161,12 +163,13 @@ class ModelRunner:
         return _State(KVCache(), sampler)
 
     def _remember(self, sequence: Sequence) -> None:
-        is_scored = bool(sequence.continuations)
-        length = min(sequence.num_computed, sequence.num_shared if is_scored else sys.maxsize)
+        bound = sequence.num_shared if sequence.is_scored else sys.maxsize
+        length = min(sequence.num_computed, bound)
         if length:
             self._prefixes.store(
                 sequence.token_ids[:length],
                 self._states[sequence].cache,
+                self._num_layers(sequence),
                 is_pinned=sequence.is_pinned,
             )
 
@@ -178,18 +181,44 @@ class ModelRunner:
         # More only if a step failed behind its forward; what it wrote there is written again.
         cache.length = begin
         token_ids, positions = sequence.token_ids[begin:end], list(range(begin, end))
+        layers = None
+        if sequence.layers:
+            depth = self._num_layers(sequence)
+            # Those of the last token are wanted alone.
+            layers = (*sequence.layers, depth) if chunk.is_last else (depth,)
         if not (chunk.is_last and _num_extra(sequence)):
-            return Segment(token_ids, positions, cache)
-        return _with_continuations(token_ids, positions, cache, sequence.continuations)
+            return Segment(token_ids, positions, cache, layers=layers)
+        return _with_continuations(
+            Segment(token_ids, positions, cache, layers=layers), sequence.continuations
+        )
 
-    def _result(self, sequence: Sequence, logits: Tensor, logprobs: Tensor) -> StepResult:
-        """As `_logits` has them of this sequence: (V,) and (T,)."""
+    def _num_layers(self, sequence: Sequence) -> int:
+        return sequence.depth or self._model.config.num_layers
+
+    def _result(
+        self, sequence: Sequence, states: list[Tensor], logits: tuple[Tensor, Tensor] | None
+    ) -> StepResult:
+        """states: of the end of the prompt, (T, C) after each layer. logits: as `_logits` has them.
+
+        Raises:
+            ValueError: the logits or hidden states were not numbers.
+        """
         sampler = self._states[sequence].sampler
         if sampler is not None:
-            return sampler.sample(logits)
-        return ScoredEvent(
-            _score(logits.log_softmax(-1), logprobs.tolist(), sequence.continuations)
-        )
+            assert logits is not None
+            return sampler.sample(logits[0])
+        if not sequence.is_scored:
+            return PrefilledEvent()
+        logprobs: list[float] = []
+        if logits is not None:
+            first, others = logits
+            logprobs = _score(first.log_softmax(-1), others.tolist(), sequence.continuations)
+        if not sequence.layers:
+            return ScoredEvent(logprobs)
+        hidden_states = torch.stack([each[0] for each in states[: len(sequence.layers)]]).numpy()
+        if not np.isfinite(hidden_states).all():
+            raise ValueError("the model's hidden states are not finite")
+        return ScoredEvent(logprobs, hidden_states)
 
 
 def _num_extra(sequence: Sequence) -> int:
@@ -197,20 +226,18 @@ def _num_extra(sequence: Sequence) -> int:
     return sum(len(continuation) - 1 for continuation in sequence.continuations)
 
 
-def _with_continuations(
-    token_ids: list[int], positions: list[int], cache: KVCache, continuations: list[list[int]]
-) -> Segment:
+def _with_continuations(prompt: Segment, continuations: list[list[int]]) -> Segment:
     """The end of a prompt and, behind it, all continuations but their last tokens.
 
     Each continuation sees the prompt and itself only, so one forward scores them all.
     """
-    num_prompt, num_cached = len(token_ids), cache.length
+    num_prompt, num_cached = len(prompt.token_ids), prompt.cache.length
     branches = [continuation[:-1] for continuation in continuations]
     total = num_prompt + sum(map(len, branches))
     mask = torch.zeros(total, num_cached + total, dtype=torch.bool)
     mask[:, : num_cached + num_prompt] = True
     mask[:num_prompt] = torch.ones(num_prompt, num_cached + total).bool().tril(num_cached)
-    token_ids, positions = list(token_ids), list(positions)
+    token_ids, positions = list(prompt.token_ids), list(prompt.positions)
     next_position = positions[-1] + 1
     for branch in branches:
         begin, length = len(token_ids), len(branch)
@@ -218,7 +245,7 @@ def _with_continuations(
         mask[begin : begin + length, columns] = torch.ones(length, length).bool().tril()
         token_ids += branch
         positions += range(next_position, next_position + length)
-    return Segment(token_ids, positions, cache, mask)
+    return replace(prompt, token_ids=token_ids, positions=positions, mask=mask)
 
 
 def _score(first: Tensor, others: list[float], continuations: list[list[int]]) -> list[float]:
