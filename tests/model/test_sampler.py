@@ -1,13 +1,15 @@
 """Every sampling parameter against its definition."""
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from server.core.model.sampler import Sampler
+from server.core.model.sampler import _GOLDEN, Sampler, _mixed, _uniform
 from server.core.sequence import SamplingParams
 
 PROBS = [0.5, 0.25, 0.15, 0.06, 0.04]
@@ -149,6 +151,154 @@ def test_greedy_takes_the_first_of_the_largest_wherever_it_is(vocab_size: int) -
         logits = torch.randint(0, 8, (vocab_size,), generator=generator).float()
         expected = logits.tolist().index(max(logits.tolist()))
         assert greedy.sample(logits).token_id == expected
+
+
+# --- the noise that draws -------------------------------------------------------------
+
+# Of five tokens' chi-square, 4 degrees of freedom: exceeded once in 100,000 times.
+MAX_CHI_SQUARE = 28.5
+
+
+def chi_square(counts: Counter[int], probs: list[float]) -> float:
+    total = counts.total()
+    return sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(probs))
+
+
+def test_first_tokens_of_many_seeds_have_the_frequencies_of_the_softmax() -> None:
+    counts = Counter(sampler(seed=seed).sample(LOGITS).token_id for seed in range(10_000))
+    assert chi_square(counts, PROBS) < MAX_CHI_SQUARE
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63, -5])
+def test_tokens_at_many_positions_of_a_seed_have_the_frequencies_of_the_softmax(seed: int) -> None:
+    chooser = sampler(seed=seed)
+    counts = Counter(chooser.sample(LOGITS).token_id for _ in range(10_000))
+    assert chi_square(counts, PROBS) < MAX_CHI_SQUARE
+
+
+def test_tokens_that_follow_each_other_are_independent() -> None:
+    chooser = sampler(seed=3, temperature=1e9)  # all five are as likely
+    drawn = [chooser.sample(LOGITS).token_id for _ in range(10_001)]
+    pairs = Counter(a * len(PROBS) + b for a, b in itertools.pairwise(drawn))
+    # 24 degrees of freedom: exceeded once in 100,000 times.
+    assert chi_square(pairs, [1 / 25] * 25) < 67
+
+
+def test_a_token_has_the_same_noise_beside_any_others_in_any_order() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(5000)
+    noise = dict(zip(ids.tolist(), _uniform(9, 4, ids).tolist(), strict=True))
+    for size in (1, 2, 100, 4999):
+        some = rng.choice(ids, size, replace=False)
+        assert _uniform(9, 4, some).tolist() == [noise[i] for i in some.tolist()]
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}])
+def test_a_cut_that_keeps_the_token_drawn_without_it_draws_it_too(cut: dict[str, Any]) -> None:
+    size = 200
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 2
+    num_kept = 0
+    for seed in range(200):
+        whole, part = (
+            Sampler(SamplingParams(max_tokens=1, seed=seed, **each), [], size) for each in ({}, cut)
+        )
+        drawn = whole.sample(logits).token_id
+        if drawn in part._candidates(logits)[1].tolist():
+            num_kept += 1
+            assert part.sample(logits).token_id == drawn
+    assert 100 < num_kept < 200
+
+
+def test_every_seed_position_and_token_has_noise_of_its_own() -> None:
+    seeds = [*range(20), -1, 2**32, 2**63 - 1, 2**64 - 2]
+    ids = np.arange(200)
+    noise = np.stack(
+        [[_uniform(seed % 2**64, position, ids) for position in range(20)] for seed in seeds]
+    )
+    assert len(np.unique(noise)) == noise.size
+    # Nor does one tell anything about its neighbours: of 96,000 pairs.
+    for axis in range(3):
+        size = noise.shape[axis]
+        first, second = noise.take(range(size - 1), axis), noise.take(range(1, size), axis)
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / math.sqrt(first.size)
+
+
+def test_noise_is_uniform() -> None:
+    noise = np.sort(_uniform(1, 2, np.arange(100_000)))
+    expected = (np.arange(100_000) + 0.5) / 100_000
+    # Kolmogorov and Smirnov's bound: exceeded once in 100,000 times.
+    assert abs(noise - expected).max() < 2.47 / math.sqrt(100_000)
+
+
+def test_the_numbers_are_those_of_splitmix64() -> None:
+    # The first two of its reference implementation from the seed 1234567.
+    steps = np.array([1234567], dtype=np.uint64) + np.array([1, 2], np.uint64) * np.uint64(_GOLDEN)
+    assert _mixed(steps).tolist() == [6457827717110365317, 3203168211198807973]
+
+
+def _unmixed(value: int) -> int:
+    """What `_mixed` makes the value of."""
+
+    def unshifted(shifted: int, num_bits: int) -> int:
+        original = shifted
+        for _ in range(64 // num_bits + 1):
+            original = shifted ^ (original >> num_bits)
+        return original
+
+    value = unshifted(value, 31) * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+    value = unshifted(value, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
+    return unshifted(value, 30)
+
+
+ROUNDED = pytest.mark.xfail(strict=True, reason="2^53 - 1/2 is rounded to 2^53: noise of 1.0")
+
+
+@pytest.mark.parametrize(
+    "bits", [0, 1, 2**63, 2**64 - 2**11 - 1, pytest.param(2**64 - 1, marks=ROUNDED)]
+)
+def test_noise_is_strictly_between_0_and_1(bits: int) -> None:
+    """bits: of the last 64-bit number."""
+    position, token_id = 3, 7
+    key = (_unmixed(bits) - (token_id + 1) * _GOLDEN) % 2**64
+    seed = (_unmixed(key) - (position + 1) * _GOLDEN) % 2**64
+    [noise] = _uniform(seed, position, np.array([token_id]))
+    assert noise == pytest.approx(bits / 2**64, abs=1e-15)
+    assert 0 < noise < 1
+
+
+@pytest.mark.parametrize("size", [2, 2000])
+def test_logits_that_differ_by_rounding_draw_the_same_tokens(size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    first, second = (Sampler(SamplingParams(max_tokens=1, seed=11), [], size) for _ in range(2))
+    num_changed = 0
+    for _ in range(2000):
+        logits = torch.randn(size, generator=generator)
+        rounded = logits + 1e-4 * (2 * torch.rand(size, generator=generator) - 1)
+        num_changed += first.sample(logits).token_id != second.sample(rounded).token_id
+    # At most one in 5,000 draws is expected to change.
+    assert num_changed <= 5
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 2**63, 2**64 - 1, 10**40, -(10**40)])
+def test_a_seed_may_be_any_integer(seed: int) -> None:
+    def draw(seed: int) -> list[int]:
+        chooser = sampler(seed=seed, temperature=1.5)
+        return [chooser.sample(LOGITS).token_id for _ in range(50)]
+
+    assert draw(seed) == draw(seed) != draw(seed + 1)
+
+
+def test_without_a_seed_every_sequence_draws_its_own_tokens() -> None:
+    draws = set()
+    for _ in range(10):
+        chooser = sampler(temperature=2.0)
+        draws.add(tuple(chooser.sample(LOGITS).token_id for _ in range(50)))
+    assert len(draws) == 10
+
+
+def test_what_has_no_probability_is_never_drawn() -> None:
+    chooser = sampler(seed=2, temperature=2.0, logit_bias=((0, -torch.inf), (2, -torch.inf)))
+    assert {chooser.sample(LOGITS).token_id for _ in range(500)} == {1, 3, 4}
 
 
 # --- log-probabilities ----------------------------------------------------------------

@@ -1,9 +1,12 @@
 """Chooses the next token of one sequence from its logits."""
 
 import math
+import secrets
 from collections import Counter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.core.sequence import SamplingParams, TokenEvent
@@ -13,22 +16,26 @@ _SMALL_NUCLEUS = 256
 # Below this the likeliest token has all the probability, and the division may overflow.
 _MIN_TEMPERATURE = 1e-5
 _BLOCK = 64
+# 2^64 over the golden ratio: the step from one counter of SplitMix64 to the next.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
 
 
 class Sampler:
-    """The random state and the penalised tokens of one sequence.
+    """The seed and the penalised tokens of one sequence.
 
     Logits pass, in this order: repetition penalty, frequency and presence penalty, logit
     bias, temperature, top_k, top_p, min_p. What is left is drawn from.
+
+    A token's chance belongs to the token: its noise depends on the seed, the position in the
+    completion and the token id alone. Logits that differ by rounding, because a step held other
+    sequences or a prompt came from the cache, then nearly always draw the same token.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: list[int], vocab_size: int) -> None:
         self._params = params
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        self._seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
+        self._num_sampled = 0
         self._is_seen = torch.zeros(vocab_size, dtype=torch.bool)
         self._is_seen[prompt_ids] = True
         self._counts: Counter[int] = Counter()  # of the tokens sampled
@@ -55,6 +62,7 @@ class Sampler:
             token_id = self._draw(logits / temperature)
         if self._grammar is not None:
             self._grammar.accept(token_id)
+        self._num_sampled += 1
         self._is_seen[token_id] = True
         self._counts[token_id] += 1
         if self._params.num_logprobs is None:
@@ -88,8 +96,13 @@ class Sampler:
         return logits
 
     def _draw(self, logits: Tensor) -> int:
+        """Draws by the Gumbel-max trick: the largest sum of logit and noise has the probability
+        that softmax gives it (arXiv 1411.0030).
+        """
         kept, ids = self._candidates(logits)
-        return int(ids[torch.multinomial(kept.softmax(0), 1, generator=self._generator)])
+        noise = torch.from_numpy(_uniform(self._seed, self._num_sampled, ids.numpy()))
+        noise = noise.log_().neg_().log_().neg_()
+        return int(ids[noise.add_(kept).argmax()])
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The logits left by top_k, top_p and min_p, and their token ids.
@@ -123,6 +136,25 @@ class Sampler:
                 break
         num_kept = int((cumulative < self._params.top_p).sum()) + 1
         return top[:num_kept], ids[order[:num_kept]]
+
+
+def _uniform(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number between 0 and 1, both excluded, for each token id: (N,).
+
+    SplitMix64 as a generator with a counter (Steele, Lea, Flood: Fast Splittable Pseudorandom
+    Number Generators, OOPSLA 2014), keyed by the seed, then by the position.
+    """
+    key = np.array([seed], dtype=np.uint64)
+    for counter in (np.array([position]), ids):
+        key = _mixed(key + (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+    return ((key >> np.uint64(11)) + 0.5).astype(np.float64) * 2.0**-53
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _argmax(logits: Tensor) -> int:
