@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from server.core.choices import Choices, Generator, begin_choices
-from server.core.classifier import all_of
 from server.core.sequence import SamplingParams
+from server.core.single_flight import all_of
 from server.core.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 

@@ -3,7 +3,8 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.classifier import Classification, all_of
+from server.core.classifier import Classification
+from server.core.single_flight import all_of
 from server.core.tasks import Task, inline_task
 from server.errors import ContextLengthError, InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
