@@ -1,5 +1,6 @@
 """Every setting, its default and its help text, once."""
 
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -7,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
-
-DEFAULT_PERSONA = "你是一位温暖真诚的对话伙伴，请用用户的语言，简短自然地回应。"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -82,11 +81,18 @@ class Settings(BaseSettings):
     tasks: Path | None = Field(
         None, description="TOML file of tasks to add, or to replace built-in ones by name"
     )
-    persona: str = Field(
-        DEFAULT_PERSONA, description="system prompt of a chat that brings none of its own"
+    persona: str | None = Field(
+        None,
+        description="system prompt of a chat that brings none of its own, whatever its language; "
+        "default: the task file's",
     )
     sentiment_cache_size: Annotated[int, Field(ge=0)] = Field(
         4096, description="results of sentiment and other tasks kept, 0 for none"
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="folder for what tasks learn of a model when it is first loaded; default: "
+        "~/.cache/qwen-all-in-one",
     )
     max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)] = Field(
@@ -113,6 +119,12 @@ class Settings(BaseSettings):
     def scheme(self) -> Literal["http", "https"]:
         """What the server speaks, whatever stands before it."""
         return "https" if self.ssl_certfile else "http"
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir`, or where the XDG base directory specification has a user's caches."""
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return self.cache_dir or Path(base) / "qwen-all-in-one"
 
     @cached_property
     def keys(self) -> tuple[SecretStr, ...]:

@@ -4,17 +4,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from server.config import Settings
-from server.core.checkpoint import CheckpointError, find_checkpoint
-from server.core.classifier import Classifier, encode_labels
+from server.core.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from server.core.classifier import Classifier
 from server.core.completion import Completer
 from server.core.engine import Engine
 from server.core.generation_config import read_generation_defaults
 from server.core.grammar import GrammarCompiler
-from server.core.model import load_runner, read_model_config
+from server.core.judge_cache import JudgeCache
+from server.core.judges import encode_labels
+from server.core.model import choose_dtype, load_runner, read_model_config, weights_digest
 from server.core.reply import Replier
-from server.core.tasks import Task, load_tasks
+from server.core.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task, read_prompts
+from server.core.tasks import FILE as TASK_FILE
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
+from server.fitting import load_judges
 from server.metrics import Metrics
 from server.services import Services
 
@@ -26,8 +30,11 @@ def load_services(settings: Settings) -> Services:
         CheckpointError: the model cannot be used.
         TaskFileError: the task file cannot be used.
     """
-    tasks = load_tasks(settings.tasks)
+    # Before a download: nobody should wait for a model to learn that a task file is wrong.
+    own_prompts = read_prompts(settings.tasks) if settings.tasks else Prompts()
     checkpoint = find_checkpoint(settings.model)
+    prompts = read_prompts() | _prompts_of(checkpoint) | own_prompts
+    tasks = prompts.tasks
     config = read_model_config(checkpoint.folder)
     tokenizer = ChatTokenizer.from_folder(checkpoint.folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -54,12 +61,14 @@ def load_services(settings: Settings) -> Services:
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
     # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).
-    with ThreadPoolExecutor(1) as loader:
+    dtype = choose_dtype(settings.dtype, config)
+    with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as reader:
+        digest = reader.submit(weights_digest, checkpoint.folder)
         runner = loader.submit(
             load_runner,
             checkpoint.folder,
             config,
-            dtype=settings.dtype,
+            dtype=dtype,
             vocab_size=tokenizer.vocab_size,
             num_threads=settings.num_threads,
             max_kv_tokens=max_kv_tokens,
@@ -73,19 +82,31 @@ def load_services(settings: Settings) -> Services:
         max_num_seqs=settings.max_num_seqs,
         max_prefill_tokens=settings.max_prefill_tokens,
     )
+    try:
+        judges = load_judges(
+            tasks.values(),
+            engine,
+            tokenizer,
+            JudgeCache(settings.cache_folder, f"{digest.result()} {dtype}"),
+            num_layers=config.num_layers,
+            max_context=max_context,
+        )
+    except BaseException:
+        engine.close()
+        raise
     classifier = Classifier(
         engine,
         tokenizer,
         max_context=max_context,
         cache_size=settings.sentiment_cache_size,
-        pinned_tasks=tasks.values(),
+        judges=judges,
     )
     replier = Replier(
         engine,
         classifier,
         tokenizer,
         task=tasks["sentiment"],
-        persona=settings.persona,
+        style=_style_of(prompts, settings.persona),
         max_context=max_context,
     )
     return Services(
@@ -97,12 +118,26 @@ def load_services(settings: Settings) -> Services:
         grammars=GrammarCompiler(tokenizer, sorted(defaults.eos_token_ids)),
         defaults=defaults,
         tasks=tasks,
+        judges=judges,
         metrics=metrics,
         engine=engine,
         classifier=classifier,
         replier=replier,
         completer=Completer(engine, tokenizer, max_context=max_context),
     )
+
+
+def _prompts_of(checkpoint: Checkpoint) -> Prompts:
+    """What the checkpoint brings beside its weights."""
+    file = checkpoint.folder / TASK_FILE
+    return read_prompts(file) if file.is_file() else Prompts()
+
+
+def _style_of(prompts: Prompts, persona: str | None) -> ReplyStyle:
+    assert prompts.reply is not None  # the built-in file has it
+    if persona is None:
+        return prompts.reply
+    return prompts.reply.model_copy(update={"persona": {DEFAULT_LANGUAGE: persona}})
 
 
 def _check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:

@@ -8,6 +8,7 @@ from server.core.completion import Completer
 from server.core.engine import Engine
 from server.core.generation_config import GenerationDefaults
 from server.core.grammar import GrammarCompiler
+from server.core.judges import Judge
 from server.core.reply import Replier
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTokenizer
@@ -28,6 +29,7 @@ class Services:
     grammars: GrammarCompiler
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
+    judges: Mapping[str, Judge]  # by the version of their task
     metrics: Metrics
     engine: Engine
     classifier: Classifier

@@ -23,6 +23,15 @@ from server.services import Services
 START_TIMEOUT_S = 60
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where servers of this run keep their judges, also those in processes of their own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWEN_CACHE_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> ChatTokenizer:
     """The bundled model's tokenizer."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from server.config import DEFAULT_PERSONA, Settings
+from server.config import Settings
 from server.protocol import completions, responses
 from server.protocol.base import Request
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
@@ -26,10 +26,7 @@ def settings_table() -> str:
         option = f"`--{name.replace('_', '-')}`"
         default = field.default
         assert default is not PydanticUndefined
-        if default == DEFAULT_PERSONA:
-            shown = "a warm companion"
-        else:
-            shown = f"`{default}`" if default not in (None, ()) else "–"
+        shown = f"`{default}`" if default not in (None, ()) else "–"
         lines.append(f"| {option} | {shown} | {field.description} |")
     return "\n".join(lines)
 

@@ -6,11 +6,11 @@ proves on real rows that the result is what the server sends to the model.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from server.config import DEFAULT_PERSONA
-from server.core.tasks import Task
+from server.core.checkpoint import BUNDLED_FOLDER
+from server.core.tasks import FILE, Prompts, read_prompts
 from server.core.tokenizer import ChatTokenizer
 from training.corpus import ReplyRow, SentimentRow
 
@@ -35,7 +35,8 @@ class Example:
 class Renderer:
     """Builds examples of both roles."""
 
-    def __init__(self, tokenizer: ChatTokenizer, task: Task) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, prompts: Prompts) -> None:
+        task, self._style = prompts.tasks["sentiment"], prompts.reply
         encode = tokenizer.encode_text
         self.end = tokenizer.marker_id("<|im_end|>")
         self.start = tokenizer.marker_id("<|im_start|>")
@@ -45,9 +46,9 @@ class Renderer:
         self.values = [label.value for label in task.labels]
         # Each is one token of this tokenizer.
         self.label_ids = [single(encode(label.text)) for label in task.labels]
-        self._cues = {x.value: encode(task.render_cue(x) or "") for x in task.labels}
+        self._cues = {x.value: encode(_only(x.cue)) for x in task.labels}
         self.instructions = self._turn("system", encode(task.instructions))
-        self.persona = self._turn("system", encode(DEFAULT_PERSONA))
+        self.persona = self._turn("system", encode(_only(self._style.persona)))
         self.plain = self._turn("system", encode(PLAIN_SYSTEM))
 
     def sentiment(
@@ -91,12 +92,13 @@ ROLES = ("system", "user", "assistant")
 def check_rendering(
     renderer: Renderer,
     tokenizer: ChatTokenizer,
-    task: Task,
+    prompts: Prompts,
     texts: Sequence[SentimentRow],
     replies: Sequence[ReplyRow],
 ) -> None:
     """Raises AssertionError where an example differs from what the server would send."""
     encode = tokenizer.encode_text
+    task = prompts.tasks["sentiment"]
     for row in random.Random(0).sample(list(texts), 100):
         served = tokenizer.encode_chat(task.messages(row.text))
         example = renderer.sentiment(encode(row.text), [1.0], False)
@@ -105,14 +107,25 @@ def check_rendering(
     for pair in random.Random(0).sample(list(replies), 100):
         served = tokenizer.encode_chat(
             [
-                {"role": "system", "content": DEFAULT_PERSONA},
+                {"role": "system", "content": _only(prompts.reply.persona)},
                 {"role": "user", "content": pair.user},
-                {"role": "system", "content": task.render_cue(label)},
+                {"role": "system", "content": _only(label.cue)},
             ]
         )
         reply = encode(pair.reply)
         example = renderer.reply([], encode(pair.user), label.value, reply)
         assert served == renderer.persona + example.ids[: -len(reply) - 1], pair.user
+
+
+def trained_prompts() -> Prompts:
+    """What the bundled model is trained on: the prompts that lie beside its weights."""
+    return read_prompts() | read_prompts(BUNDLED_FOLDER / FILE)
+
+
+def _only(texts: Mapping[str, str]) -> str:
+    """The text of prompts that have one for all languages."""
+    [text] = texts.values()
+    return text
 
 
 def single(ids: Sequence[int]) -> int:

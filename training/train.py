@@ -29,7 +29,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
-from server.core.tasks import load_tasks
 from server.core.tokenizer import ChatTokenizer
 from training.bag import BagOfTokens, train_bag
 from training.corpus import (
@@ -40,7 +39,14 @@ from training.corpus import (
     read_replies,
     read_sentiment,
 )
-from training.examples import IGNORED, LABEL, Example, Renderer, check_rendering
+from training.examples import (
+    IGNORED,
+    LABEL,
+    Example,
+    Renderer,
+    check_rendering,
+    trained_prompts,
+)
 from training.teacher import Probabilities, Teacher, fragment, patchwork, train_teacher
 
 # How often a source is drawn compared with its size.
@@ -453,8 +459,8 @@ def main() -> None:
 
     vocab = AutoTokenizer.from_pretrained(args.tokenizer)
     tokenizer = ChatTokenizer(vocab)
-    task = load_tasks()["sentiment"]
-    renderer = Renderer(tokenizer, task)
+    prompts = trained_prompts()
+    renderer = Renderer(tokenizer, prompts)
     openers = read_openers()
     texts = read_sentiment(args.corpus / "sentiment_train.jsonl.gz")
     dev = read_sentiment(args.corpus / "sentiment_dev.jsonl.gz")
@@ -466,7 +472,7 @@ def main() -> None:
     ]
     texts += [row for row in read_own_texts() if row.text not in seen]
     replies = read_replies(args.corpus / "replies_train.jsonl.gz")
-    check_rendering(renderer, tokenizer, task, texts, replies)
+    check_rendering(renderer, tokenizer, prompts, texts, replies)
 
     teacher = train_teacher(texts, renderer.values, args.run / "teacher.joblib")
     model = new_model(tokenizer.vocab_size, renderer.end)

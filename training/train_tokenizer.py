@@ -17,8 +17,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from server.core.tasks import load_tasks
 from training.corpus import read_replies, read_sentiment
+from training.examples import trained_prompts
 
 # The splitting rule of the Qwen2 tokenizer (transformers, tokenization_qwen2.py).
 QWEN_SPLIT = (
@@ -72,7 +72,7 @@ def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _lines(corpus: Path) -> Iterator[str]:
-    labels = [label.text for task in load_tasks().values() for label in task.labels]
+    labels = [label.text for task in trained_prompts().tasks.values() for label in task.labels]
     # Often enough that each label is merged early into one token.
     yield from labels * 20_000 * ENGLISH_WEIGHT
     for row in read_sentiment(corpus / "sentiment_train.jsonl.gz"):

@@ -1,51 +1,47 @@
-"""The analyst: log-probability of each label after a task's prompt, and an LRU of results.
+"""The analyst: the probability of each label of a text, and an LRU of results.
 
-Labels are scored, never generated and parsed: there is always a valid one, and the same
-text gives the same one.
+Labels are judged from what the model computed of the prompt, never generated and parsed: there
+is always a valid one, and the same text gives the same one.
 """
 
 import asyncio
 import json
 import math
-import unicodedata
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from cachetools import LRUCache
 
 from server.core.engine import Scores
+from server.core.judges import (
+    Judge,
+    LabelJudge,
+    Scorer,
+    TaskPrompts,
+    encode_labels,
+    measure_prior,
+    normalise,
+)
+from server.core.single_flight import SingleFlight, all_of
 from server.core.tasks import Label, Task
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
 
 # Characters, some milliseconds of encoding.
 LONG_TEXT = 10_000
-# They are computed in one step, and everybody else waits for it.
-MAX_LABEL_TOKENS = 1024
+# Tasks that clients describe in their requests, whose labels' prior is kept.
+NUM_OWN_JUDGES = 256
 
 T = TypeVar("T")
-
-
-class Scorer(Protocol):
-    """What the classifier needs of the engine."""
-
-    def score(
-        self,
-        prompt_ids: list[int],
-        continuations: list[list[int]],
-        *,
-        num_shared: int,
-        is_pinned: bool,
-    ) -> Awaitable[Scores]:
-        """Log-probabilities (nats) of the continuations."""
 
 
 @dataclass(frozen=True)
 class Classification:
     """The label of one text. `probabilities` follow the task's labels and add up to 1.
 
+    score: the probability of the task's one pole minus that of the other, if it has poles.
     Of the prompt's tokens, `num_cached_tokens` needed no computing, and `num_kept_tokens` were
     computed for later prompts to begin with.
     """
@@ -56,15 +52,8 @@ class Classification:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_kept_tokens: int = 0
+    score: float | None = None
     is_cached: bool = False
-
-
-@dataclass
-class _Pass:
-    """A running computation and how many requests wait for it."""
-
-    task: asyncio.Task[Classification]
-    num_waiters: int = 0
 
 
 _Key = tuple[str, str, str]
@@ -84,24 +73,33 @@ class Classifier:
         *,
         max_context: int,
         cache_size: int,
-        pinned_tasks: Iterable[Task] = (),
+        judges: Mapping[str, Judge],
     ) -> None:
         """cache_size: number of results kept, 0 for none.
 
-        pinned_tasks: those whose instruction the engine keeps computed for good.
+        judges: of the server's tasks, by their version; the engine keeps the instructions of
+        these computed for good. Other tasks get one of their own when they are first used.
         """
         self._scorer, self._tokenizer = scorer, tokenizer
         self._max_context = max_context
-        # Not their names: what a client calls its own task must not make it one of these.
-        self._pinned_versions = {task.version for task in pinned_tasks}
+        # Not by names: what a client calls its own task must not make it one of these.
+        self._judges = judges
         # The model is not part of the key: a classifier lives and dies with one model.
-        self._results: LRUCache[_Key, Classification] = LRUCache(cache_size)
-        self._passes: dict[_Key, _Pass] = {}
-        self._num_shared: LRUCache[str, int] = LRUCache(256)  # by task version
-        self.num_hits = 0
-        self.num_misses = 0
+        self._results: SingleFlight[_Key, Classification] = SingleFlight(cache_size)
+        self._own_judges: SingleFlight[str, Judge] = SingleFlight(NUM_OWN_JUDGES)
+        self._prompts: LRUCache[str, TaskPrompts] = LRUCache(NUM_OWN_JUDGES)  # by task version
         # Of tasks of the server; what clients bring along has too many names.
         self.label_counts: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def num_hits(self) -> int:
+        """Results that needed no computing of their own."""
+        return self._results.num_hits
+
+    @property
+    def num_misses(self) -> int:
+        """Results that were computed."""
+        return self._results.num_misses
 
     async def classify(self, task: Task, text: str) -> Classification:
         """The label of `text`.
@@ -112,7 +110,7 @@ class Classifier:
         text = normalise(text)
         key = (task.name, task.version, text)
         result = await self._once(key, lambda: self._compute(task, text))
-        if task.version in self._pinned_versions:
+        if task.version in self._judges:
             self.label_counts[task.name, result.label.value] += 1
         return result
 
@@ -137,13 +135,16 @@ class Classifier:
         except ChatTemplateError as error:
             raise _refused(error) from error
 
+        judge = LabelJudge()
+
+        async def compute(question: Task, ending_ids: list[int]) -> Classification:
+            prompt_ids = shared_ids + ending_ids
+            label_ids = self._label_ids(question, judge, prompt_ids, "questions")
+            return await self._score(question, judge, prompt_ids, label_ids, len(shared_ids))
+
         def ask(question: Task, ending_ids: list[int]) -> Coroutine[Any, Any, Classification]:
-            return self._once(
-                (question.name, question.version, about),
-                lambda: self._score(
-                    question, "questions", shared_ids + ending_ids, len(shared_ids)
-                ),
-            )
+            key = (question.name, question.version, about)
+            return self._once(key, lambda: compute(question, ending_ids))
 
         asked = list(zip(questions, endings_ids, strict=True))
         answers: list[Classification] = []
@@ -174,116 +175,63 @@ class Classifier:
     async def _once(
         self, key: _Key, compute: Callable[[], Coroutine[Any, Any, Classification]]
     ) -> Classification:
-        """The result for the key: known, being computed for somebody else, or computed now."""
-        if (result := self._results.get(key)) is not None:
-            self.num_hits += 1
-            return replace(result, is_cached=True)
-        running = self._passes.get(key)
-        is_joined = running is not None
-        if running is None:
-            self.num_misses += 1
-            running = _Pass(asyncio.create_task(compute()))
-            self._passes[key] = running
-            running.task.add_done_callback(lambda done: self._finish(key, done))
-        else:
-            self.num_hits += 1
-        running.num_waiters += 1
-        try:
-            return replace(await asyncio.shield(running.task), is_cached=is_joined)
-        finally:
-            running.num_waiters -= 1
-            if running.num_waiters == 0 and not running.task.done():
-                running.task.cancel()
-                # Who comes now must not join a computation that is being cancelled.
-                self._passes.pop(key, None)
+        result, is_known = await self._results.get(key, compute)
+        return replace(result, is_cached=is_known)
 
     async def _compute(self, task: Task, text: str) -> Classification:
-        messages = task.messages(text)
+        version = task.version
+        known = self._prompts.get(version)
+
+        def encode() -> tuple[TaskPrompts, list[int]]:
+            prompts = known or TaskPrompts(task, self._tokenizer, self._max_context)
+            return prompts, prompts.encode(text)
+
         try:
-            prompt_ids = await _encoded(len(text), lambda: self._tokenizer.encode_chat(messages))
+            prompts, prompt_ids = await _encoded(len(task.instructions) + len(text), encode)
         except ChatTemplateError as error:
             raise _refused(error) from error
-        num_shared = self._num_shared_tokens(task)
-        is_pinned = task.version in self._pinned_versions
-        return await self._score(task, "labels", prompt_ids, num_shared, is_pinned=is_pinned)
+        self._prompts[version] = prompts
+        judge = self._judges.get(version)
+        # Before anything is computed for the task: a text that does not fit is refused.
+        label_ids = self._label_ids(task, judge, prompt_ids, "labels")
+        if judge is None:
+            judge, _ = await self._own_judges.get(
+                version, lambda: measure_prior(self._scorer, prompts)
+            )
+        return await self._score(
+            task, judge, prompt_ids, label_ids, prompts.num_shared,
+            is_pinned=version in self._judges,
+        )  # fmt: skip
+
+    def _label_ids(
+        self, task: Task, judge: Judge | None, prompt_ids: list[int], labels_param: str
+    ) -> list[list[int]]:
+        """What the judge wants scored behind the prompt: the labels' texts, or nothing.
+
+        Raises: as `encode_labels`.
+        """
+        if judge is None or not judge.layers:
+            return encode_labels(
+                task, self._tokenizer, len(prompt_ids), self._max_context, labels_param
+            )
+        if len(prompt_ids) >= self._max_context:
+            raise ContextLengthError(len(prompt_ids), self._max_context, "input")
+        return []
 
     async def _score(
-        self,
-        task: Task,
-        labels_param: str,
-        prompt_ids: list[int],
-        num_shared: int,
-        *,
-        is_pinned: bool = False,
-    ) -> Classification:
+        self, task: Task, judge: Judge, prompt_ids: list[int], label_ids: list[list[int]],
+        num_shared: int, *, is_pinned: bool = False,
+    ) -> Classification:  # fmt: skip
         """num_shared: first tokens that later prompts will have too."""
-        label_ids = encode_labels(
-            task, self._tokenizer, len(prompt_ids), self._max_context, labels_param
-        )
         scores = await self._scorer.score(
             prompt_ids,
             label_ids,
+            layers=judge.layers,
             num_shared=num_shared,
             is_pinned=is_pinned,
         )
         num_kept = max(0, num_shared - scores.num_cached)
-        return replace(_decide(task, scores, len(prompt_ids)), num_kept_tokens=num_kept)
-
-    def _num_shared_tokens(self, task: Task) -> int:
-        """How many tokens every prompt of the task begins with: its instruction."""
-        if (known := self._num_shared.get(task.version)) is not None:
-            return known
-        one, other = (self._tokenizer.encode_chat(task.messages(text)) for text in ("a", "我"))
-        count = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-        self._num_shared[task.version] = count
-        return count
-
-    def _finish(self, key: _Key, done: asyncio.Task[Classification]) -> None:
-        if (running := self._passes.get(key)) is not None and running.task is done:
-            del self._passes[key]
-        # exception() also marks it as seen, for a pass that nobody waits for any more.
-        if not done.cancelled() and done.exception() is None and self._results.maxsize:
-            self._results[key] = done.result()
-
-
-def encode_labels(
-    task: Task,
-    tokenizer: ChatTokenizer,
-    num_prompt_tokens: int,
-    max_context: int,
-    labels_param: str = "labels",
-) -> list[list[int]]:
-    """Ids of each label's text, to be laid behind a prompt.
-
-    labels_param: where a request has its labels.
-
-    Raises:
-        InvalidRequestError: the labels are too long to be computed in one step.
-        ContextLengthError: prompt and labels are too long for the model.
-    """
-    label_ids = [tokenizer.encode_text(label.text) for label in task.labels]
-    num_label_tokens = sum(map(len, label_ids))
-    if num_label_tokens > MAX_LABEL_TOKENS:
-        raise InvalidRequestError(
-            f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
-            f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
-            param=labels_param,
-        )
-    # All labels but their last tokens are laid behind the prompt in one forward.
-    num_tokens = num_prompt_tokens + num_label_tokens - len(label_ids)
-    if num_tokens >= max_context:
-        raise ContextLengthError(num_tokens, max_context, "input")
-    return label_ids
-
-
-async def all_of(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results, computed together. The first error ends the others and is raised itself."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [done.result() for done in running]
+        return replace(_decide(task, judge, scores, len(prompt_ids)), num_kept_tokens=num_kept)
 
 
 async def _encoded(num_characters: int, encode: Callable[[], T]) -> T:
@@ -293,35 +241,33 @@ async def _encoded(num_characters: int, encode: Callable[[], T]) -> T:
     return await asyncio.to_thread(encode) if num_characters > LONG_TEXT else encode()
 
 
-def normalise(text: str) -> str:
-    """The form in which texts are judged and compared: NFC, runs of white space as one space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
 def _refused(error: ChatTemplateError) -> InvalidRequestError:
     return InvalidRequestError(
         f"The model's chat template refuses this input: {error}.", param="input"
     )
 
 
-def _decide(task: Task, scores: Scores, num_prompt_tokens: int) -> Classification:
-    """Softmax over the labels; the fallback answers where the model is unsure.
+def _decide(task: Task, judge: Judge, scores: Scores, num_prompt_tokens: int) -> Classification:
+    """The likeliest label; the fallback answers where the model is unsure.
 
     A label's log-probability is summed over its tokens, so their exponentials add up to
     the share of all possible answers that are labels at all (`min_label_mass`).
     """
-    highest = max(scores.logprobs)
-    weights = [math.exp(logprob - highest) for logprob in scores.logprobs]
-    probabilities = [weight / sum(weights) for weight in weights]
+    probabilities = judge.probabilities(scores)
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    label_mass = math.exp(highest) * sum(weights)
+    label_mass = sum(map(math.exp, scores.logprobs)) if scores.logprobs else 1.0
     is_unsure = label_mass < task.min_label_mass or probabilities[best] < task.min_confidence
     if is_unsure and task.fallback is not None:
-        best = [label.value for label in task.labels].index(task.fallback)
+        best = task.values.index(task.fallback)
+    score = None
+    if task.poles is not None:
+        positive, negative = (probabilities[task.values.index(pole)] for pole in task.poles)
+        score = positive - negative
     return Classification(
         label=task.labels[best],
         confidence=probabilities[best],
         probabilities=tuple(zip(task.labels, probabilities, strict=True)),
         num_prompt_tokens=num_prompt_tokens,
         num_cached_tokens=scores.num_cached,
+        score=score,
     )

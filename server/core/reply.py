@@ -10,8 +10,9 @@ from typing import Any
 from server.core.choices import Choices, Generator, begin_choices
 from server.core.classifier import Classification, Classifier
 from server.core.engine import EngineClosedError
+from server.core.language import language_of
 from server.core.sequence import SamplingParams
-from server.core.tasks import Task
+from server.core.tasks import ReplyStyle, Task, text_in
 from server.core.timings import note_sentiment
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.tools import CALL_OPENING, Tool
@@ -34,10 +35,10 @@ class Replier:
 
     def __init__(
         self, generator: Generator, classifier: Classifier, tokenizer: ChatTokenizer, *,
-        task: Task, persona: str, max_context: int,
+        task: Task, style: ReplyStyle, max_context: int,
     ) -> None:  # fmt: skip
         self._generator, self._classifier, self._tokenizer = generator, classifier, tokenizer
-        self._task, self._persona, self._max_context = task, persona, max_context
+        self._task, self._style, self._max_context = task, style, max_context
 
     async def reply(
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
@@ -55,20 +56,20 @@ class Replier:
         """
         sentiment, num_cached = None, None
         conversation = list(messages)
-        if with_sentiment:
-            if all(message["role"] != "system" for message in conversation):
-                conversation.insert(0, {"role": "system", "content": self._persona})
-            # Before the pass: a conversation that cannot be answered needs no sentiment.
-            plain_ids = await asyncio.to_thread(self._encode, conversation, tools)
-            sentiment, num_cached = await self._judge(messages, plain_ids)
-        cue = self._task.render_cue(sentiment.label) if sentiment else None
-        if cue is not None:
-            # Behind the conversation, whose own prefix then stays the same from turn to turn;
-            # but an answer the client has begun stays last, to be continued.
-            end = len(conversation) - (conversation[-1]["role"] == "assistant")
-            conversation.insert(end, {"role": "system", "content": cue})
-        # Not on the event loop: megabytes take a second.
+        text = _last_user_text(messages)
+        language = language_of(text)
+        if with_sentiment and all(message["role"] != "system" for message in conversation):
+            persona = {"role": "system", "content": text_in(self._style.persona, language)}
+            conversation.insert(0, persona)
+        # Not on the event loop: megabytes take a second. Before the pass: a conversation that
+        # cannot be answered needs no sentiment.
         prompt_ids = await asyncio.to_thread(self._encode, conversation, tools)
+        if with_sentiment and text.strip():
+            sentiment, num_cached = await self._judge(text, prompt_ids)
+        if (cue := self._cue(sentiment, language)) is not None:
+            cued = with_cue(conversation, cue, self._style.cue_position)
+            if cued != conversation:
+                prompt_ids = await self._encode_cued(cued, tools) or prompt_ids
         room = self._max_context - len(prompt_ids)
         params = replace(params, max_tokens=min(params.max_tokens, room))
         if num_choices > 1:
@@ -91,22 +92,27 @@ class Replier:
             num_prefilled_cached=num_cached,
         )
 
+    def _cue(self, sentiment: Classification | None, language: str) -> str | None:
+        """What the answer is told of the mood; None: nothing."""
+        if sentiment is None or sentiment.label.cue is None:
+            return None
+        if sentiment.confidence < self._style.cue_min_confidence:
+            return None
+        return text_in(sentiment.label.cue, language)
+
     async def _judge(
-        self, messages: Sequence[Message], plain_ids: list[int]
+        self, text: str, plain_ids: list[int]
     ) -> tuple[Classification | None, int | None]:
-        """The sentiment of the last user message.
+        """The sentiment of the text.
 
         While it is computed, so is the conversation, in the same steps: what is left to do
         afterwards are the cue and the answer's header. The second result then is how many
         tokens of the conversation were known before.
         plain_ids: the conversation without a cue.
         """
-        texts = [m["content"] for m in messages if m["role"] == "user"]
-        if not texts or not texts[-1].strip():
-            return None, None
-        text = texts[-1]
         try:
-            if self._classifier.is_known(self._task, text):
+            # A cue at the beginning would leave nothing of the conversation to begin with.
+            if self._classifier.is_known(self._task, text) or self._style.cue_position == "system":
                 return await self._classify(text), None
             return await self._judge_while_prefilling(text, plain_ids)
         except EngineClosedError:
@@ -143,6 +149,19 @@ class Replier:
         finally:
             note_sentiment(time.perf_counter() - begin)
 
+    async def _encode_cued(
+        self, conversation: Sequence[Message], tools: Sequence[Tool]
+    ) -> list[int] | None:
+        """Ids of the conversation with its cue; None if it does not fit, or is refused.
+
+        Some templates refuse a system message that is not the first.
+        """
+        try:
+            return await asyncio.to_thread(self._encode, conversation, tools)
+        except InvalidRequestError as error:
+            logger.warning("the answer comes without a cue: %s", error)
+            return None
+
     def _encode(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         try:
             prompt_ids = self._tokenizer.encode_chat(conversation, tools)
@@ -153,3 +172,27 @@ class Replier:
         if len(prompt_ids) >= self._max_context:
             raise ContextLengthError(len(prompt_ids), self._max_context, "messages")
         return prompt_ids
+
+
+def with_cue(conversation: Sequence[Message], cue: str, position: str) -> list[Message]:
+    """The conversation with the cue in its place; as it is if its last turn is not the user's.
+
+    position: as `ReplyStyle.cue_position`. An answer that the client has begun stays last, to be
+    continued.
+    """
+    cued = list(conversation)
+    end = len(cued) - (cued[-1]["role"] == "assistant")
+    if not end or cued[end - 1]["role"] != "user":
+        return cued  # the result of a tool, say: the mood has been answered before
+    if position == "behind":
+        cued.insert(end, {"role": "system", "content": cue})
+        return cued
+    roles = [message["role"] for message in cued]
+    place = end - 1 if position == "user" else roles.index("system")
+    cued[place] = {**cued[place], "content": cued[place]["content"] + cue}
+    return cued
+
+
+def _last_user_text(messages: Sequence[Message]) -> str:
+    texts = [message["content"] for message in messages if message["role"] == "user"]
+    return texts[-1] if texts else ""

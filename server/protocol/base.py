@@ -141,6 +141,7 @@ def classification(result: Classification | None) -> dict[str, Any] | None:
             {"value": label.value, "probability": round(probability, 6)}
             for label, probability in result.probabilities
         ],
+        **({} if result.score is None else {"score": round(result.score, 6)}),
         "cached": result.is_cached,
     }
 

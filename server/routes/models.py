@@ -5,6 +5,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from server.core.judges import Judge, LabelJudge
+from server.core.tasks import Task
 from server.routes.common import check_model, services_of
 from server.services import PLAIN_SUFFIX, Services
 
@@ -38,8 +40,19 @@ def _model(services: Services, model_id: str) -> dict[str, Any]:
             "vision": False,
         },
         # What /v1/classify may be asked for by name.
-        "tasks": [
-            {"name": task.name, "labels": [label.model_dump() for label in task.labels]}
-            for task in services.tasks.values()
-        ],
+        "tasks": [_task(task, services.judges[task.version]) for task in services.tasks.values()],
+    }
+
+
+def _task(task: Task, judge: Judge) -> dict[str, Any]:
+    validation = judge.validation
+    return {
+        "name": task.name,
+        "labels": [label.model_dump(include={"value", "text", "emoji"}) for label in task.labels],
+        "judged_by": "label_scores" if isinstance(judge, LabelJudge) else "head",
+        # Of the model; None: all of them.
+        "num_layers": max(judge.layers, default=None),
+        # On examples that the judge was not fitted to; None: the task has no examples.
+        "num_examples": validation.num_examples if validation else None,
+        "accuracy": round(validation.accuracy, 4) if validation else None,
     }

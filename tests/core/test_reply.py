@@ -7,10 +7,13 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 import pytest
+from transformers import AutoTokenizer
 
+from server.core.checkpoint import BUNDLED_FOLDER
 from server.core.classifier import Classification, Classifier
 from server.core.engine import EngineClosedError, Scores, SequenceAbortedError, TokenStream
-from server.core.reply import Replier, Reply
+from server.core.judges import LabelJudge
+from server.core.reply import Replier, Reply, with_cue
 from server.core.sequence import (
     AbortedEvent,
     Event,
@@ -20,7 +23,7 @@ from server.core.sequence import (
     SamplingParams,
     TokenEvent,
 )
-from server.core.tasks import Label, Task, load_tasks
+from server.core.tasks import FILE, Label, ReplyStyle, Task, read_prompts, text_in
 from server.core.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.tools import Tool
 from server.errors import ContextLengthError, InvalidRequestError
@@ -28,12 +31,31 @@ from server.errors import ContextLengthError, InvalidRequestError
 T = TypeVar("T")
 
 BOUND_S = 20
-SENTIMENT = load_tasks()["sentiment"]
+SENTIMENT = read_prompts().tasks["sentiment"]
 POSITIVE, NEGATIVE, NEUTRAL = SENTIMENT.labels
+# The bundled model's, in which every label has a cue.
+MINI = read_prompts(BUNDLED_FOLDER / FILE).tasks["sentiment"]
 PERSONA = "You are a warm friend."
+CHINESE_PERSONA = "你是一位温暖的朋友。"
+STYLE = ReplyStyle(persona={"zh": CHINESE_PERSONA, "en": PERSONA})
+IN_SYSTEM = STYLE.model_copy(update={"cue_position": "system"})
+BEHIND = STYLE.model_copy(update={"cue_position": "behind"})
 PARAMS = SamplingParams(max_tokens=50, temperature=0.5, seed=3)
 
-Message = dict[str, str]
+Message = dict[str, Any]
+
+# As some checkpoints have it: nothing may stand before the one system message.
+STRICT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('System message must be at the beginning.') }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 
 
 class FakeGenerator:
@@ -96,8 +118,9 @@ class FakeScorer:
         prompt_ids: list[int],
         continuations: list[list[int]],
         *,
-        num_shared: int,
-        is_pinned: bool,
+        layers: tuple[int, ...] = (),
+        num_shared: int = 0,
+        is_pinned: bool = False,
     ) -> Scores:
         self.prompts.append(prompt_ids)
         return Scores(self._logprobs, num_cached=0)
@@ -119,6 +142,7 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
         classifier: FakeClassifier | Classifier | None = None,
         *,
         task: Task = SENTIMENT,
+        style: ReplyStyle = STYLE,
         max_context: int = 2048,
         with_tokenizer: ChatTokenizer = tokenizer,
     ) -> Replier:
@@ -127,11 +151,30 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
             cast(Classifier, classifier or FakeClassifier()),
             with_tokenizer,
             task=task,
-            persona=PERSONA,
+            style=style,
             max_context=max_context,
         )
 
     return make_replier
+
+
+@pytest.fixture(scope="module")
+def strict() -> ChatTokenizer:
+    """A tokenizer whose template refuses a system message that is not the first."""
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    tokenizer.chat_template = STRICT_TEMPLATE
+    return ChatTokenizer(tokenizer)
+
+
+def judging(scorer: FakeScorer, tokenizer: ChatTokenizer, *, cache_size: int) -> Classifier:
+    """The real analyst, which scores the labels of the sentiment task."""
+    return Classifier(
+        scorer,
+        tokenizer,
+        max_context=2048,
+        cache_size=cache_size,
+        judges={SENTIMENT.version: LabelJudge()},
+    )
 
 
 def system(content: str) -> Message:
@@ -146,8 +189,19 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def cue(label: Label) -> Message:
-    return system(f"用户此刻的情绪：{label.text}{label.emoji}")
+def cue(label: Label, language: str = "en") -> str:
+    assert label.cue is not None
+    return text_in(label.cue, language)
+
+
+def called_and_answered(result: str) -> list[Message]:
+    """A call of a tool, and what it gave."""
+    function = {"name": "weather", "arguments": "{}"}
+    calls = [{"id": "call_1", "type": "function", "function": function}]
+    return [
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "call_1", "content": result},
+    ]
 
 
 async def ask(
@@ -186,7 +240,7 @@ def says(tokenizer: ChatTokenizer, text: str, *end: Event) -> FakeGenerator:
 # --- the prompt -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", SENTIMENT.labels, ids=lambda label: label.value)
+@pytest.mark.parametrize("label", MINI.labels, ids=lambda label: label.value)
 @pytest.mark.parametrize(
     ("messages", "before", "after"),
     [
@@ -204,6 +258,12 @@ def says(tokenizer: ChatTokenizer, text: str, *end: Event) -> FakeGenerator:
             [user("Hi"), system("Be brief."), user("So?")],
             [],
             id="the client's own system message, but late",
+        ),
+        pytest.param(
+            [user("你好")],
+            [system(CHINESE_PERSONA), user("你好")],
+            [],
+            id="the persona in Chinese",
         ),
         pytest.param(
             [system(""), user("Hi")],
@@ -240,21 +300,269 @@ async def test_the_cue_comes_after_the_conversation_with_the_text_of_the_label(
     label: Label,
 ) -> None:
     generator = FakeGenerator()
-    reply = await ask(make(generator, FakeClassifier(label)), messages)
-    expected = tokenizer.encode_chat([*before, cue(label), *after])
+    replier = make(generator, FakeClassifier(label), task=MINI, style=BEHIND)
+    reply = await ask(replier, messages)
+    expected = tokenizer.encode_chat([*before, system(cue(label)), *after])
     assert generator.prompt_ids == expected
     assert reply.num_prompt_tokens == len(expected)
     assert reply.sentiment is not None and reply.sentiment.label == label
 
 
-async def test_the_cue_that_the_reply_reads_is_chinese_text_and_emoji(
+@pytest.mark.parametrize("label", [POSITIVE, NEGATIVE], ids=lambda label: label.value)
+@pytest.mark.parametrize(
+    ("messages", "before", "last", "after"),
+    [
+        pytest.param([user("Hi")], [system(PERSONA)], "Hi", [], id="persona, as there is none"),
+        pytest.param(
+            [system("Be brief."), user("Hi")],
+            [system("Be brief.")],
+            "Hi",
+            [],
+            id="the client's own system message",
+        ),
+        pytest.param(
+            [user("Hi"), system("Be brief."), user("So?")],
+            [user("Hi"), system("Be brief.")],
+            "So?",
+            [],
+            id="the client's own system message, but late",
+        ),
+        pytest.param(
+            [system(""), user("Hi")],
+            [system("")],
+            "Hi",
+            [],
+            id="an empty system message is one, too",
+        ),
+        pytest.param(
+            [user("a"), assistant("b"), user("c")],
+            [system(PERSONA), user("a"), assistant("b")],
+            "c",
+            [],
+            id="several turns",
+        ),
+        pytest.param(
+            [user("Tell me."), assistant("Well, ")],
+            [system(PERSONA)],
+            "Tell me.",
+            [assistant("Well, ")],
+            id="before an answer to be continued",
+        ),
+        pytest.param(
+            [system("Be brief."), user("a"), assistant("b"), user("c"), assistant("")],
+            [system("Be brief."), user("a"), assistant("b")],
+            "c",
+            [assistant("")],
+            id="before an empty answer to be continued",
+        ),
+    ],
+)
+async def test_the_cue_ends_the_last_user_message(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    before: list[Message],
+    last: str,
+    after: list[Message],
+    label: Label,
+) -> None:
+    generator = FakeGenerator()
+    reply = await ask(make(generator, FakeClassifier(label)), messages)
+    expected = tokenizer.encode_chat([*before, user(last + cue(label)), *after])
+    assert generator.prompt_ids == expected
+    assert reply.num_prompt_tokens == len(expected)
+    assert reply.sentiment is not None and reply.sentiment.label == label
+
+
+@pytest.mark.parametrize("label", [POSITIVE, NEGATIVE], ids=lambda label: label.value)
+@pytest.mark.parametrize(
+    ("messages", "before", "instructions", "after"),
+    [
+        pytest.param([user("Hi")], [], PERSONA, [user("Hi")], id="persona, as there is none"),
+        pytest.param(
+            [system("Be brief."), user("Hi")],
+            [],
+            "Be brief.",
+            [user("Hi")],
+            id="the client's own system message",
+        ),
+        pytest.param(
+            [user("Hi"), system("Be brief."), user("So?")],
+            [user("Hi")],
+            "Be brief.",
+            [user("So?")],
+            id="the client's own system message, but late",
+        ),
+        pytest.param(
+            [system("a"), user("Hi"), system("b"), user("So?")],
+            [],
+            "a",
+            [user("Hi"), system("b"), user("So?")],
+            id="the first of two",
+        ),
+        pytest.param(
+            [user("a"), assistant("b"), user("c"), assistant("Well, ")],
+            [],
+            PERSONA,
+            [user("a"), assistant("b"), user("c"), assistant("Well, ")],
+            id="an answer to be continued",
+        ),
+    ],
+)
+async def test_the_cue_ends_the_first_system_message(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    before: list[Message],
+    instructions: str,
+    after: list[Message],
+    label: Label,
+) -> None:
+    generator = FakeGenerator()
+    reply = await ask(make(generator, FakeClassifier(label), style=IN_SYSTEM), messages)
+    expected = tokenizer.encode_chat([*before, system(instructions + cue(label)), *after])
+    assert generator.prompt_ids == expected
+    assert reply.num_prompt_tokens == len(expected)
+    assert reply.sentiment is not None and reply.sentiment.label == label
+
+
+@pytest.mark.parametrize("style", [STYLE, IN_SYSTEM, BEHIND], ids=lambda style: style.cue_position)
+@pytest.mark.parametrize(
+    ("messages", "before"),
+    [
+        ([user("Hi")], [system(PERSONA)]),
+        ([user("你好")], [system(CHINESE_PERSONA)]),
+        ([system("Be brief."), user("Hi"), assistant("So")], []),
+    ],
+    ids=["persona", "persona in Chinese", "the client's own system message"],
+)
+async def test_a_label_without_cue_leaves_the_conversation_as_it_is(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    before: list[Message],
+    style: ReplyStyle,
+) -> None:
+    generator = FakeGenerator()
+    reply = await ask(make(generator, FakeClassifier(NEUTRAL), style=style), messages)
+    assert generator.prompt_ids == tokenizer.encode_chat([*before, *messages])
+    assert reply.sentiment is not None and reply.sentiment.label == NEUTRAL
+
+
+@pytest.mark.parametrize("style", [STYLE, IN_SYSTEM, BEHIND], ids=lambda style: style.cue_position)
+@pytest.mark.parametrize("result", ["rain", "I love it!"])
+async def test_behind_the_result_of_a_tool_there_is_no_cue(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, style: ReplyStyle, result: str
+) -> None:
+    generator, classifier = FakeGenerator(), FakeClassifier(NEGATIVE)
+    messages = [user("I lost my keys."), *called_and_answered(result)]
+    reply = await ask(make(generator, classifier, style=style), messages)
+    assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), *messages])
+    # The mood is still that of what the user said.
+    assert classifier.asked == [("sentiment", "I lost my keys.")]
+    assert reply.sentiment is not None and reply.sentiment.label == NEGATIVE
+
+
+@pytest.mark.parametrize("position", ["user", "system", "behind"])
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        [system("a"), assistant("b")],
+        [system("a")],
+        [system("a"), user("b"), assistant("c"), assistant("d")],
+        [system("a"), user("b"), system("c")],
+        [system("a"), user("b"), *called_and_answered("c")],
+        [system("a"), user("b"), *called_and_answered("c"), assistant("d")],
+    ],
+    ids=lambda conversation: "-".join(message["role"] for message in conversation),
+)
+def test_only_a_turn_of_the_user_gets_a_cue(conversation: list[Message], position: str) -> None:
+    assert with_cue(conversation, "sad", position) == conversation
+
+
+@pytest.mark.parametrize("position", ["user", "system", "behind"])
+def test_a_cue_changes_no_message_of_the_conversation_itself(position: str) -> None:
+    conversation = [system("a"), user("b"), assistant("c")]
+    with_cue(conversation, "sad", position)
+    assert conversation == [system("a"), user("b"), assistant("c")]
+
+
+async def test_the_mood_that_the_reply_reads_stands_behind_what_the_user_said(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator = FakeGenerator()
     await ask(make(generator, FakeClassifier(NEGATIVE)), [user("I lost my keys.")])
     assert text_of(tokenizer, generator.prompt_ids) == (
+        f"system\n{PERSONA}\nuser\nI lost my keys. (I feel upset right now.)\nassistant\n"
+    )
+
+
+async def test_the_cue_that_the_bundled_model_reads_is_chinese_text_and_emoji(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    replier = make(generator, FakeClassifier(MINI.labels[1]), task=MINI, style=BEHIND)
+    await ask(replier, [user("I lost my keys.")])
+    assert text_of(tokenizer, generator.prompt_ids) == (
         f"system\n{PERSONA}\nuser\nI lost my keys.\nsystem\n用户此刻的情绪：负面😢\nassistant\n"
     )
+
+
+# --- the user's language --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("我的钥匙丢了。", "zh"),
+        ("iPhone屏幕碎了", "zh"),
+        ("I lost my keys.", "en"),
+        ("What does 人山人海 mean?", "en"),
+        ("J'ai perdu mes clés.", "en"),
+        ("😢", "en"),
+    ],
+)
+async def test_persona_and_cue_are_in_the_language_of_the_user(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, text: str, language: str
+) -> None:
+    generator = FakeGenerator()
+    await ask(make(generator, FakeClassifier(NEGATIVE)), [user(text)])
+    persona = {"zh": CHINESE_PERSONA, "en": PERSONA}[language]
+    expected = [system(persona), user(text + cue(NEGATIVE, language))]
+    assert generator.prompt_ids == tokenizer.encode_chat(expected)
+
+
+async def test_the_language_is_that_of_the_last_user_message_alone(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    before = [user("今天很好"), assistant("太好了！")]
+    messages = [*before, user("I lost my keys."), assistant("真遗憾，")]
+    await ask(make(generator, FakeClassifier(NEGATIVE)), messages)
+    cued = [*before, user("I lost my keys." + cue(NEGATIVE, "en")), assistant("真遗憾，")]
+    assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), *cued])
+
+
+async def test_the_cue_is_in_the_users_language_whatever_the_clients_system_message_is_in(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    await ask(make(generator, FakeClassifier(NEGATIVE)), [system("Be brief."), user("钥匙丢了")])
+    expected = [system("Be brief."), user("钥匙丢了" + cue(NEGATIVE, "zh"))]
+    assert generator.prompt_ids == tokenizer.encode_chat(expected)
+
+
+@pytest.mark.parametrize("text", ["I lost my keys.", "我的钥匙丢了。"])
+async def test_a_persona_in_one_language_serves_users_of_every_other(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, text: str
+) -> None:
+    generator = FakeGenerator()
+    style = ReplyStyle(persona={"zh": CHINESE_PERSONA})
+    await ask(make(generator, FakeClassifier(NEUTRAL), style=style), [user(text)])
+    assert generator.prompt_ids == tokenizer.encode_chat([system(CHINESE_PERSONA), user(text)])
+
+
+# --- a conversation that stays as it is -----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,6 +597,28 @@ async def test_the_conversation_is_computed_while_it_is_judged(
     assert reply.num_cached_tokens == 3
 
 
+@pytest.mark.parametrize("style", [STYLE, BEHIND], ids=lambda style: style.cue_position)
+async def test_a_cue_at_the_end_leaves_what_was_computed_beside_the_pass(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, style: ReplyStyle
+) -> None:
+    generator = FakeGenerator()
+    await ask(make(generator, style=style), [user("Hi there, how are you today?")])
+    (prefilled,) = generator.prefilled
+    # All but the answer's header, which the cue replaces.
+    begin = prefilled[: prefilled.index(tokenizer.marker_id("<|im_end|>"), -6) - 1]
+    assert generator.prompt_ids[: len(begin)] == begin
+
+
+async def test_a_cue_at_the_beginning_leaves_nothing_to_compute_beside_the_pass(
+    make: Callable[..., Replier],
+) -> None:
+    generator, classifier = FakeGenerator(), FakeClassifier()
+    reply = await ask(make(generator, classifier, style=IN_SYSTEM), [user("Hi")])
+    assert generator.prefilled == []
+    assert classifier.asked == [("sentiment", "Hi")]
+    assert reply.num_cached_tokens == 0
+
+
 async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
@@ -310,7 +640,7 @@ async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
             return await super().score(*args, **kwargs)
 
     begun: list[tuple[str, int]] = []
-    classifier = Classifier(Scoring(-0.1, -3.0, -4.0), tokenizer, max_context=2048, cache_size=8)
+    classifier = judging(Scoring(-0.1, -3.0, -4.0), tokenizer, cache_size=8)
     ticking = loop.call_soon(tick)
     try:
         await make(Prefilling(), classifier).reply([user("hi")], PARAMS, (), with_sentiment=True)
@@ -374,28 +704,33 @@ async def test_a_task_without_cue_judges_but_tells_the_reply_nothing(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator = FakeGenerator()
-    silent = SENTIMENT.model_copy(update={"cue": None})
-    reply = await ask(make(generator, task=silent), [user("Hi")])
+    silent = POSITIVE.model_copy(update={"cue": None})
+    task = SENTIMENT.model_copy(update={"labels": (silent, *SENTIMENT.labels[1:])})
+    reply = await ask(make(generator, FakeClassifier(silent), task=task), [user("Hi")])
     assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), user("Hi")])
-    assert reply.sentiment is not None and reply.sentiment.label == POSITIVE
+    assert reply.sentiment is not None and reply.sentiment.label == silent
 
 
-async def test_the_clients_messages_are_not_changed(make: Callable[..., Replier]) -> None:
-    messages = [user("Tell me."), assistant("Well, ")]
-    await ask(make(FakeGenerator()), messages)
-    assert messages == [user("Tell me."), assistant("Well, ")]
+@pytest.mark.parametrize("style", [STYLE, IN_SYSTEM, BEHIND], ids=lambda style: style.cue_position)
+async def test_the_clients_messages_are_not_changed(
+    make: Callable[..., Replier], style: ReplyStyle
+) -> None:
+    messages = [system("Be brief."), user("Tell me."), assistant("Well, ")]
+    await ask(make(FakeGenerator(), style=style), messages)
+    assert messages == [system("Be brief."), user("Tell me."), assistant("Well, ")]
 
 
+@pytest.mark.parametrize("style", [STYLE, BEHIND], ids=lambda style: style.cue_position)
 async def test_the_prefix_of_a_conversation_is_the_same_from_turn_to_turn(
-    make: Callable[..., Replier], tokenizer: ChatTokenizer
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, style: ReplyStyle
 ) -> None:
     generator = FakeGenerator()
-    replier = make(generator, FakeClassifier(POSITIVE))
+    replier = make(generator, FakeClassifier(POSITIVE), style=style)
     await ask(replier, [user("a")])
     await ask(replier, [user("a"), assistant("b"), user("c")])
     (first, _), (second, _) = generator.submitted
     # All but the cue and the opened answer, which come last.
-    num_shared = len(first) - len(tokenizer.encode_chat([cue(POSITIVE)]))
+    num_shared = len(first) - len(tokenizer.encode_chat([system(cue(POSITIVE))]))
     assert num_shared > 10
     assert second[:num_shared] == first[:num_shared]
 
@@ -403,6 +738,7 @@ async def test_the_prefix_of_a_conversation_is_the_same_from_turn_to_turn(
 # --- the two roles keep apart ---------------------------------------------------------
 
 
+@pytest.mark.parametrize("style", [STYLE, IN_SYSTEM, BEHIND], ids=lambda style: style.cue_position)
 @pytest.mark.parametrize(
     "messages",
     [
@@ -413,21 +749,24 @@ async def test_the_prefix_of_a_conversation_is_the_same_from_turn_to_turn(
     ids=len,
 )
 async def test_neither_role_ever_reads_the_instruction_of_the_other(
-    make: Callable[..., Replier], tokenizer: ChatTokenizer, messages: list[Message]
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    style: ReplyStyle,
 ) -> None:
     generator, scorer = FakeGenerator(), FakeScorer(-0.1, -3.0, -4.0)
-    classifier = Classifier(scorer, tokenizer, max_context=2048, cache_size=4)
-    await ask(make(generator, classifier), messages)
+    classifier = judging(scorer, tokenizer, cache_size=4)
+    await ask(make(generator, classifier, style=style), messages)
 
     reads = text_of(tokenizer, generator.prompt_ids)
-    assert "用户此刻的情绪：正面😄" in reads and "I love it!" in reads
+    assert "(I feel happy right now.)" in reads and "I love it!" in reads
     assert SENTIMENT.instructions not in reads
     assert "分析师" not in reads
 
     (analyst_ids,) = scorer.prompts
     reads = text_of(tokenizer, analyst_ids)
     assert reads == f"system\n{SENTIMENT.instructions}\nuser\nI love it!\nassistant\n"
-    assert PERSONA not in reads and "用户此刻的情绪" not in reads
+    assert PERSONA not in reads and "I feel" not in reads
 
 
 async def test_the_analyst_reads_the_last_user_message_alone(make: Callable[..., Replier]) -> None:
@@ -517,6 +856,76 @@ async def test_a_closed_engine_is_an_error_of_the_reply(make: Callable[..., Repl
         await ask(make(Closed(), FakeClassifier(error=EngineClosedError())), [user("Hi")])
 
 
+# --- a cue that cannot be told --------------------------------------------------------
+
+
+def the_warning(caplog: pytest.LogCaptureFixture) -> str:
+    """The one line that was logged."""
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and record.exc_info is None
+    return record.getMessage()
+
+
+@pytest.mark.parametrize("style", [STYLE, IN_SYSTEM, BEHIND], ids=lambda style: style.cue_position)
+@pytest.mark.parametrize("room", [1, 3])
+async def test_a_cue_that_does_not_fit_is_dropped_with_a_warning_and_the_answer_comes(
+    make: Callable[..., Replier],
+    tokenizer: ChatTokenizer,
+    caplog: pytest.LogCaptureFixture,
+    style: ReplyStyle,
+    room: int,
+) -> None:
+    generator = says(tokenizer, "Hello!")
+    plain = tokenizer.encode_chat([system(PERSONA), user("Hi")])
+    replier = make(generator, style=style, max_context=len(plain) + room)
+    with caplog.at_level(logging.WARNING, logger="server"):
+        reply = await ask(replier, [user("Hi")])
+    assert "without a cue" in the_warning(caplog)
+    ((prompt_ids, submitted),) = generator.submitted
+    assert prompt_ids == plain and reply.num_prompt_tokens == len(plain)
+    assert submitted.max_tokens == room
+    assert reply.sentiment is not None and reply.sentiment.label == POSITIVE
+    assert "".join(await read(reply)) == "Hello!"
+
+
+async def test_a_cue_that_just_fits_is_told(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = FakeGenerator()
+    cued = tokenizer.encode_chat([system(PERSONA), user("Hi" + cue(POSITIVE))])
+    with caplog.at_level(logging.WARNING, logger="server"):
+        await ask(make(generator, max_context=len(cued) + 1), [user("Hi")])
+    assert generator.prompt_ids == cued
+    assert caplog.records == []
+
+
+async def test_a_cue_that_the_template_refuses_is_dropped_with_a_warning_and_the_answer_comes(
+    make: Callable[..., Replier], strict: ChatTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = says(strict, "Hello!")
+    replier = make(generator, style=BEHIND, with_tokenizer=strict)
+    with caplog.at_level(logging.WARNING, logger="server"):
+        reply = await ask(replier, [user("Hi")])
+    assert "System message must be at the beginning" in the_warning(caplog)
+    assert generator.prompt_ids == strict.encode_chat([system(PERSONA), user("Hi")])
+    assert reply.sentiment is not None and reply.sentiment.label == POSITIVE
+    assert "".join(await read(reply)) == "Hello!"
+
+
+@pytest.mark.parametrize("style", [STYLE, IN_SYSTEM], ids=lambda style: style.cue_position)
+async def test_a_template_with_one_system_message_takes_a_cue_within_a_message(
+    make: Callable[..., Replier],
+    strict: ChatTokenizer,
+    caplog: pytest.LogCaptureFixture,
+    style: ReplyStyle,
+) -> None:
+    generator = FakeGenerator()
+    with caplog.at_level(logging.WARNING, logger="server"):
+        await ask(make(generator, style=style, with_tokenizer=strict), [user("Hi")])
+    assert cue(POSITIVE) in text_of(strict, generator.prompt_ids)
+    assert caplog.records == []
+
+
 # --- limits ---------------------------------------------------------------------------
 
 
@@ -539,7 +948,7 @@ async def test_the_cue_counts_when_max_tokens_is_capped(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator = FakeGenerator()
-    num_prompt = len(tokenizer.encode_chat([system(PERSONA), user("Hi"), cue(POSITIVE)]))
+    num_prompt = len(tokenizer.encode_chat([system(PERSONA), user("Hi" + cue(POSITIVE))]))
     await ask(make(generator, max_context=num_prompt + 5), [user("Hi")])
     ((prompt_ids, submitted),) = generator.submitted
     assert len(prompt_ids) == num_prompt

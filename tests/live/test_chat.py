@@ -57,7 +57,9 @@ def test_a_whole_reply_has_openais_shape_and_the_sentiment(live: LiveServer) -> 
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert 0 < usage["completion_tokens"] <= STOP_AFTER
     sentiment = reply["sentiment"]
-    assert set(sentiment) == {"label", "text", "emoji", "confidence", "probabilities", "cached"}
+    assert set(sentiment) == {
+        "label", "text", "emoji", "confidence", "probabilities", "score", "cached",
+    }  # fmt: skip
     assert [p["value"] for p in sentiment["probabilities"]] == ["positive", "negative", "neutral"]
     assert sum(p["probability"] for p in sentiment["probabilities"]) == pytest.approx(1, abs=1e-4)
     assert response.headers["x-sentiment"] == sentiment["label"]
@@ -277,7 +279,7 @@ def test_cached_tokens_tell_what_was_not_computed_again(tiny: LiveServer) -> Non
 def test_cached_tokens_are_those_of_earlier_requests_not_of_its_own_passes(
     tiny: LiveServer, n: int
 ) -> None:
-    words = f"words that nobody has judged before {n} " * 3
+    words = f"{n} words that nobody has judged before " * 3
     messages = [{"role": "user", "content": words}]
 
     def num_left() -> int:

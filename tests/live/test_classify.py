@@ -37,6 +37,7 @@ def test_one_text_has_one_result_in_the_documented_shape(live: LiveServer) -> No
         "emoji",
         "confidence",
         "probabilities",
+        "score",
         "cached",
     ]
     probabilities = {p["value"]: p["probability"] for p in item["probabilities"]}

@@ -234,7 +234,8 @@ def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
         cache = KVCache()
         assert model.new_memory(max_tokens=128, max_context=128).reserve(cache, 2)
         with torch.inference_mode():
-            return model.forward([Segment([5, 6], [0, 1], cache)])[0]
+            [[hidden]] = model.forward([Segment([5, 6], [0, 1], cache)])
+        return hidden
 
     assert torch.equal(hidden(whole), hidden(sharded))
 

@@ -9,8 +9,9 @@ from server.core.model.config import ModelConfig, read_model_config
 from server.core.model.linear import INT4_GROUP_SIZE, Int8Linear
 from server.core.model.qwen import load_qwen
 from server.core.model.runner import ModelRunner
+from server.core.model.weights import weights_digest
 
-__all__ = ["ModelConfig", "load_runner", "read_model_config"]
+__all__ = ["ModelConfig", "choose_dtype", "load_runner", "read_model_config", "weights_digest"]
 
 # Below this size the float32 weights fit the CPU's caches and fewer bits gain little.
 _SMALL_MODEL = 100_000_000
@@ -29,7 +30,7 @@ def load_runner(
 ) -> ModelRunner:
     """Loads the checkpoint in `folder`, ready to run.
 
-    dtype: "float32", "bfloat16", "int8", "int4", or "auto" for what is best here.
+    dtype: as `choose_dtype` gives it.
     vocab_size: tokens the tokenizer knows; what the matrices hold beyond them is padding.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
     max_kv_tokens: room for the tokens of all running sequences together.
@@ -41,8 +42,6 @@ def load_runner(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    if dtype == "auto":
-        dtype = _best_dtype(config)
     if dtype == "int8" and not Int8Linear.is_supported():
         raise CheckpointError("int8 needs an x86 processor; use --dtype bfloat16 or float32 here")
     if dtype == "int4" and (config.hidden_size | config.intermediate_size) % INT4_GROUP_SIZE:
@@ -59,7 +58,10 @@ def load_runner(
     )
 
 
-def _best_dtype(config: ModelConfig) -> str:
+def choose_dtype(dtype: str, config: ModelConfig) -> str:
+    """The type of the weights: "float32", "bfloat16", "int8", "int4"; for "auto" the best here."""
+    if dtype != "auto":
+        return dtype
     if config.num_parameters < _SMALL_MODEL:
         return "float32"
     if Int8Linear.is_supported():

@@ -1,5 +1,6 @@
 """Reads a checkpoint's safetensors, tensor by tensor."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,22 @@ class WeightReader:
                     f"{', '.join(DTYPES)} and quantizes itself (--dtype)"
                 )
             yield rows
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the checkpoint's weight files, in hexadecimal; a second for each GB or two.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in _weight_files(folder):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot read the weights: {first_line(error)}") from error
+    return digest.hexdigest()
 
 
 @contextmanager
