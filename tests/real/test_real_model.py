@@ -1,0 +1,142 @@
+"""Both roles on a real Qwen that was not trained for them. Run with QWEN_REAL=FOLDER."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from benchmarks.reply_quality import Opener, is_in_wrong_language, leaks, read_openers, repeats
+from tests.conftest import LiveServer
+
+pytestmark = pytest.mark.real
+
+EVERYDAY = {
+    "我今天考试通过了！": "positive",
+    "谢谢你一直陪着我": "positive",
+    "这家店的面太好吃了": "positive",
+    "外卖又送错了，真烦": "negative",
+    "今天好累啊，什么都不想做": "negative",
+    "我失恋了，很难过": "negative",
+    "明天下午三点开会": "neutral",
+    "水在一百度时沸腾": "neutral",
+    "I got a new job and I love it!": "positive",
+    "Thank you, that helped me a lot": "positive",
+    "This is the best pizza I have ever had": "positive",
+    "I feel so lonely tonight": "negative",
+    "My flight was cancelled and nobody helped": "negative",
+    "The screen broke after two days": "negative",
+    "The train leaves at nine": "neutral",
+    "Paris is the capital of France": "neutral",
+}
+NUM_OPENERS = 16
+NUM_SEEDED = 6
+
+
+def post(server: LiveServer, path: str, **body: Any) -> dict[str, Any]:
+    response = httpx.post(f"{server.base_url}/{path}", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    content: dict[str, Any] = response.json()
+    return content
+
+
+def chat(server: LiveServer, text: str, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": text}]
+    return post(server, "chat/completions", messages=messages, max_tokens=60,
+                **{"model": server.model, **fields})  # fmt: skip
+
+
+def openers() -> list[Opener]:
+    """Some of each mood and language."""
+    return read_openers()[:: len(read_openers()) // NUM_OPENERS]
+
+
+def test_everyday_sentences_get_a_sensible_label(real: LiveServer) -> None:
+    data = post(real, "classify", input=list(EVERYDAY))["data"]
+    wrong = [
+        (text, item["label"])
+        for (text, label), item in zip(EVERYDAY.items(), data, strict=True)
+        if item["label"] != label
+    ]
+    assert len(wrong) <= 2, wrong
+
+
+def test_no_label_is_given_whatever_the_text(real: LiveServer) -> None:
+    data = post(real, "classify", input=list(EVERYDAY))["data"]
+    assert {item["label"] for item in data} == {"positive", "negative", "neutral"}
+    for item, label in zip(data, EVERYDAY.values(), strict=True):
+        if label != "neutral":
+            assert (item["score"] > 0) == (label == "positive"), item
+
+
+def test_a_clients_own_labels_lose_their_prior(real: LiveServer) -> None:
+    task = real.services.tasks["sentiment"]
+    values = {label.text: label.value for label in task.labels}
+    data = post(real, "classify", input=list(EVERYDAY), instructions=task.instructions,
+                labels=list(values))["data"]  # fmt: skip
+    is_right = [values[x["label"]] == y for x, y in zip(data, EVERYDAY.values(), strict=True)]
+    # With its prior the neutral label takes nearly all.
+    assert sum(is_right) >= 10
+
+
+def test_the_models_list_tells_how_tasks_are_judged(real: LiveServer) -> None:
+    tasks = httpx.get(f"{real.base_url}/models/{real.model}").json()["tasks"]
+    for task in tasks:
+        assert task["judged_by"] == "head"
+        assert task["accuracy"] > 0.7
+        assert 0 < task["num_layers"] < 24
+
+
+def test_answers_are_in_the_users_language_and_name_no_mood(real: LiveServer) -> None:
+    said = openers()
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda opener: chat(real, opener.text, seed=1), said))
+    texts = [reply["choices"][0]["message"]["content"] for reply in replies]
+    pairs = list(zip(said, texts, strict=True))
+    assert sum(is_in_wrong_language(*each) for each in pairs) <= 1, pairs
+    assert sum(repeats(*each) for each in pairs) <= 2, pairs
+    assert sum(leaks(real.services.tasks["sentiment"], text) for text in texts) <= 1, pairs
+
+
+def test_a_seed_gives_the_same_text_streamed_whole_alone_and_among_others(
+    real: LiveServer,
+) -> None:
+    client = openai.OpenAI(base_url=real.base_url, api_key="unused")
+
+    def streamed(text: str) -> str:
+        chunks = client.chat.completions.create(
+            model=real.model, messages=[{"role": "user", "content": text}], max_tokens=60, seed=3,
+            stream=True,
+        )  # fmt: skip
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    def whole(text: str) -> str:
+        content: str = chat(real, text, seed=3)["choices"][0]["message"]["content"]
+        return content
+
+    texts = [opener.text for opener in openers()[:NUM_SEEDED]]
+    alone = [whole(text) for text in texts]
+    again = [streamed(text) for text in texts]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        together = list(pool.map(whole, texts))
+    same = [len({*each}) == 1 for each in zip(alone, again, together, strict=True)]
+    # Rounding may still turn a close call, in int8, once in a while.
+    assert sum(same) >= len(texts) - 1, list(zip(alone, again, together, strict=True))
+
+
+async def test_the_analyst_does_not_disturb_a_conversation_in_its_step(real: LiveServer) -> None:
+    engine, tokenizer = real.services.engine, real.services.tokenizer
+    task = real.services.tasks["sentiment"]
+    ids = tokenizer.encode_chat(task.messages("今天真开心"))
+    [layer] = real.services.judges[task.version].layers
+    alone = await engine.score(ids, [], layers=(layer,))
+    together, *_ = await asyncio.gather(
+        engine.score(ids, [], layers=(layer,)),
+        engine.score(ids, [[1], [2]]),
+        engine.score(tokenizer.encode_text("something else entirely"), [[3]]),
+    )
+    assert alone.hidden_states is not None and together.hidden_states is not None
+    error = abs(alone.hidden_states - together.hidden_states).max()
+    assert error < 0.05 * abs(alone.hidden_states).max()
