@@ -1,6 +1,7 @@
 """Gives every task its judge: the one kept from an earlier start, or one that is fitted now."""
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,10 +15,11 @@ from server.core.judges import (
     Scorer,
     TaskPrompts,
     fit_judge,
-    measure_prior,
 )
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load_judges(
@@ -34,6 +36,8 @@ def load_judges(
     judges = {version: cache.read(path) for version, path in paths.items()}
     missing = [each for each in prompts if judges[each.task.version] is None]
     if missing:
+        names = ", ".join(each.task.name for each in missing)
+        logger.info("learning how to judge %s; with this model only once", names)
         # On a thread of its own, for a caller may have an event loop running.
         with ThreadPoolExecutor(1) as thread:
             fitted = thread.submit(asyncio.run, _fit_all(missing, scorer, num_layers)).result()
@@ -47,16 +51,13 @@ async def _fit_all(
     all_prompts: list[TaskPrompts], scorer: Scorer, num_layers: int
 ) -> dict[str, Judge]:
     judges: dict[str, Judge] = {}
-    total = sum(len(prompts.task.examples) or len(REFERENCE_TEXTS) for prompts in all_prompts)
+    total = sum(len(prompts.task.examples) for prompts in all_prompts)
     # disable=None: on a terminal only, so that no log is full of it.
     with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
         for prompts in all_prompts:
             task = prompts.task
             try:
-                if task.examples:
-                    judge = await fit_judge(scorer, prompts, num_layers, bar.update)
-                else:
-                    judge = await measure_prior(scorer, prompts, bar.update)
+                judge = await fit_judge(scorer, prompts, num_layers, bar.update)
             except ValueError as error:
                 raise CheckpointError(
                     f"the task {task.name!r} cannot be learned: {error}; the weights may be damaged"

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,7 +30,7 @@ from server.core.heads import (
     log_loss,
 )
 from server.core.single_flight import all_of
-from server.core.tasks import Example, Task
+from server.core.tasks import MIN_EXAMPLES, Example, Task
 from server.core.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 
@@ -144,9 +145,16 @@ class TaskPrompts:
         return self._tokenizer.encode_chat(self.task.messages(text))
 
     def examples(self) -> tuple[list[Example], list[list[int]]]:
-        """The task's examples that fit the context, and the ids of their prompts."""
+        """The task's examples that fit the context with the labels, and the ids of their prompts.
+
+        None, if these are too few of a label.
+        """
+        room = self._max_context - sum(len(ids) - 1 for ids in self.labels(0))
         encoded = [(each, self.encode(normalise(each.text))) for each in self.task.examples]
-        fitting = [(each, ids) for each, ids in encoded if len(ids) < self._max_context]
+        fitting = [(each, ids) for each, ids in encoded if len(ids) < room]
+        counts = Counter(each.label for each, _ in fitting)
+        if any(counts[value] < MIN_EXAMPLES for value in self.task.values):
+            return [], []
         return [each for each, _ in fitting], [ids for _, ids in fitting]
 
     def references(self) -> list[tuple[list[int], list[list[int]]]]:
@@ -201,20 +209,16 @@ def encode_labels(
     return label_ids
 
 
-async def measure_prior(
-    scorer: Scorer, prompts: TaskPrompts, report: Callable[[], object] = lambda: None
-) -> LabelJudge:
+async def measure_prior(scorer: Scorer, prompts: TaskPrompts) -> LabelJudge:
     """A judge that takes off the labels' mean log-probability after the reference texts.
 
     Where the context has no room for these behind the instruction, nothing is taken off.
-    report: called after each text.
     """
     # Off the event loop: an instruction may be long.
     references = await asyncio.to_thread(prompts.references)
 
     async def measure(ids: list[int], label_ids: list[list[int]]) -> list[float]:
         scores = await scorer.score(ids, label_ids, num_shared=prompts.num_shared)
-        report()
         return scores.logprobs
 
     if not references:
@@ -237,14 +241,16 @@ async def fit_judge(
 
     The scores of the labels' texts as they are compete with those without their prior, and these
     with heads after several layers and with several shrinkages. Examples longer than the context
-    are left out.
+    are left out; where too few are left, or there are none, the prior is taken off.
     num_layers: the model's. report: called after each example.
 
     Raises:
         InvalidRequestError, ContextLengthError: as `encode_labels`.
     """
     layers = candidate_layers(num_layers)
-    examples, all_ids = prompts.examples()
+    examples, all_ids = await asyncio.to_thread(prompts.examples)
+    if not examples:
+        return await measure_prior(scorer, prompts)
     labels = np.array([prompts.task.values.index(example.label) for example in examples])
     is_scored = _every(LABEL_SCORES_STRIDE, labels)
     label_ids = prompts.labels(max(map(len, all_ids)))
