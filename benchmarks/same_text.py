@@ -13,11 +13,11 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.reply_quality import (
     CONCURRENCY,
-    MAX_TOKENS,
     read_abilities,
     read_openers,
     sampling_params,
@@ -30,6 +30,7 @@ from server.services import Services
 NUM_CONVERSATIONS = 100
 NUM_OTHERS = 8
 SEED = 7
+MAX_TOKENS = 48
 
 Conversation = Sequence[dict[str, Any]]
 
@@ -42,7 +43,7 @@ def conversations() -> list[Conversation]:
 
 async def answer(services: Services, messages: Conversation, *, in_pieces: bool = False) -> str:
     said = [Message.model_validate(message).for_template() for message in messages]
-    params = sampling_params(services, SEED)
+    params = replace(sampling_params(services, SEED), max_tokens=MAX_TOKENS)
     reply = await services.replier.reply(said, params, (), with_sentiment=True)
     if not in_pieces:
         [pieces] = await reply.read()

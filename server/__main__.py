@@ -57,6 +57,8 @@ def main() -> None:
             _serve(settings, listener)
     except (CheckpointError, TaskFileError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # while the model is loaded
+        sys.exit(EXIT_FORCED)
 
 
 def _check(settings: Settings) -> None:

@@ -1,6 +1,7 @@
 """Every setting, its default and its help text, once."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -91,8 +92,7 @@ class Settings(BaseSettings):
     )
     cache_dir: Path | None = Field(
         None,
-        description="folder for what tasks learn of a model when it is first loaded; default: "
-        "~/.cache/qwen-all-in-one",
+        description="folder for judges fitted to a model; default: ~/.cache/qwen-all-in-one",
     )
     max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)] = Field(
@@ -123,8 +123,13 @@ class Settings(BaseSettings):
     @property
     def cache_folder(self) -> Path:
         """`cache_dir`, or where the XDG base directory specification has a user's caches."""
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return self.cache_dir or Path(base) / "qwen-all-in-one"
+        if self.cache_dir is not None:
+            return self.cache_dir
+        try:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:  # the user has no home
+            base = Path(tempfile.gettempdir())
+        return base / "qwen-all-in-one"
 
     @cached_property
     def keys(self) -> tuple[SecretStr, ...]:

@@ -2,20 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from server.core.checkpoint import CheckpointError
+from server.core.checkpoint import CheckpointError, first_line
 from server.core.judge_cache import JudgeCache
-from server.core.judges import (
-    REFERENCE_TEXTS,
-    Judge,
-    Scorer,
-    TaskPrompts,
-    fit_judge,
-)
+from server.core.judges import Judge, Scorer, TaskPrompts, fit_judge
 from server.core.tasks import Task
 from server.core.tokenizer import ChatTokenizer
 
@@ -29,49 +23,58 @@ def load_judges(
     """The judges by the version of their task. Blocks until they are there.
 
     Raises:
-        CheckpointError: the model gives no numbers to fit a judge to.
+        CheckpointError: the model computes nothing that a judge can be fitted to.
     """
-    prompts = [TaskPrompts(task, tokenizer, max_context) for task in tasks]
-    paths = {each.task.version: cache.path(_key(each)) for each in prompts}
-    judges = {version: cache.read(path) for version, path in paths.items()}
-    missing = [each for each in prompts if judges[each.task.version] is None]
+    all_prompts = [TaskPrompts(task, tokenizer, max_context) for task in tasks]
+    paths = {each.task.version: cache.path(_key(each)) for each in all_prompts}
+    kept = {version: cache.read(path) for version, path in paths.items()}
+    judges = {version: judge for version, judge in kept.items() if judge is not None}
+    missing = [each for each in all_prompts if each.task.version not in judges]
+
+    def keep(version: str, judge: Judge) -> None:
+        cache.write(paths[version], judge)
+        judges[version] = judge
+
     if missing:
         names = ", ".join(each.task.name for each in missing)
-        logger.info("learning how to judge %s; with this model only once", names)
+        logger.info("fitting judges for %s; they are kept for later starts", names)
         # On a thread of its own, for a caller may have an event loop running.
-        with ThreadPoolExecutor(1) as thread:
-            fitted = thread.submit(asyncio.run, _fit_all(missing, scorer, num_layers)).result()
-        for version, judge in fitted.items():
-            cache.write(paths[version], judge)
-            judges[version] = judge
-    return {version: judge for version, judge in judges.items() if judge is not None}
+        thread = ThreadPoolExecutor(1)
+        try:
+            thread.submit(asyncio.run, _fit_all(missing, scorer, num_layers, keep)).result()
+        finally:
+            # Not waiting: whoever interrupts this closes the engine, which ends the work.
+            thread.shutdown(wait=False)
+    return judges
 
 
 async def _fit_all(
-    all_prompts: list[TaskPrompts], scorer: Scorer, num_layers: int
-) -> dict[str, Judge]:
-    judges: dict[str, Judge] = {}
-    total = sum(len(prompts.task.examples) for prompts in all_prompts)
+    all_prompts: list[TaskPrompts], scorer: Scorer, num_layers: int,
+    keep: Callable[[str, Judge], None],
+) -> None:  # fmt: skip
+    total = sum(len(prompts.examples[0]) for prompts in all_prompts)
     # disable=None: on a terminal only, so that no log is full of it.
     with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
         for prompts in all_prompts:
             task = prompts.task
             try:
                 judge = await fit_judge(scorer, prompts, num_layers, bar.update)
-            except ValueError as error:
+            except Exception as error:
                 raise CheckpointError(
-                    f"the task {task.name!r} cannot be learned: {error}; the weights may be damaged"
+                    f"the task {task.name!r} cannot be learned: {first_line(error)}"
                 ) from error
-            judges[task.version] = judge
-    return judges
+            keep(task.version, judge)
 
 
 def _key(prompts: TaskPrompts) -> object:
     """All that a judge depends on but the model: prompts, answers, and which answer is right."""
-    task = prompts.task
-    texts = [example.text for example in task.examples] or list(REFERENCE_TEXTS)
+    examples, all_ids = prompts.examples
     return [
-        task.version,
-        [prompts.encode(text) for text in texts],
-        [[example.label, example.kind] for example in task.examples],
+        prompts.task.version,
+        [
+            [example.label, example.kind, ids]
+            for example, ids in zip(examples, all_ids, strict=True)
+        ],
+        prompts.labels(0),
+        None if examples else prompts.references,
     ]

@@ -31,9 +31,9 @@ def load_services(settings: Settings) -> Services:
         TaskFileError: the task file cannot be used.
     """
     # Before a download: nobody should wait for a model to learn that a task file is wrong.
-    own_prompts = read_prompts(settings.tasks) if settings.tasks else Prompts()
+    user_prompts = read_prompts(settings.tasks) if settings.tasks else Prompts()
     checkpoint = find_checkpoint(settings.model)
-    prompts = read_prompts() | _prompts_of(checkpoint) | own_prompts
+    prompts = read_prompts() | _prompts_of(checkpoint) | user_prompts
     tasks = prompts.tasks
     config = read_model_config(checkpoint.folder)
     tokenizer = ChatTokenizer.from_folder(checkpoint.folder)
@@ -58,10 +58,10 @@ def load_services(settings: Settings) -> Services:
             f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
+    dtype = choose_dtype(settings.dtype, config)
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
     # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).
-    dtype = choose_dtype(settings.dtype, config)
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as reader:
         digest = reader.submit(weights_digest, checkpoint.folder)
         runner = loader.submit(
@@ -78,7 +78,6 @@ def load_services(settings: Settings) -> Services:
     metrics = Metrics()
     engine = Engine(
         runner,
-        observer=metrics,
         max_num_seqs=settings.max_num_seqs,
         max_prefill_tokens=settings.max_prefill_tokens,
     )
@@ -94,6 +93,7 @@ def load_services(settings: Settings) -> Services:
     except BaseException:
         engine.close()
         raise
+    engine.observe(metrics)  # not what judges were fitted to
     classifier = Classifier(
         engine,
         tokenizer,
@@ -134,10 +134,8 @@ def _prompts_of(checkpoint: Checkpoint) -> Prompts:
 
 
 def _style_of(prompts: Prompts, persona: str | None) -> ReplyStyle:
-    assert prompts.reply is not None  # the built-in file has it
-    if persona is None:
-        return prompts.reply
-    return prompts.reply.model_copy(update={"persona": {DEFAULT_LANGUAGE: persona}})
+    own = ReplyStyle() if persona is None else ReplyStyle(persona={DEFAULT_LANGUAGE: persona})
+    return prompts.reply | own
 
 
 def _check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:

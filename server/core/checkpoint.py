@@ -19,7 +19,10 @@ DEFAULT_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
 BUNDLED_MODEL = "qwen-mini"
 BUNDLED_FOLDER = Path(__file__).parent.parent / "models" / BUNDLED_MODEL
 # No pickles: only formats that cannot run code.
-FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt", "tasks.toml")
+FILES = (
+    "*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt",
+    "tasks.toml", "*examples.jsonl",
+)  # fmt: skip
 # Without these in the cache, a download was never finished.
 ESSENTIAL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 # To connect, and between two parts of an answer: a filter may drop packets and say nothing.

@@ -31,8 +31,8 @@ from server.errors import ContextLengthError, InvalidRequestError
 
 # Characters, some milliseconds of encoding.
 LONG_TEXT = 10_000
-# Tasks that clients describe in their requests, whose labels' prior is kept.
-NUM_OWN_JUDGES = 256
+# Tasks that clients describe in their requests; the labels' prior of so many is kept.
+MAX_CLIENT_TASKS = 256
 
 T = TypeVar("T")
 
@@ -86,8 +86,9 @@ class Classifier:
         self._judges = judges
         # The model is not part of the key: a classifier lives and dies with one model.
         self._results: SingleFlight[_Key, Classification] = SingleFlight(cache_size)
-        self._own_judges: SingleFlight[str, Judge] = SingleFlight(NUM_OWN_JUDGES)
-        self._prompts: LRUCache[str, TaskPrompts] = LRUCache(NUM_OWN_JUDGES)  # by task version
+        self._client_judges: SingleFlight[str, Judge] = SingleFlight(MAX_CLIENT_TASKS)
+        # Tokens that all prompts of a task begin with, by the task's version.
+        self._num_shared: LRUCache[str, int] = LRUCache(MAX_CLIENT_TASKS)
         # Of tasks of the server; what clients bring along has too many names.
         self.label_counts: Counter[tuple[str, str]] = Counter()
 
@@ -180,28 +181,26 @@ class Classifier:
 
     async def _compute(self, task: Task, text: str) -> Classification:
         version = task.version
-        known = self._prompts.get(version)
-
-        def encode() -> tuple[TaskPrompts, list[int]]:
-            prompts = known or TaskPrompts(task, self._tokenizer, self._max_context)
-            return prompts, prompts.encode(text)
-
+        prompts = TaskPrompts(task, self._tokenizer, self._max_context)
+        known = self._num_shared.get(version)
         try:
-            prompts, prompt_ids = await _encoded(len(task.instructions) + len(text), encode)
+            prompt_ids, num_shared = await _encoded(
+                len(task.instructions) + len(text),
+                lambda: (prompts.encode(text), known or prompts.num_shared),
+            )
         except ChatTemplateError as error:
             raise _refused(error) from error
-        self._prompts[version] = prompts
         judge = self._judges.get(version)
         # Before anything is computed for the task: a text that does not fit is refused.
         label_ids = self._label_ids(task, judge, prompt_ids, "labels")
+        self._num_shared[version] = num_shared
         if judge is None:
-            judge, _ = await self._own_judges.get(
+            judge, _ = await self._client_judges.get(
                 version, lambda: measure_prior(self._scorer, prompts)
             )
         return await self._score(
-            task, judge, prompt_ids, label_ids, prompts.num_shared,
-            is_pinned=version in self._judges,
-        )  # fmt: skip
+            task, judge, prompt_ids, label_ids, num_shared, is_pinned=version in self._judges
+        )
 
     def _label_ids(
         self, task: Task, judge: Judge | None, prompt_ids: list[int], labels_param: str
@@ -210,7 +209,7 @@ class Classifier:
 
         Raises: as `encode_labels`.
         """
-        if judge is None or not judge.layers:
+        if judge is None or judge.kind == "label_scores":
             return encode_labels(
                 task, self._tokenizer, len(prompt_ids), self._max_context, labels_param
             )

@@ -220,6 +220,10 @@ class Engine:
             raise _as_error(end)
         return stream.num_cached
 
+    def observe(self, observer: Observer) -> None:
+        """Reports to the observer from now on."""
+        self._observer = observer
+
     @property
     def is_alive(self) -> bool:
         """Whether the engine still works on sequences."""

@@ -11,7 +11,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +37,12 @@ from server.errors import ContextLengthError, InvalidRequestError
 
 # They are computed in one step, and everybody else waits for it.
 MAX_LABEL_TOKENS = 1024
-# Of the examples of a label, every so many have its texts scored as well: a pass through all
-# layers, where a head needs two thirds of them.
+# The labels' texts are scored for one in so many examples of each label, because this needs all
+# layers.
 LABEL_SCORES_STRIDE = 6
-# A judge for which more is learned from the examples must have a log-loss of at most so much of
-# the simpler one's. Examples of one hand flatter what is fitted to them.
-LEAST_GAIN = 0.95
+# A judge with more fitted parameters is chosen only if its log-loss is at most this share of the
+# simpler one's. The examples come from one source, which favours what is fitted to them.
+MAX_LOSS_RATIO = 0.95
 # Everyday sentences of both languages and every mood, to learn what a model says of the labels
 # whatever the text is. An empty text would not do: it is truly neutral, so a neutral label would
 # lose what is its due (arXiv 2102.09690 and 2309.17249).
@@ -71,7 +72,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """What a judge was worth on examples that it was not fitted to. log_loss: in nats."""
+    """Accuracy and log-loss (nats) on examples that were left out of the fit."""
 
     num_examples: int
     accuracy: float
@@ -89,6 +90,7 @@ class LabelJudge:
     prior: tuple[float, ...] = ()
     temperature: float = 1.0
     validation: CrossValidation | None = None
+    kind: Literal["label_scores"] = "label_scores"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -110,6 +112,7 @@ class HeadJudge:
     layer: int
     head: LinearHead
     validation: CrossValidation | None = None
+    kind: Literal["head"] = "head"
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -130,11 +133,12 @@ class TaskPrompts:
 
     def __init__(self, task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
         self.task, self._tokenizer, self._max_context = task, tokenizer, max_context
+
+    @cached_property
+    def num_shared(self) -> int:
+        """How many tokens every prompt of the task begins with: its instruction."""
         one, other = self.encode("a"), self.encode("我")
-        # Every prompt begins with the instruction; so many tokens are the same in all of them.
-        self.num_shared = next(
-            i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b
-        )
+        return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the prompt about the text.
@@ -144,19 +148,21 @@ class TaskPrompts:
         """
         return self._tokenizer.encode_chat(self.task.messages(text))
 
+    @cached_property
     def examples(self) -> tuple[list[Example], list[list[int]]]:
         """The task's examples that fit the context with the labels, and the ids of their prompts.
 
-        None, if these are too few of a label.
+        Both lists are empty if fewer than MIN_EXAMPLES of a label fit.
         """
         room = self._max_context - sum(len(ids) - 1 for ids in self.labels(0))
         encoded = [(each, self.encode(normalise(each.text))) for each in self.task.examples]
-        fitting = [(each, ids) for each, ids in encoded if len(ids) < room]
-        counts = Counter(each.label for each, _ in fitting)
+        short_enough = [(each, ids) for each, ids in encoded if len(ids) < room]
+        counts = Counter(each.label for each, _ in short_enough)
         if any(counts[value] < MIN_EXAMPLES for value in self.task.values):
             return [], []
-        return [each for each, _ in fitting], [ids for _, ids in fitting]
+        return [each for each, _ in short_enough], [ids for _, ids in short_enough]
 
+    @cached_property
     def references(self) -> list[tuple[list[int], list[list[int]]]]:
         """Ids of the prompts about the reference texts, each with those of the labels' texts.
 
@@ -215,7 +221,7 @@ async def measure_prior(scorer: Scorer, prompts: TaskPrompts) -> LabelJudge:
     Where the context has no room for these behind the instruction, nothing is taken off.
     """
     # Off the event loop: an instruction may be long.
-    references = await asyncio.to_thread(prompts.references)
+    references = await asyncio.to_thread(lambda: prompts.references)
 
     async def measure(ids: list[int], label_ids: list[list[int]]) -> list[float]:
         scores = await scorer.score(ids, label_ids, num_shared=prompts.num_shared)
@@ -243,16 +249,13 @@ async def fit_judge(
     with heads after several layers and with several shrinkages. Examples longer than the context
     are left out; where too few are left, or there are none, the prior is taken off.
     num_layers: the model's. report: called after each example.
-
-    Raises:
-        InvalidRequestError, ContextLengthError: as `encode_labels`.
     """
     layers = candidate_layers(num_layers)
-    examples, all_ids = await asyncio.to_thread(prompts.examples)
+    examples, all_ids = prompts.examples
     if not examples:
         return await measure_prior(scorer, prompts)
     labels = np.array([prompts.task.values.index(example.label) for example in examples])
-    is_scored = _every(LABEL_SCORES_STRIDE, labels)
+    has_label_scores = _every(LABEL_SCORES_STRIDE, labels)
     label_ids = prompts.labels(max(map(len, all_ids)))
 
     async def measure(ids: list[int], with_labels: bool, is_pinned: bool = False) -> Scores:
@@ -267,14 +270,14 @@ async def fit_judge(
         return scores
 
     # The first computes the instruction in all layers, for all others to begin with.
-    first = await measure(all_ids[0], with_labels=bool(is_scored[0]), is_pinned=True)
-    others = await all_of(map(measure, all_ids[1:], is_scored[1:].tolist()))
+    first = await measure(all_ids[0], with_labels=bool(has_label_scores[0]), is_pinned=True)
+    others = await all_of(map(measure, all_ids[1:], has_label_scores[1:].tolist()))
     scores = [first, *others]
     states = np.stack([_states_of(each) for each in scores])
     logprobs = np.array([each.logprobs for each in scores if each.logprobs])
-    folds = folds_of(labels, [example.kind for example in examples])
-    # Off the engine's way and the event loop's: this takes a second or two.
-    return await asyncio.to_thread(_best, layers, states, logprobs, labels, folds, is_scored)
+    kinds = [example.kind for example in examples]
+    # In a thread: cross-validation takes a second or two.
+    return await asyncio.to_thread(_best, layers, states, logprobs, labels, kinds, has_label_scores)
 
 
 def _best(
@@ -282,11 +285,16 @@ def _best(
     states: Floats,
     logprobs: Floats,
     labels: Indices,
-    folds: Indices,
-    is_scored: NDArray[np.bool_],
+    kinds: Sequence[str],
+    has_label_scores: NDArray[np.bool_],
 ) -> Judge:
-    """states: (N, L, C). logprobs: (M, K), of the examples that are scored. labels, folds: (N,)."""
-    judge, labels_loss = _best_label_judge(logprobs, labels[is_scored], folds[is_scored])
+    """states: (N, L, C). labels, kinds, has_label_scores: (N,). logprobs: (M, K), where it has."""
+    folds = folds_of(labels, kinds)
+    judge, labels_loss = _best_label_judge(
+        logprobs,
+        labels[has_label_scores],
+        [kind for kind, has in zip(kinds, has_label_scores, strict=True) if has],
+    )
     tried = [
         (calibrate(scores, labels), i, shrinkage, scores)
         for i in range(len(layers))
@@ -294,26 +302,28 @@ def _best(
             SHRINKAGES, cross_validated(states[:, i], labels, folds), strict=True
         )
     ]
-    best, i, shrinkage, scores = min(tried, key=lambda each: each[0].log_loss)
+    best, layer_index, shrinkage, scores = min(tried, key=lambda each: each[0].log_loss)
     # On the same examples as the labels' texts.
-    head_loss = log_loss(scores[is_scored] / best.temperature, labels[is_scored])
-    if head_loss > LEAST_GAIN * labels_loss:
+    head_loss = log_loss(scores[has_label_scores] / best.temperature, labels[has_label_scores])
+    if head_loss > MAX_LOSS_RATIO * labels_loss:
         return judge
-    [head] = fit_heads(states[:, i], labels, [shrinkage])
-    return HeadJudge(layers[i], head.cooled(best.temperature), _validation(best, len(labels)))
+    [head] = fit_heads(states[:, layer_index], labels, [shrinkage])
+    return HeadJudge(
+        layers[layer_index], head.cooled(best.temperature), _validation(best, len(labels))
+    )
 
 
 def _best_label_judge(
-    logprobs: Floats, labels: Indices, folds: Indices
+    logprobs: Floats, labels: Indices, kinds: Sequence[str]
 ) -> tuple[LabelJudge, float]:
-    """logprobs: (M, K). labels, folds: (M,). Returns its log-loss on examples left out, too."""
+    """logprobs: (M, K). labels, kinds: (M,). Returns its log-loss on examples left out, too."""
     as_they_are = calibrate(logprobs, labels)
-    left_out = np.empty_like(logprobs)
+    left_out_scores, folds = np.empty_like(logprobs), folds_of(labels, kinds)
     for fold in set(folds.tolist()):
         is_left_out = folds == fold
-        left_out[is_left_out] = logprobs[is_left_out] - logprobs[~is_left_out].mean(0)
-    without_prior = calibrate(left_out, labels)
-    if without_prior.log_loss > LEAST_GAIN * as_they_are.log_loss:
+        left_out_scores[is_left_out] = logprobs[is_left_out] - logprobs[~is_left_out].mean(0)
+    without_prior = calibrate(left_out_scores, labels)
+    if without_prior.log_loss > MAX_LOSS_RATIO * as_they_are.log_loss:
         best, prior = as_they_are, ()
     else:
         best, prior = without_prior, tuple(logprobs.mean(0).tolist())

@@ -57,7 +57,7 @@ class Replier:
         sentiment, num_cached = None, None
         conversation = list(messages)
         text = _last_user_text(messages)
-        language = language_of(text)
+        language = language_of(text) if with_sentiment else ""
         if with_sentiment and all(message["role"] != "system" for message in conversation):
             persona = {"role": "system", "content": text_in(self._style.persona, language)}
             conversation.insert(0, persona)
@@ -111,8 +111,10 @@ class Replier:
         plain_ids: the conversation without a cue.
         """
         try:
-            # A cue at the beginning would leave nothing of the conversation to begin with.
-            if self._classifier.is_known(self._task, text) or self._style.cue_position == "system":
+            if self._classifier.is_known(self._task, text):
+                return await self._classify(text), None
+            if self._style.cue_position == "system":
+                # The cue changes the beginning, so nothing computed without it could be used.
                 return await self._classify(text), None
             return await self._judge_while_prefilling(text, plain_ids)
         except EngineClosedError:
@@ -183,7 +185,7 @@ def with_cue(conversation: Sequence[Message], cue: str, position: str) -> list[M
     cued = list(conversation)
     end = len(cued) - (cued[-1]["role"] == "assistant")
     if not end or cued[end - 1]["role"] != "user":
-        return cued  # the result of a tool, say: the mood has been answered before
+        return cued  # a tool's result is last: the user's message was answered before
     if position == "behind":
         cued.insert(end, {"role": "system", "content": cue})
         return cued

@@ -24,24 +24,30 @@ from pydantic import (
     model_validator,
 )
 
+from server.core.language import ENGLISH, LANGUAGES
+
 BUILTIN_FOLDER = Path(__file__).parent.parent / "tasks"
 FILE = "tasks.toml"
 # The table of a task file that is no task.
 REPLY = "reply"
-# Fewer examples of a label say nothing about examples that were left out.
+# With fewer examples of a label cross-validation says little.
 MIN_EXAMPLES = 10
 # Where a text is missing in the user's language.
-DEFAULT_LANGUAGE = "en"
+DEFAULT_LANGUAGE = ENGLISH
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def _by_language(value: Any) -> Any:
+    if isinstance(value, dict) and (unknown := sorted(set(value) - set(LANGUAGES))):
+        raise ValueError(
+            f"the language {unknown[0]!r} is never chosen; the languages are {', '.join(LANGUAGES)}"
+        )
     return {DEFAULT_LANGUAGE: value} if isinstance(value, str) else value
 
 
-# A text by language, such as "zh" and "en". A single string serves every language.
+# A text by language (server/core/language.py). A single string serves every language.
 Texts = Annotated[dict[str, NonEmpty], Field(min_length=1), BeforeValidator(_by_language)]
 
 
@@ -134,8 +140,8 @@ class Task(_Frozen):
     @property
     def version(self) -> str:
         """Changes whenever anything that can change a result changes, except the examples."""
-        told = self.model_dump_json(exclude={"labels": {"__all__": {"cue"}}})
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        dumped = self.model_dump_json(exclude={"labels": {"__all__": {"cue"}}})
+        return hashlib.sha256(dumped.encode()).hexdigest()[:16]
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The analyst's conversation about `text`: fixed instruction first, so it can be cached."""
@@ -146,7 +152,7 @@ class Task(_Frozen):
 
 
 class ReplyStyle(_Frozen):
-    """How the second role speaks.
+    """How the second role speaks. A file may give some of this; the rest stays as it was.
 
     persona: the system prompt of a chat that brings none of its own.
     cue_position: where a label's cue stands: in the first system message, at the end of the last
@@ -154,21 +160,26 @@ class ReplyStyle(_Frozen):
     cue_min_confidence: a label less likely than this has no cue.
     """
 
-    persona: Texts
+    persona: Texts = Field(default_factory=dict)
     cue_position: Literal["system", "user", "behind"] = "user"
     cue_min_confidence: Probability = 0.0
+
+    def __or__(self, other: "ReplyStyle") -> "ReplyStyle":
+        """This style with what the other one was given."""
+        given = {name: getattr(other, name) for name in other.model_fields_set}
+        return self.model_copy(update=given)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What task files hold: tasks by name, and the reply's style if a file has one."""
+    """What task files hold: tasks by name, and the reply's style."""
 
     tasks: Mapping[str, Task] = field(default_factory=dict)
-    reply: ReplyStyle | None = None
+    reply: ReplyStyle = field(default_factory=ReplyStyle)
 
     def __or__(self, other: "Prompts") -> "Prompts":
         """Both, the other's in place of those of the same name."""
-        return Prompts({**self.tasks, **other.tasks}, other.reply or self.reply)
+        return Prompts({**self.tasks, **other.tasks}, self.reply | other.reply)
 
 
 def inline_task(instructions: str, labels: Sequence[str]) -> Task:
@@ -205,7 +216,7 @@ def read_prompts(path: Path = BUILTIN_FOLDER / FILE) -> Prompts:
     try:
         return Prompts(
             TypeAdapter(dict[str, Task]).validate_python(tasks),
-            TypeAdapter(dict[str, ReplyStyle]).validate_python(styles).get(REPLY),
+            TypeAdapter(dict[str, ReplyStyle]).validate_python(styles).get(REPLY, ReplyStyle()),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -240,7 +251,7 @@ def _with_examples(path: Path, table: dict[str, Any]) -> dict[str, Any]:
 def _read_examples(path: Path) -> list[Example]:
     examples = []
     # Not splitlines: JSON strings may hold other line separators as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

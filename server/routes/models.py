@@ -5,7 +5,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.judges import Judge, LabelJudge
+from server.core.judges import Judge
 from server.core.tasks import Task
 from server.routes.common import check_model, services_of
 from server.services import PLAIN_SUFFIX, Services
@@ -49,7 +49,7 @@ def _task(task: Task, judge: Judge) -> dict[str, Any]:
     return {
         "name": task.name,
         "labels": [label.model_dump(include={"value", "text", "emoji"}) for label in task.labels],
-        "judged_by": "label_scores" if isinstance(judge, LabelJudge) else "head",
+        "judged_by": judge.kind,
         # Of the model; None: all of them.
         "num_layers": max(judge.layers, default=None),
         # On examples that the judge was not fitted to; None: the task has no examples.

@@ -592,7 +592,9 @@ async def test_a_text_too_long_is_refused_every_time() -> None:
 
 # Of the two numbers of a state the head makes the scores of up and down; flat has its bias.
 HEAD = LinearHead(
-    np.array([[1, 0, 0], [0, 1, 0]], dtype=np.float32), np.array([0, 0, 1], dtype=np.float32)
+    np.zeros(2, dtype=np.float32),
+    np.array([[1, 0, 0], [0, 1, 0]], dtype=np.float32),
+    np.array([0, 0, 1], dtype=np.float32),
 )
 
 

@@ -144,7 +144,7 @@ def test_the_builtin_reply_has_a_persona_in_both_languages_and_the_cue_at_the_us
 def test_a_task_file_holds_its_own_tasks_alone(write: Callable[[str], Path]) -> None:
     prompts = read_prompts(write(MOOD))
     assert set(prompts.tasks) == {"mood"}
-    assert prompts.reply is None
+    assert prompts.reply == ReplyStyle()
 
 
 def test_a_task_file_adds_its_tasks(write: Callable[[str], Path]) -> None:
@@ -199,13 +199,17 @@ def test_the_table_reply_is_no_task_but_the_style_of_the_reply(
     assert prompts.reply == ReplyStyle(persona={"en": "Be kind."}, cue_position="system")
 
 
-def test_a_style_replaces_the_builtin_one_whole_and_leaves_the_tasks(
+def test_a_style_replaces_what_it_gives_and_leaves_the_rest_and_the_tasks(
     write: Callable[[str], Path],
 ) -> None:
     own = read_prompts(write('[reply]\npersona = { zh = "善良。" }\n'))
     merged = PROMPTS | own
-    assert merged.reply == ReplyStyle(persona={"zh": "善良。"}, cue_position="user")
+    assert merged.reply == ReplyStyle(
+        persona={"zh": "善良。"}, cue_position="user", cue_min_confidence=0.7
+    )
     assert merged.tasks == BUILTIN
+    # With a model that was trained on cues in another place, they stay there.
+    assert (PROMPTS | MINI | own).reply.cue_position == "behind"
 
 
 def test_the_last_file_that_has_a_style_decides(write: Callable[[str], Path]) -> None:
@@ -218,8 +222,8 @@ def test_the_last_file_that_has_a_style_decides(write: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ('persona = "Be kind."', "", "reply.persona"),
         ('"Be kind."', '""', "reply.persona.en"),
+        ('"Be kind."', '{ cn = "善良。" }', "reply.persona"),
         ('"Be kind."', "3", "reply.persona"),
         ('"Be kind."', "{}", "reply.persona"),
         ('"Be kind."', '{ zh = "" }', "reply.persona.zh"),

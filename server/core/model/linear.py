@@ -17,8 +17,8 @@ INT4_GROUP_SIZE = 64
 # Rows of a packed int4 matrix come in blocks of this many.
 _INT4_BLOCK = 64
 _TINY = torch.finfo(torch.float32).tiny
-# FBGEMM quantizes a row no finer than in steps of 6.1e-5. A row is multiplied by this on its way
-# there, and the weights are divided by it, so that this says nothing.
+# FBGEMM's quantization step is never below 6.1e-5, too coarse for rows of small numbers. So rows
+# are multiplied by this factor, and the weights' scales are divided by it.
 _GAIN = 2.0**20
 
 
@@ -97,9 +97,9 @@ class Int8Linear:
             )
             return y
         # The kernel's own rule for each row (ChooseQuantizationParams in PyTorch's
-        # aten/src/ATen/native/quantized/cpu/QuantUtils.h), so that a row has the same result alone
-        # and among others, but for a rounding in one of some thousand rows. amin and amax are
-        # seven times faster on many rows than aminmax.
+        # aten/src/ATen/native/quantized/cpu/QuantUtils.h), so a row gives the same result alone
+        # and in a batch, except that one row in some thousand is rounded differently. amin and
+        # amax are seven times faster on many rows than aminmax.
         low = x.amin(-1, keepdim=True).clamp_max_(0)
         high = x.amax(-1, keepdim=True).clamp_min_(0)
         scales = (high - low).div_(255 if self._has_vnni else 127).clamp_min_(_TINY)

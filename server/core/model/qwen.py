@@ -75,6 +75,8 @@ class QwenModel:
         ordered = [segments[i] for i in order]
         attend = StepAttention(ordered)
         states: list[list[Tensor]] = [[] for _ in segments]
+        # The layers after which something is wanted or leaves; in most steps the last one alone.
+        stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
         rotations = self._rotations([p for s in ordered for p in s.positions])
         ids = torch.tensor([i for s in ordered for i in s.token_ids])
         hidden = F.embedding(ids, self._embeddings).float()
@@ -82,9 +84,10 @@ class QwenModel:
             layer.out.add_to(hidden, self._attention(i, layer, hidden, attend, rotations))
             gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
             layer.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
+            if i + 1 not in stops:
+                continue
             num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
-            if num_staying < len(hidden):
-                hidden, rotations = hidden[:num_staying], rotations[:num_staying]
+            hidden, rotations = hidden[:num_staying], rotations[:num_staying]
             if not num_staying:
                 break
         for segment in segments:

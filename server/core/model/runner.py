@@ -183,9 +183,9 @@ class ModelRunner:
         token_ids, positions = sequence.token_ids[begin:end], list(range(begin, end))
         layers = None
         if sequence.layers:
-            depth = self._num_layers(sequence)
-            # Those of the last token are wanted alone.
-            layers = (*sequence.layers, depth) if chunk.is_last else (depth,)
+            # Before the last chunk no hidden states are needed; the segment only has to stop.
+            wanted = sequence.layers if chunk.is_last else ()
+            layers = tuple(sorted({*wanted, self._num_layers(sequence)}))
         if not (chunk.is_last and _num_extra(sequence)):
             return Segment(token_ids, positions, cache, layers=layers)
         return _with_continuations(

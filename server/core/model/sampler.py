@@ -147,7 +147,7 @@ def _uniform(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.flo
     key = np.array([seed], dtype=np.uint64)
     for counter in (np.array([position]), ids):
         key = _mixed(key + (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
-    return ((key >> np.uint64(11)) + 0.5).astype(np.float64) * 2.0**-53
+    return ((key >> np.uint64(12)) + 0.5).astype(np.float64) * 2.0**-52
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -88,14 +88,14 @@ class WeightReader:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the checkpoint's weight files, in hexadecimal; a second for each GB or two.
+    """SHA-256 of the checkpoint's configuration and weights, in hexadecimal; a second a GB or two.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        for path in _weight_files(folder):
+        for path in (folder / "config.json", *_weight_files(folder)):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
