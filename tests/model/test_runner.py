@@ -15,7 +15,7 @@ from server.core.model.config import read_model_config
 from server.core.model.kv_cache import KVMemory
 from server.core.model.qwen import load_qwen
 from server.core.model.runner import ModelRunner
-from server.core.scheduler import Scheduler
+from server.core.scheduler import ScheduledChunk, Scheduler
 from server.core.sequence import PrefilledEvent, SamplingParams, ScoredEvent, Sequence, TokenEvent
 
 CONTINUATIONS = [[7], [8, 9], [8, 10, 11], [7, 12]]
@@ -474,36 +474,44 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     model, token = runner._model, 5
     model._embeddings = model._embeddings.clone()
     model._embeddings[token] = bad
+    prefilled, healthy = to_measure([9, 9]), to_measure([9, 8, 7], 2)
+    scored = to_measure([9, 8], 1, continuations=[[7], [8, 9]])
+    generated = to_generate(random_ids(30), temperature=0.0)
+    # In the last slots, and longer than what comes there later.
     broken = [
-        to_measure([9, 8, token], 1),
-        to_measure([9, token, 8], 2),
-        to_measure([token, 8, 9], 1, continuations=CONTINUATIONS),
+        to_measure([*random_ids(20), token, *random_ids(20)], 1),
+        to_measure([*random_ids(40), token], 2),
+        to_measure([token, *random_ids(40)], 1, continuations=CONTINUATIONS),
     ]
-    healthy = to_measure([9, 8, 7], 2)
-    scored, generated = to_measure([9, 8], 1, continuations=[[7], [8, 9]]), to_generate([9, 8, 6])
-    prefilled = to_measure([9, 9])
-    results = {}
-    sequences = [*broken, healthy, scored, generated, prefilled]
-    scheduler = Scheduler(16, 100, Memory(runner))
-    for sequence in sequences:
+    scheduler = Scheduler(16, 1000, Memory(runner))
+    for sequence in (prefilled, healthy, scored, generated, *broken):
         scheduler.add(sequence)
     results = runner.step(scheduler.schedule())
     for sequence in broken:
         assert isinstance(results[sequence], ValueError)
         assert "not finite" in str(results[sequence])
-        runner.release(sequence, is_sound=False)
     assert_close(states_of([results[healthy]]), expected_states(oracle, [9, 8, 7], (2,)))
     theirs = [expected_score(oracle, [9, 8], c) for c in ([7], [8, 9])]
     assert results[scored].logprobs == pytest.approx(theirs, abs=1e-3)
     assert_close(states_of([results[scored]]), expected_states(oracle, [9, 8], (1,)))
     assert isinstance(results[generated], TokenEvent)
     assert isinstance(results[prefilled], PrefilledEvent)
-    # The places of the broken are free again and hold nothing that breaks others.
-    for _ in range(2):
-        again = to_measure([9, 8, 7], 2, continuations=[[7], [8, 9]])
-        assert_close(
-            states_of(run_all(runner, [again])[again]), expected_states(oracle, [9, 8, 7], (2,))
-        )
+    # A sequence in the place of a broken one decodes beside a longer one, which keeps the memory.
+    generated.num_computed, generated.completion_ids = 30, [results[generated].token_id]
+    for sequence in reversed(broken):
+        runner.release(sequence, is_sound=False)
+    later = to_generate([9, 8, 6], temperature=0.0)
+    scheduler = Scheduler(16, 1000, Memory(runner))
+    scheduler.add(later)
+    later.completion_ids = [runner.step(scheduler.schedule())[later].token_id]
+    later.num_computed = 3
+    chunks = [ScheduledChunk(generated, 1), ScheduledChunk(later, 1)]
+    results = runner.step(chunks)
+    for sequence in (generated, later):
+        assert isinstance(results[sequence], TokenEvent)
+        alone = to_generate(sequence.prompt_ids, temperature=0.0)
+        run_all(new_runner(runner), [alone])
+        assert [*sequence.completion_ids, results[sequence].token_id] == alone.completion_ids[:2]
 
 
 def test_hidden_states_belong_to_their_reader(runner: ModelRunner, oracle: PreTrainedModel) -> None:
