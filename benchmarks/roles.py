@@ -26,6 +26,7 @@ from benchmarks import label_quality as labels
 from benchmarks import reply_quality as replies
 from benchmarks.label_quality import LABELS, Judgement
 from server.config import Settings
+from server.core.checkpoint import CheckpointError
 from server.core.classifier import Classification, Classifier
 from server.core.judges import LabelJudge
 from server.core.tasks import Task, inline_task
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--no-replies", action="store_true", help="measure the labels alone")
     parser.add_argument("--no-agreement", action="store_true", help="do not compare the dtypes")
     args = parser.parse_args()
+    if args.plots and not args.rows:
+        parser.error("--plots shows the labels, so it needs --rows")
     rows = read_sentiment(args.rows) if args.rows else []
     result: dict[str, Any] = {"model": args.model}
     services = load_services(Settings(model=args.model, dtype=args.dtype))
@@ -78,6 +81,7 @@ async def our_judgements(
 ) -> dict[str, dict[str, Judgement]]:
     """By judge and language: the server's own task, and the same as a client's own task."""
     task = services.tasks["sentiment"]
+    assert task.values == list(LABELS), "the figures are of this task's labels in this order"
     own = inline_task(task.instructions, [label.text for label in task.labels])
     as_is = Classifier(
         services.engine,
@@ -174,8 +178,13 @@ def _part(judgement: Judgement, at: Sequence[int]) -> Judgement:
 
 
 def agreement(model: str, rows: Sequence[SentimentRow]) -> dict[str, float]:
-    """Share of the texts that get the label they get in float32."""
-    judged = {dtype: asyncio.run(_labels_in(model, dtype, rows)) for dtype in DTYPES}
+    """Share of the texts that get the label they get in float32, for each type that works here."""
+    judged = {}
+    for dtype in DTYPES:
+        try:
+            judged[dtype] = asyncio.run(_labels_in(model, dtype, rows))
+        except CheckpointError as error:
+            print(f"{dtype} is left out: {error}", file=sys.stderr)
     shares = {
         dtype: round(
             float(np.mean([a == b for a, b in zip(given, judged["float32"], strict=True)])), 4

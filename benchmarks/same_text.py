@@ -2,10 +2,9 @@
 
     python -m benchmarks.same_text --model DIR
 
-Each of 100 conversations is answered with the checkpoint's default sampling and one seed: alone
-and cold; alone with its prompt and label known from before; read in pieces; and among eight
-others. Prints how many conversations got one and the same text each time, and, last, one line of
-JSON.
+Each of 100 conversations is answered with the checkpoint's default sampling and one seed: for the
+first time, alone; again, with its prompt and label known; read in pieces; and among eight others.
+Prints how many conversations got one and the same text each time, and, last, one line of JSON.
 """
 
 import argparse
@@ -58,7 +57,7 @@ async def among_others(services: Services, all_messages: Sequence[Conversation],
 
 
 async def measure(services: Services, all_messages: Sequence[Conversation]) -> list[list[str]]:
-    """For each conversation its texts: cold, warm, in pieces, among others."""
+    """For each conversation its texts: the first, again, in pieces, among others."""
     texts = []
     for i, messages in enumerate(all_messages):
         texts.append(
@@ -86,12 +85,12 @@ def main() -> None:
         texts = asyncio.run(measure(services, conversations()[: args.num]))
     finally:
         services.engine.close()
-    names = ("warm", "in pieces", "among others")
+    names = ("again", "in pieces", "among others")
     result: dict[str, Any] = {
         "conversations": len(texts),
         "tokens at most": MAX_TOKENS,
         "same text each time": sum(len(set(each)) == 1 for each in texts),
-        **{f"as cold: {name}": sum(each[0] == each[i] for each in texts)
+        **{f"as the first: {name}": sum(each[0] == each[i] for each in texts)
            for i, name in enumerate(names, start=1)},
     }  # fmt: skip
     for name, number in result.items():

@@ -11,6 +11,10 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "server").rglob("*.py"))
 
 HTTP = ("starlette", "uvicorn", "sse_starlette", "server.routes", "server.app")
+TEXT = (
+    "tokenizer", "detokenizer", "language", "tasks", "judges", "heads", "judge_cache", "classifier",
+    "reply",
+)  # fmt: skip
 ENGINE_ROOM = ("torch", "server.core.model", "server.core.scheduler", "server.core.engine")
 
 
@@ -132,15 +136,20 @@ def test_imports_are_absolute_and_at_the_top(path: Path) -> None:
 
 @pytest.mark.parametrize("path", below("server/core/model"), ids=name_of)
 def test_the_model_knows_neither_text_nor_sentiment(path: Path) -> None:
-    text = ("tokenizer", "detokenizer", "classifier", "tasks", "reply")
-    assert not forbidden(path, tuple(f"server.core.{name}" for name in text))
+    assert not forbidden(path, tuple(f"server.core.{name}" for name in TEXT))
 
 
 @pytest.mark.parametrize("name", ["engine", "scheduler", "sequence"])
 def test_the_engine_knows_neither_the_model_nor_text_nor_sentiment(name: str) -> None:
-    above = ("model", "tokenizer", "detokenizer", "classifier", "tasks", "reply")
     path = ROOT / "server/core" / f"{name}.py"
-    assert not forbidden(path, tuple(f"server.core.{module}" for module in above))
+    assert not forbidden(path, tuple(f"server.core.{module}" for module in ("model", *TEXT)))
+
+
+@pytest.mark.parametrize("name", ["heads", "language", "single_flight"])
+def test_what_knows_only_arrays_scripts_or_coroutines_imports_nothing_of_the_server(
+    name: str,
+) -> None:
+    assert not forbidden(ROOT / "server/core" / f"{name}.py", ("server",))
 
 
 @pytest.mark.parametrize("path", below("server/core"), ids=name_of)
