@@ -146,9 +146,9 @@ def _timed(judge: labels.Judge, texts: Sequence[str]) -> Judgement:
     begin = time.perf_counter()
     judgement = judge(texts)
     seconds = time.perf_counter() - begin
-    return Judgement(
-        judgement.labels, judgement.scores, judgement.probabilities, len(texts) / seconds
-    )
+    # A judge that does not look at the texts takes no time worth telling.
+    texts_per_s = len(texts) / seconds if seconds > 0.01 else None
+    return Judgement(judgement.labels, judgement.scores, judgement.probabilities, texts_per_s)
 
 
 def tables(
