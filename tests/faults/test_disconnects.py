@@ -115,7 +115,7 @@ def is_in_decode(engine: Engine) -> bool:
 
 
 def is_being_judged(engine: Engine) -> bool:
-    return any(sequence.continuations for sequence in engine._scheduler.running)
+    return any(sequence.is_scored for sequence in engine._scheduler.running)
 
 
 PHASES = {
@@ -174,7 +174,7 @@ async def test_a_shared_sentiment_pass_outlives_one_who_hangs_up(
     leaving = asyncio.create_task(client.post(url, json=body))
     await turnstile.step_until(lambda: is_being_judged(engine))
     staying = asyncio.create_task(client.post(url, json=body))
-    await until(lambda: [p.num_waiters for p in classifier._passes.values()] == [2])
+    await until(lambda: [p.num_waiters for p in classifier._results._flights.values()] == [2])
     leaving.cancel()
     await until_inside(client, pair, 1)
     turnstile.open()

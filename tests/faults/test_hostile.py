@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from cachetools import LRUCache
 
 from server import middleware
+from server.core.single_flight import SingleFlight
 from server.core.tokenizer import ChatTokenizer
 from server.routes import streaming
 from tests.conftest import LiveServer
@@ -226,7 +226,7 @@ async def prompts_of(client: httpx.AsyncClient, server: LiveServer, text: str) -
             ("classify", {"input": text}),
             ("decisions", {"model": server.model, "input": text, "questions": [question]}),
         ]:
-            patch.setattr(server.services.classifier, "_results", LRUCache(1))
+            patch.setattr(server.services.classifier, "_results", SingleFlight(1))
             response = await client.post(f"{server.base_url}/{path}", json=body)
             assert response.status_code == 200, response.text
     return prompts

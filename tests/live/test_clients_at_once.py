@@ -161,7 +161,7 @@ async def test_hanging_up_before_all_labels_are_there_ends_their_passes(
     texts = [f"label {i} " * 30 for i in range(100)]
     await leave_once(endless, "classify", {"input": texts}, lambda: not is_idle(engine))
     await until(lambda: is_idle(engine))
-    assert not classifier._passes
+    assert not classifier._results._flights
     # They were ended, not merely waited for.
     task = endless.services.tasks["sentiment"]
     assert not all(classifier.is_known(task, text) for text in texts)
