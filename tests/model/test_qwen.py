@@ -103,6 +103,30 @@ def test_a_batch_of_prefills_and_decodes_equals_its_sequences_alone(
     assert [cache.length for cache in caches] == [len(ids) for ids in prompts]
 
 
+def test_a_decoded_token_in_int8_is_the_same_to_the_last_bit_alone_and_among_others(
+    checkpoint: Path, memory: KVMemory
+) -> None:
+    # Float products add in another order for other numbers of rows; integers do not.
+    model = load_qwen(checkpoint, read_model_config(checkpoint), "int8")
+    lengths = (5, 17, 3, 126, 9, 200)
+    prompts = [random_ids(n + 1, seed=n) for n in lengths]
+
+    def filled() -> list[KVCache]:
+        caches = [KVCache() for _ in prompts]
+        for ids, cache in zip(prompts, caches, strict=True):
+            run(model, memory, ids[:-1], cache)
+        return caches
+
+    alone = [
+        run(model, memory, ids[-1:], cache) for ids, cache in zip(prompts, filled(), strict=True)
+    ]
+    parts = [(ids[-1:], cache) for ids, cache in zip(prompts, filled(), strict=True)]
+    # A prompt shares the step, too.
+    together = run_all(model, memory, [*parts, (random_ids(40), KVCache())])
+    for one, same in zip(alone, together, strict=False):
+        assert torch.equal(one, same)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.05), ("int8", 0.05)])
 def test_fewer_bits_stay_near_float32(
     checkpoint: Path, memory: KVMemory, oracle: PreTrainedModel, dtype: str, error: float

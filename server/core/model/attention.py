@@ -16,6 +16,11 @@ from server.core.model.kv_cache import KVCache, KVPool
 _MAX_SCORES = 32_768
 
 
+# Decodes attend to so many places or a multiple, those beyond their length masked. Sequences that
+# share a call then have as many places as each has alone, and so the same sums to the last bit.
+DECODE_PLACES = 128
+
+
 @dataclass(frozen=True)
 class Segment:
     """New tokens of one sequence, T of them; its KV cache has room for them.
@@ -41,6 +46,12 @@ class Segment:
         """Whether it has one token, which then may look everywhere."""
         return len(self.token_ids) == 1
 
+    @property
+    def num_decode_places(self) -> int:
+        """Places that its only token attends to, the masked ones included."""
+        places = -(-(self.cache.length + 1) // DECODE_PLACES) * DECODE_PLACES
+        return min(places, self.cache.capacity)
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -53,7 +64,7 @@ class _Run:
     lengths: Tensor  # (B,): tokens in each cache before this step
     num_sequences: int  # B
     num_tokens: int  # T, of each
-    end: int  # S, of the longest with its new tokens
+    end: int  # S, with the new tokens; of decodes with the masked places
     # Prefill: (T, S), added to the scores, 0 or -inf; None is causal without a past.
     # Decode: (B, 1, S, 1), True where a sequence has no token; None if all are of one length.
     mask: Tensor | None
@@ -100,8 +111,9 @@ class _LayerViews(NamedTuple):
 def _decode_views(run: _Run) -> list[_LayerViews]:
     """All layers' views at once: a call for each would cost as much as the attention itself."""
     keys, values = run.pool.keys, run.pool.values
-    slot, position = run.slots.start, run.end - 1
+    slot = run.slots.start
     if run.num_sequences == 1:
+        position = int(run.lengths[0])
         new_keys, new_values = keys[:, slot, :, position], values[:, slot, :, :, position]
     else:
         new_keys, new_values = keys, values
@@ -209,6 +221,7 @@ def _are_neighbours(a: Segment, b: Segment) -> bool:
         a.is_decode
         and b.is_decode
         and a.depth == b.depth
+        and a.num_decode_places == b.num_decode_places
         and a.cache.pool is b.cache.pool
         and a.cache.slot + 1 == b.cache.slot
     )
@@ -220,14 +233,15 @@ def _run(row: int, segments: Sequence[Segment]) -> _Run:
     assert all(s.cache.length + num_tokens <= s.cache.capacity for s in segments)
     slots = slice(first.cache.slot, first.cache.slot + len(segments))
     lengths = torch.tensor([segment.cache.length for segment in segments])
-    end = int(lengths.max()) + num_tokens
+    is_decode = num_tokens == 1
+    end = first.num_decode_places if is_decode else first.cache.length + num_tokens
     mask = None
-    if num_tokens > 1 and (first.mask is not None or num_tokens < end):
+    if not is_decode and (first.mask is not None or num_tokens < end):
         may_look = first.mask
         if may_look is None:
             may_look = torch.ones(num_tokens, end, dtype=torch.bool).tril(end - num_tokens)
         mask = torch.zeros(num_tokens, end).masked_fill_(~may_look, -torch.inf)
-    elif num_tokens == 1 and (lengths < end - 1).any():
+    elif is_decode and (lengths < end - 1).any():
         mask = (torch.arange(end) > lengths[:, None])[:, None, :, None]
     return _Run(
         rows=slice(row, row + num_tokens * len(segments)),
