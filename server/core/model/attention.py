@@ -16,9 +16,10 @@ from server.core.model.kv_cache import KVCache, KVPool
 _MAX_SCORES = 32_768
 
 
-# Decodes attend to so many places or a multiple, those beyond their length masked. Sequences that
-# share a call then have as many places as each has alone, and so the same sums to the last bit.
-DECODE_PLACES = 128
+# A decode attends to a multiple of this many positions; those beyond its length are masked. So a
+# sequence has the same number of positions in a shared call as alone, and the same sums to the
+# last bit.
+DECODE_POSITIONS = 128
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Segment:
         return len(self.token_ids) == 1
 
     @property
-    def num_decode_places(self) -> int:
-        """Places that its only token attends to, the masked ones included."""
-        places = -(-(self.cache.length + 1) // DECODE_PLACES) * DECODE_PLACES
-        return min(places, self.cache.capacity)
+    def num_decode_positions(self) -> int:
+        """Positions that its only token attends to, the masked ones included."""
+        num_positions = -(-(self.cache.length + 1) // DECODE_POSITIONS) * DECODE_POSITIONS
+        return min(num_positions, self.cache.capacity)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Run:
     lengths: Tensor  # (B,): tokens in each cache before this step
     num_sequences: int  # B
     num_tokens: int  # T, of each
-    end: int  # S, with the new tokens; of decodes with the masked places
+    end: int  # S, with the new tokens; of decodes with the masked positions
     # Prefill: (T, S), added to the scores, 0 or -inf; None is causal without a past.
     # Decode: (B, 1, S, 1), True where a sequence has no token; None if all are of one length.
     mask: Tensor | None
@@ -221,7 +222,7 @@ def _are_neighbours(a: Segment, b: Segment) -> bool:
         a.is_decode
         and b.is_decode
         and a.depth == b.depth
-        and a.num_decode_places == b.num_decode_places
+        and a.num_decode_positions == b.num_decode_positions
         and a.cache.pool is b.cache.pool
         and a.cache.slot + 1 == b.cache.slot
     )
@@ -234,7 +235,7 @@ def _run(row: int, segments: Sequence[Segment]) -> _Run:
     slots = slice(first.cache.slot, first.cache.slot + len(segments))
     lengths = torch.tensor([segment.cache.length for segment in segments])
     is_decode = num_tokens == 1
-    end = first.num_decode_places if is_decode else first.cache.length + num_tokens
+    end = first.num_decode_positions if is_decode else first.cache.length + num_tokens
     mask = None
     if not is_decode and (first.mask is not None or num_tokens < end):
         may_look = first.mask
