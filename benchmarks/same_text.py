@@ -2,16 +2,26 @@
 
     python -m benchmarks.same_text --model DIR
 
-Each of 100 conversations is answered with the checkpoint's default sampling and one seed: for the
-first time, alone; again, with its prompt and label known; read in pieces; and among eight others.
+Each of 100 conversations is answered six times, with the checkpoint's default sampling and one
+seed:
+
+- cold: by a server that keeps no prefixes, so every prompt is computed whole;
+- new: for the first time, alone, by a server that keeps them;
+- new, among others: for the first time, while eight others are answered for the first time;
+- again: with its prompt and its label known;
+- in pieces: the same, read as a stream is;
+- among others: the same, while eight others are answered.
+
 Prints how many conversations got one and the same text each time, and, last, one line of JSON.
 """
 
 import argparse
 import asyncio
 import json
+import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -50,27 +60,52 @@ async def answer(services: Services, messages: Conversation, *, in_pieces: bool 
     return "".join([piece.text async for _, piece in reply.pieces() if piece is not None])
 
 
-async def among_others(services: Services, all_messages: Sequence[Conversation], i: int) -> str:
-    others = [all_messages[(i + j) % len(all_messages)] for j in range(1, NUM_OTHERS + 1)]
-    texts = await asyncio.gather(*(answer(services, each) for each in [all_messages[i], *others]))
-    return texts[0]
-
-
-async def measure(services: Services, all_messages: Sequence[Conversation]) -> list[list[str]]:
-    """For each conversation its texts: the first, again, in pieces, among others."""
-    texts = []
-    for i, messages in enumerate(all_messages):
-        texts.append(
-            [
-                await answer(services, messages),
-                await answer(services, messages),
-                await answer(services, messages, in_pieces=True),
-                await among_others(services, all_messages, i),
-            ]
-        )
-        print(f"\r{i + 1} of {len(all_messages)}", end="", file=sys.stderr, flush=True)
+async def answer_all(
+    services: Services, all_messages: Sequence[Conversation], num_together: int = 1,
+    *, in_pieces: bool = False,
+) -> list[str]:  # fmt: skip
+    """Every conversation once, so many at the same time."""
+    texts: list[str] = []
+    for begin in range(0, len(all_messages), num_together):
+        group = all_messages[begin : begin + num_together]
+        answers = (answer(services, each, in_pieces=in_pieces) for each in group)
+        texts += await asyncio.gather(*answers)
+        print(f"\r{len(texts)} of {len(all_messages)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return texts
+
+
+async def answer_known(
+    services: Services, all_messages: Sequence[Conversation]
+) -> dict[str, list[str]]:
+    """The texts of a server's second, third and fourth time."""
+    return {
+        "again": await answer_all(services, all_messages),
+        "in pieces": await answer_all(services, all_messages, in_pieces=True),
+        "among others": await answer_all(services, all_messages, 1 + NUM_OTHERS),
+    }
+
+
+def measure(settings: Settings, all_messages: Sequence[Conversation]) -> dict[str, list[str]]:
+    """By the way it was computed each conversation's text."""
+    texts: dict[str, list[str]] = {}
+    with running(settings.model_copy(update={"max_prefix_mib": 0})) as services:
+        texts["cold"] = asyncio.run(answer_all(services, all_messages))
+    with running(settings) as services:
+        texts["new, among others"] = asyncio.run(answer_all(services, all_messages, 1 + NUM_OTHERS))
+    with running(settings) as services:
+        texts["new"] = asyncio.run(answer_all(services, all_messages))
+        texts |= asyncio.run(answer_known(services, all_messages))
+    return texts
+
+
+@contextmanager
+def running(settings: Settings) -> Iterator[Services]:
+    services = load_services(settings)
+    try:
+        yield services
+    finally:
+        services.engine.close()
 
 
 def main() -> None:
@@ -80,21 +115,16 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="of conversations")
     args = parser.parse_args()
     settings = Settings(model=args.model, dtype=args.dtype, max_num_seqs=CONCURRENCY)
-    services = load_services(settings)
-    try:
-        texts = asyncio.run(measure(services, conversations()[: args.num]))
-    finally:
-        services.engine.close()
-    names = ("again", "in pieces", "among others")
+    texts = measure(settings, conversations()[: args.num])
     result: dict[str, Any] = {
-        "conversations": len(texts),
+        "conversations": len(texts["cold"]),
         "tokens at most": MAX_TOKENS,
-        "same text each time": sum(len(set(each)) == 1 for each in texts),
-        **{f"as the first: {name}": sum(each[0] == each[i] for each in texts)
-           for i, name in enumerate(names, start=1)},
-    }  # fmt: skip
+        "same text each time": sum(len({*each}) == 1 for each in zip(*texts.values(), strict=True)),
+    }
+    for name, each in texts.items():
+        result[f"as cold: {name}"] = sum(map(operator.eq, texts["cold"], each))
     for name, number in result.items():
-        print(f"{name:24} {number}")
+        print(f"{name:28} {number}")
     print(json.dumps(result))
 
 

@@ -43,7 +43,8 @@ def run_all(
     segments = []
     for ids, cache in parts:
         assert memory.reserve(cache, len(ids))
-        segments.append(Segment(ids, range(cache.length, cache.length + len(ids)), cache))
+        positions = range(cache.length, cache.length + len(ids))
+        segments.append(Segment(ids, positions, cache, is_decode=len(ids) == 1))
     with torch.inference_mode():
         return [model.logits(hidden) for [hidden] in model.forward(segments)]
 
@@ -125,6 +126,32 @@ def test_a_decoded_token_in_int8_is_the_same_to_the_last_bit_alone_and_among_oth
     together = run_all(model, memory, [*parts, (random_ids(40), KVCache())])
     for one, same in zip(alone, together, strict=False):
         assert torch.equal(one, same)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3, 130), (100,), (127, 2), (13, 64, 7)])
+def test_a_prompt_in_int8_is_the_same_to_the_last_bit_however_it_is_divided(
+    checkpoint: Path, memory: KVMemory, sizes: tuple[int, ...]
+) -> None:
+    model = load_qwen(checkpoint, read_model_config(checkpoint), "int8")
+    ids = random_ids(200)
+    whole, divided = KVCache(), KVCache()
+    expected_logits = run(model, memory, ids, whole)
+    pieces, begin, next_size = [], 0, itertools.cycle(sizes)
+    while begin < len(ids):
+        piece = ids[begin : begin + next(next_size)]
+        # A prompt of another sequence shares the step.
+        other = KVCache()
+        parts = [segment(memory, piece, divided), segment(memory, ids[:30], other)]
+        [hidden], _ = forward(model, parts)
+        with torch.inference_mode():
+            pieces.append(model.logits(hidden))
+        memory.free(other)
+        begin += len(piece)
+    assert torch.equal(torch.cat(pieces), expected_logits)
+    num_layers = model.config.num_layers
+    mine, theirs = (cache.first(len(ids), num_layers) for cache in (divided, whole))
+    assert torch.equal(mine.keys, theirs.keys)
+    assert torch.equal(mine.values, theirs.values)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.05), ("int8", 0.05)])

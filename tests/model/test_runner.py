@@ -394,12 +394,12 @@ def test_the_rest_of_a_conversation_is_not_built_on_what_an_early_leaver_knew(
 
 @pytest.fixture
 def poisoned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory for keys is full of what would break every sum that reads it."""
+    """New memory for keys is full of what would win every softmax that sees it."""
     allocate = KVMemory._allocate
 
     def poisoned(self: KVMemory, num_slots: int, capacity: int) -> tuple[Tensor, Tensor]:
         keys, values = allocate(self, num_slots, capacity)
-        return keys.fill_(float("nan")), values
+        return keys.fill_(1e6), values
 
     monkeypatch.setattr(KVMemory, "_allocate", poisoned)
 

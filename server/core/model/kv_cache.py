@@ -150,10 +150,11 @@ class KVMemory:
         """Gives the slot back. Harmless if there is none.
 
         is_sound: whether all it holds are numbers. What is left in a slot meets the next
-        sequence's masked places, where a weight of 0 would not take away a NaN.
+        sequence's masked places, where neither -inf nor a weight of 0 takes away a NaN.
         """
         if cache.pool is not None:
             if not is_sound:
+                cache.pool.keys[:, cache.slot] = 0
                 cache.pool.values[:, cache.slot] = 0
             self._remove(cache.pool, cache.slot)
         cache.pool, cache.slot, cache.length = None, 0, 0
@@ -184,4 +185,4 @@ class KVMemory:
     def _allocate(self, num_slots: int, capacity: int) -> tuple[Tensor, Tensor]:
         first, size = (self._num_layers, num_slots, self._num_kv_heads), self._head_dim
         # float32 whatever the weights are: faster than bfloat16 on a CPU, and exact.
-        return torch.empty(*first, capacity, size), torch.zeros(*first, size, capacity)
+        return torch.zeros(*first, capacity, size), torch.zeros(*first, size, capacity)

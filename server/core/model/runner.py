@@ -186,11 +186,10 @@ class ModelRunner:
             # Before the last chunk no hidden states are needed; the segment only has to stop.
             wanted = sequence.layers if chunk.is_last else ()
             layers = tuple(sorted({*wanted, self._num_layers(sequence)}))
+        segment = Segment(token_ids, positions, cache, sequence.is_decoding, layers=layers)
         if not (chunk.is_last and _num_extra(sequence)):
-            return Segment(token_ids, positions, cache, layers=layers)
-        return _with_continuations(
-            Segment(token_ids, positions, cache, layers=layers), sequence.continuations
-        )
+            return segment
+        return _with_continuations(segment, sequence.continuations)
 
     def _num_layers(self, sequence: Sequence) -> int:
         return sequence.depth or self._model.config.num_layers
