@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from server.core.checkpoint import BUNDLED_FOLDER
+from server.core.engine.checkpoint import BUNDLED_FOLDER
 
 # The real tokenizer, where it is at hand; otherwise the bundled one, whose ids are fewer.
 TOKENIZER_FOLDERS = (Path("../shared/qwen1.5-0.5b-chat"), BUNDLED_FOLDER)

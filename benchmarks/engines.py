@@ -45,7 +45,7 @@ class Ours:
     """The server's model runner, without HTTP."""
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
-        from server.core.model import load_runner, read_model_config
+        from server.core.engine.model import load_runner, read_model_config
 
         config = read_model_config(checkpoint)
         self._runner = load_runner(
@@ -71,7 +71,7 @@ class Ours:
         return seconds
 
     def _admitted(self, num_tokens: int, seed: int) -> "Sequence":  # noqa: F821
-        from server.core.sequence import SamplingParams, Sequence
+        from server.core.engine.sequence import SamplingParams, Sequence
 
         params = SamplingParams(max_tokens=MAX_CONTEXT, temperature=0.0)
         sequence = Sequence(prompt(num_tokens, seed), params, [], lambda event: None)
@@ -79,7 +79,7 @@ class Ours:
         return sequence
 
     def _step(self, sequences: "list[Sequence]") -> None:  # noqa: F821
-        from server.core.scheduler import ScheduledChunk
+        from server.core.engine.scheduler import ScheduledChunk
 
         chunks = [ScheduledChunk(s, s.num_uncomputed) for s in sequences]
         assert all(self._runner.reserve(c.sequence, c.num_tokens) for c in chunks)

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 from sklearn.pipeline import make_pipeline, make_union
 
-from server.core.tasks import Example
+from server.core.roles.tasks import Example
 
 LABELS = ("positive", "negative", "neutral")
 NUM_BINS = 10

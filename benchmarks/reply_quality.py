@@ -12,11 +12,11 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from server.core.language import language_of
-from server.core.reply import Replier
-from server.core.sequence import SamplingParams
-from server.core.tasks import Task
-from server.core.tools import Tool
+from server.core.engine.sequence import SamplingParams
+from server.core.roles.language import language_of
+from server.core.roles.reply import Replier
+from server.core.roles.tasks import Task
+from server.core.text.tools import Tool
 from server.protocol.messages import Message
 from server.services import Services
 

@@ -26,10 +26,10 @@ from benchmarks import label_quality as labels
 from benchmarks import reply_quality as replies
 from benchmarks.label_quality import LABELS, Judgement
 from server.config import Settings
-from server.core.checkpoint import CheckpointError
-from server.core.classifier import Classification, Classifier
-from server.core.judges import LabelJudge
-from server.core.tasks import Task, inline_task
+from server.core.engine.checkpoint import CheckpointError
+from server.core.roles.classifier import Classification, Classifier
+from server.core.roles.judges import LabelJudge
+from server.core.roles.tasks import Task, inline_task
 from server.loading import load_services
 from server.services import Services
 from training.corpus import SentimentRow, read_sentiment

@@ -21,11 +21,11 @@ from starlette.applications import Starlette
 
 from server.app import create_app, has_page_extra
 from server.config import Settings
-from server.core.checkpoint import CheckpointError
-from server.core.engine import Engine
-from server.core.heap import share_one_heap
-from server.core.sequence import SamplingParams
-from server.core.tasks import TaskFileError
+from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.engine import Engine
+from server.core.engine.heap import share_one_heap
+from server.core.engine.sequence import SamplingParams
+from server.core.roles.tasks import TaskFileError
 from server.gate import Gate
 from server.loading import load_services
 from server.logs import configure_logs, try_print

@@ -134,3 +134,8 @@ class RequestTimeoutError(APIError):
 
     def headers(self) -> dict[str, str]:
         return {"x-should-retry": "false"}
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, without the advice that follows."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from server.core.checkpoint import CheckpointError, first_line
-from server.core.judge_cache import JudgeCache
-from server.core.judges import Judge, Scorer, TaskPrompts, fit_judge
-from server.core.tasks import Task
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.checkpoint import CheckpointError
+from server.core.roles.fitting import fit_judge
+from server.core.roles.judge_cache import JudgeCache
+from server.core.roles.judges import Judge, Scorer
+from server.core.roles.prompts import TaskPrompts
+from server.core.roles.tasks import Task
+from server.core.text.tokenizer import ChatTokenizer
+from server.errors import first_line
 
 logger = logging.getLogger(__name__)
 

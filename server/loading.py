@@ -4,19 +4,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from server.config import Settings
-from server.core.checkpoint import Checkpoint, CheckpointError, find_checkpoint
-from server.core.classifier import Classifier
-from server.core.completion import Completer
-from server.core.engine import Engine
-from server.core.generation_config import read_generation_defaults
-from server.core.grammar import GrammarCompiler
-from server.core.judge_cache import JudgeCache
-from server.core.judges import encode_labels
-from server.core.model import choose_dtype, load_runner, read_model_config, weights_digest
-from server.core.reply import Replier
-from server.core.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task, read_prompts
-from server.core.tasks import FILE as TASK_FILE
-from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from server.core.engine.engine import Engine
+from server.core.engine.generation_config import read_generation_defaults
+from server.core.engine.model import choose_dtype, load_runner, read_model_config, weights_digest
+from server.core.roles.classifier import Classifier
+from server.core.roles.judge_cache import JudgeCache
+from server.core.roles.prompts import encode_labels
+from server.core.roles.reply import Replier
+from server.core.roles.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task, read_prompts
+from server.core.roles.tasks import FILE as TASK_FILE
+from server.core.text.completion import Completer
+from server.core.text.grammar import GrammarCompiler
+from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 from server.fitting import load_judges
 from server.metrics import Metrics

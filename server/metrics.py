@@ -6,9 +6,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.core.classifier import Classifier
-from server.core.engine import Engine
-from server.core.sequence import Sequence
+from server.core.engine.engine import Engine
+from server.core.engine.sequence import Sequence
+from server.core.roles.classifier import Classifier
 from server.gate import Gate
 
 SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 30, 60, 300)

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.core.timings import Timings, timings
+from server.core.engine.timings import Timings, timings
 from server.errors import (
     APIError,
     AuthenticationError,

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.core.classifier import Classifier
-from server.core.completion import Completer
-from server.core.engine import Engine
-from server.core.generation_config import GenerationDefaults
-from server.core.grammar import GrammarCompiler
-from server.core.judges import Judge
-from server.core.reply import Replier
-from server.core.tasks import Task
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.engine import Engine
+from server.core.engine.generation_config import GenerationDefaults
+from server.core.roles.classifier import Classifier
+from server.core.roles.judges import Judge
+from server.core.roles.reply import Replier
+from server.core.roles.tasks import Task
+from server.core.text.completion import Completer
+from server.core.text.grammar import GrammarCompiler
+from server.core.text.tokenizer import ChatTokenizer
 from server.metrics import Metrics
 
 PLAIN_SUFFIX = ":plain"

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 
 from server.app import create_app
 from server.config import Settings
-from server.core.checkpoint import BUNDLED_FOLDER
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.checkpoint import BUNDLED_FOLDER
+from server.core.text.tokenizer import ChatTokenizer
 from server.loading import load_services
 from server.services import Services
 

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 from server.config import Settings
-from server.core.checkpoint import CheckpointError
-from server.core.engine import EngineClosedError
-from server.core.judge_cache import JudgeCache
-from server.core.judges import REFERENCE_TEXTS, HeadJudge, Judge, LabelJudge
-from server.core.model import load_runner
-from server.core.tasks import Example, Label, Task
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.engine import EngineClosedError
+from server.core.engine.model import load_runner
+from server.core.roles.judge_cache import JudgeCache
+from server.core.roles.judges import HeadJudge, Judge, LabelJudge
+from server.core.roles.prompts import REFERENCE_TEXTS
+from server.core.roles.tasks import Example, Label, Task
+from server.core.text.tokenizer import ChatTokenizer
 from server.fitting import load_judges
 from server.loading import load_services
-from tests.core.test_judges import (
+from tests.core.roles.test_judges import (
     NUM_LAYERS,
     VALUES,
     FakeModel,

@@ -11,11 +11,10 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "server").rglob("*.py"))
 
 HTTP = ("starlette", "uvicorn", "sse_starlette", "server.routes", "server.app")
-TEXT = (
-    "tokenizer", "detokenizer", "language", "tasks", "judges", "heads", "judge_cache", "classifier",
-    "reply",
-)  # fmt: skip
-ENGINE_ROOM = ("torch", "server.core.model", "server.core.scheduler", "server.core.engine")
+# Where a request goes down: each floor may import what is below it, and nothing above.
+FLOORS = ("server.core.roles", "server.core.text", "server.core.engine")
+ENGINE_ROOM = ("torch", "server.core.engine.model", "server.core.engine.scheduler",
+               "server.core.engine.engine")  # fmt: skip
 
 
 def imports_of(source: str, package: str) -> Iterator[str]:
@@ -65,11 +64,11 @@ def below(folder: str) -> list[Path]:
         ("from torch import Tensor", "server.core", "torch"),
         ("from torch.nn import functional", "server.core", "torch"),
         ("from server import app", "server.core", "server.app"),
-        ("from server.core import model", "server.routes", "server.core.model"),
+        ("from server.core.engine import model", "server.routes", "server.core.engine.model"),
         ("from .. import routes", "server.core", "server.routes"),
         ("from ..routes.chat import x", "server.core", "server.routes"),
-        ("from .model import runner", "server.core", "server.core.model"),
-        ("from . import model", "server.core", "server.core.model"),
+        ("from .model import runner", "server.core.engine", "server.core.engine.model"),
+        ("from . import model", "server.core.engine", "server.core.engine.model"),
         ("def f():\n    if True:\n        import torch", "server.core", "torch"),
         ("try:\n    import torch\nexcept ImportError:\n    pass", "server.core", "torch"),
     ],
@@ -89,8 +88,12 @@ def test_a_name_that_only_resembles_another_is_not_taken_for_it(source: str) -> 
 
 def test_there_are_modules_to_look_at() -> None:
     names = {name_of(path) for path in MODULES}
-    assert {"server/app.py", "server/errors.py", "server/core/engine.py"} <= names
-    assert below("server/core/model") and below("server/routes") and len(below("server/core")) > 8
+    assert {"server/app.py", "server/errors.py", "server/core/engine/engine.py"} <= names
+    assert (
+        below("server/core/engine/model")
+        and below("server/routes")
+        and len(below("server/core")) > 8
+    )
 
 
 # --- the rules ------------------------------------------------------------------------
@@ -103,12 +106,12 @@ def test_the_core_knows_nothing_of_http(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_torch_is_imported_below_the_model_only(path: Path) -> None:
-    if path not in below("server/core/model"):
+    if path not in below("server/core/engine/model"):
         assert not forbidden(path, ("torch",))
 
 
 def test_the_model_does_import_torch() -> None:
-    assert any(forbidden(path, ("torch",)) for path in below("server/core/model"))
+    assert any(forbidden(path, ("torch",)) for path in below("server/core/engine/model"))
 
 
 @pytest.mark.parametrize("path", below("server/routes"), ids=name_of)
@@ -134,18 +137,29 @@ def test_imports_are_absolute_and_at_the_top(path: Path) -> None:
     assert not [node for node in everywhere if isinstance(node, ast.ImportFrom) and node.level]
 
 
-@pytest.mark.parametrize("path", below("server/core/model"), ids=name_of)
-def test_the_model_knows_neither_text_nor_sentiment(path: Path) -> None:
-    assert not forbidden(path, tuple(f"server.core.{name}" for name in TEXT))
+@pytest.mark.parametrize("path", below("server/core"), ids=name_of)
+def test_each_floor_of_the_core_knows_only_what_is_below_it(path: Path) -> None:
+    folder = f"server.core.{path.relative_to(ROOT / 'server/core').parts[0]}"
+    above = FLOORS[: FLOORS.index(folder)] if folder in FLOORS else FLOORS
+    assert not forbidden(path, above)
+
+
+def test_the_core_consists_of_its_floors() -> None:
+    folders = {f"server.core.{path.parent.name}" for path in (ROOT / "server/core").glob("*/*.py")}
+    assert folders == set(FLOORS)
+    assert {path.name for path in (ROOT / "server/core").glob("*.py")} == {
+        "__init__.py",
+        "concurrency.py",
+    }
 
 
 @pytest.mark.parametrize("name", ["engine", "scheduler", "sequence"])
-def test_the_engine_knows_neither_the_model_nor_text_nor_sentiment(name: str) -> None:
-    path = ROOT / "server/core" / f"{name}.py"
-    assert not forbidden(path, tuple(f"server.core.{module}" for module in ("model", *TEXT)))
+def test_the_engine_does_not_know_the_model(name: str) -> None:
+    path = ROOT / "server/core/engine" / f"{name}.py"
+    assert not forbidden(path, ("server.core.engine.model",))
 
 
-@pytest.mark.parametrize("name", ["heads", "language", "single_flight"])
+@pytest.mark.parametrize("name", ["roles/heads", "roles/language", "concurrency"])
 def test_what_knows_only_arrays_scripts_or_coroutines_imports_nothing_of_the_server(
     name: str,
 ) -> None:

@@ -10,9 +10,9 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params as response_params
 from pydantic import ValidationError
 
-from server.core.classifier import Classification
-from server.core.sequence import TokenEvent
-from server.core.tasks import Label
+from server.core.engine.sequence import TokenEvent
+from server.core.roles.classifier import Classification
+from server.core.roles.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol.base import Request, classification, new_id, usage
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from server.core.tokenizer import ChatTokenizer
+from server.core.text.tokenizer import ChatTokenizer
 from training.corpus import SentimentRow
 
 HIDDEN_SIZE = 256

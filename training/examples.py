@@ -9,9 +9,9 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from server.core.checkpoint import BUNDLED_FOLDER
-from server.core.tasks import FILE, Prompts, read_prompts
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.checkpoint import BUNDLED_FOLDER
+from server.core.roles.tasks import FILE, Prompts, read_prompts
+from server.core.text.tokenizer import ChatTokenizer
 from training.corpus import ReplyRow, SentimentRow
 
 PLAIN_SYSTEM = "You are a helpful assistant"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
-from server.core.tokenizer import ChatTokenizer
+from server.core.text.tokenizer import ChatTokenizer
 from training.train import new_model
 
 MAX_SHARD = "40MB"

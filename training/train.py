@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2
 
-from server.core.tokenizer import ChatTokenizer
+from server.core.text.tokenizer import ChatTokenizer
 from training.bag import BagOfTokens, train_bag
 from training.corpus import (
     ReplyRow,

@@ -1,1 +1,1 @@
-"""The server's inside: prompts, sentiment, replies and the engine. No HTTP in here."""
+"""The server's inside, from what it is for to how it computes. No HTTP in here."""

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.core.classifier import Classification
+from server.core.roles.classifier import Classification
 from server.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)

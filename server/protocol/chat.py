@@ -5,8 +5,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, StrictBool, StrictInt, model_validator
 
-from server.core.grammar import OutputFormat
-from server.core.tools import ToolCall
+from server.core.text.grammar import OutputFormat
+from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
 from server.protocol.messages import MAX_MESSAGES, Message

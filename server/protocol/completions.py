@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from server.core.sequence import TokenEvent
+from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
 from server.protocol.sampling import MIN_LOGPROB, ChoicesRequest

@@ -13,10 +13,10 @@ from pydantic import (
     field_validator,
 )
 
-from server.core import questions
-from server.core.classifier import Classification
-from server.core.questions import Option
-from server.core.tasks import Task
+from server.core.roles import questions
+from server.core.roles.classifier import Classification
+from server.core.roles.questions import Option
+from server.core.roles.tasks import Task
 from server.protocol.base import Request, branch, of_type
 from server.protocol.items import Content, Items, Part, conversation, text_of
 

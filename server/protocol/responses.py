@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, Tag, model_validator
 
-from server.core.grammar import OutputFormat
-from server.core.tools import ToolCall
+from server.core.text.grammar import OutputFormat
+from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
 from server.protocol.base import FIRST_ERROR, Options, branch, of_type, refuse_unsupported
 from server.protocol.items import Items, conversation

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.core.sequence import TokenEvent
+from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
 from server.protocol.base import Number, Options, Request
 

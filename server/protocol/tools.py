@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, StrictBool, StrictStr, Tag, field_validator
 
-from server.core.grammar import OutputFormat
-from server.core.tools import Tool
+from server.core.text.grammar import OutputFormat
+from server.core.text.tools import Tool
 from server.errors import InvalidRequestError
 from server.protocol.base import branch, of_type
 

@@ -3,9 +3,9 @@
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.classifier import Classification
-from server.core.single_flight import all_of
-from server.core.tasks import Task, inline_task
+from server.core.concurrency import all_of
+from server.core.roles.classifier import Classification
+from server.core.roles.tasks import Task, inline_task
 from server.errors import ContextLengthError, InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest

@@ -6,8 +6,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.choices import Choices
-from server.core.sequence import TokenEvent
+from server.core.engine.sequence import TokenEvent
+from server.core.text.choices import Choices
 from server.protocol.base import new_id, now, usage
 from server.protocol.completions import CompletionRequest, LogprobsWriter
 from server.routes.common import check_model, services_of, unless_disconnected

@@ -5,8 +5,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.judges import Judge
-from server.core.tasks import Task
+from server.core.roles.judges import Judge
+from server.core.roles.tasks import Task
 from server.routes.common import check_model, services_of
 from server.services import PLAIN_SUFFIX, Services
 

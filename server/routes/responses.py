@@ -7,10 +7,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.generation_config import or_default
-from server.core.reply import Reply
-from server.core.sequence import TokenEvent
-from server.core.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
+from server.core.engine.generation_config import or_default
+from server.core.engine.sequence import TokenEvent
+from server.core.roles.reply import Reply
+from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
 from server.protocol.base import classification, new_id, now, sentiment_headers
 from server.protocol.responses import (
     ResponsesRequest,

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from server.core.generation_config import or_default
-from server.core.grammar import GrammarCompiler, GrammarError, OutputFormat
-from server.core.sequence import Grammar, SamplingParams
+from server.core.engine.generation_config import or_default
+from server.core.engine.sequence import Grammar, SamplingParams
+from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
 from server.errors import InvalidRequestError
 from server.protocol.sampling import SamplingRequest
 from server.services import Services

@@ -5,7 +5,7 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import InvalidRequestError
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.routes.common import check_model, services_of

@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
 from tests.contract.test_shapes import SENTIMENT, chat, events
-from tests.core.test_grammar import TOO_COMPLEX, schemas
+from tests.core.text.test_grammar import TOO_COMPLEX, schemas
 
 WEATHER = {
     "type": "function",

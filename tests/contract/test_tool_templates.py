@@ -15,7 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from server.config import Settings
-from server.core.checkpoint import BUNDLED_FOLDER
+from server.core.engine.checkpoint import BUNDLED_FOLDER
 from tests.conftest import LiveServer, save_random_model
 from tests.contract.test_shapes import chat, events
 from tests.contract.test_structured import WEATHER, function

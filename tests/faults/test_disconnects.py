@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from server.config import Settings
-from server.core.engine import Engine
-from server.core.sequence import Sequence
+from server.core.engine.engine import Engine
+from server.core.engine.sequence import Sequence
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, until_inside
 from tests.live.test_clients_at_once import is_idle, until

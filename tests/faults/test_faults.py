@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
-from server.core import choices, grammar
-from server.core.engine import Engine, TokenStream
-from server.core.model.runner import ModelRunner
-from server.core.model.sampler import Sampler
-from server.core.sequence import SamplingParams, Sequence
+from server.core.engine.engine import Engine, TokenStream
+from server.core.engine.model.runner import ModelRunner
+from server.core.engine.model.sampler import Sampler
+from server.core.engine.sequence import SamplingParams, Sequence
+from server.core.text import choices, grammar
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, events_of, held, text_of
 from tests.live.test_clients_at_once import is_idle, until
@@ -95,7 +95,7 @@ def break_detokenizer(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
             begun[0].detokenizer.push = raising  # type: ignore[method-assign]
         return begun
 
-    patch.setattr("server.core.reply.begin_choices", broken)
+    patch.setattr("server.core.roles.reply.begin_choices", broken)
 
 
 def break_grammar(name: str) -> Callable[[pytest.MonkeyPatch, ModelRunner], None]:

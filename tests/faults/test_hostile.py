@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from server import middleware
-from server.core.single_flight import SingleFlight
-from server.core.tokenizer import ChatTokenizer
+from server.core.concurrency import SingleFlight
+from server.core.text.tokenizer import ChatTokenizer
 from server.routes import streaming
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, endless, text_of, until_inside

@@ -14,7 +14,7 @@ import pytest
 
 from server.__main__ import EXIT_BROKEN, EXIT_FORCED, _bind, _serve
 from server.config import Settings
-from server.core.engine import Engine
+from server.core.engine.engine import Engine
 from server.loading import load_services
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, endless, events_of, held, until_inside

@@ -19,8 +19,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.core.engine import REST_AFTER_S
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.engine import REST_AFTER_S
+from server.core.text.tokenizer import ChatTokenizer
 from tests.faults.conftest import BOUND_S, contents_of, text_of
 from tests.processes import Footprint, Running, environment, started
 

@@ -11,9 +11,9 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 
-from server.core.engine import Engine
-from server.core.sequence import SamplingParams, Sequence
-from server.core.tokenizer import ChatTokenizer
+from server.core.engine.engine import Engine
+from server.core.engine.sequence import SamplingParams, Sequence
+from server.core.text.tokenizer import ChatTokenizer
 from server.routes import chat
 from tests.conftest import LiveServer
 

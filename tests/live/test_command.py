@@ -27,8 +27,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from server.__main__ import _bind, main
-from server.core import checkpoint
-from server.core.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL, find_checkpoint
+from server.core.engine import checkpoint
+from server.core.engine.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL, find_checkpoint
 from tests.conftest import run_app
 from tests.processes import (
     START_TIMEOUT_S,
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, model: str
     def fill(*args: object, **options: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("server.core.checkpoint.snapshot_download", fill)
+    monkeypatch.setattr("server.core.engine.checkpoint.snapshot_download", fill)
     says = in_process(monkeypatch, "--model", model, "--port", "0")
     assert f"cannot store '{DEFAULT_MODEL}'" in says and "No space left on device" in says
 

@@ -13,8 +13,8 @@ import openai
 import pytest
 from openai.types import Completion
 
-from server.core.engine import Engine
-from server.core.sequence import SamplingParams
+from server.core.engine.engine import Engine
+from server.core.engine.sequence import SamplingParams
 from server.routes import completions
 from tests.conftest import LiveServer
 from tests.contract.strict import assert_is

@@ -10,7 +10,7 @@ import pytest
 from openai.types import Decision
 
 from server.config import Settings
-from server.core.questions import INSTRUCTIONS
+from server.core.roles.questions import INSTRUCTIONS
 from tests.conftest import LiveServer
 
 TICKET = "I was charged twice for my order. Please refund me today!"

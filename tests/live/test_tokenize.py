@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.core.tokenizer import ChatTokenizer
+from server.core.text.tokenizer import ChatTokenizer
 from tests.conftest import LiveServer
 
 TEXTS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.core.checkpoint import BUNDLED_FOLDER
+from server.core.engine.checkpoint import BUNDLED_FOLDER
 from tests.processes import environment, started
 
 ROOT = Path(__file__).parents[2]

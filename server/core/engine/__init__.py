@@ -1,0 +1,1 @@
+"""Token ids in, tokens and scores out: checkpoints, sequences, scheduling, the model."""

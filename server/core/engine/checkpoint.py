@@ -1,0 +1,128 @@
+"""Finds the folder of a checkpoint: bundled, local, in the Hugging Face cache, or on the hub."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import get_session, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from pydantic import ValidationError
+
+from server.errors import first_line
+
+DEFAULT_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
+BUNDLED_MODEL = "qwen-mini"
+BUNDLED_FOLDER = Path(__file__).parents[2] / "models" / BUNDLED_MODEL
+# No pickles: only formats that cannot run code.
+FILES = (
+    "*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt",
+    "tasks.toml", "*examples.jsonl",
+)  # fmt: skip
+# Without these in the cache, a download was never finished.
+ESSENTIAL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+# To connect, and between two parts of an answer: a filter may drop packets and say nothing.
+HUB_TIMEOUT_S = 10
+
+
+class CheckpointError(Exception):
+    """The checkpoint cannot be used; the message is one sentence for the console."""
+
+
+def first_wrong_field(error: ValidationError) -> str:
+    """The first field that does not fit, and why."""
+    first = error.errors()[0]
+    return f"{first['loc'][0]}: {first['msg']}"
+
+
+class HubUnreachableError(CheckpointError):
+    """The hub does not answer, and the checkpoint is not in the cache."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model lies, the id clients know it by, and what people must be told about it."""
+
+    model_id: str
+    folder: Path
+    warning: str | None = None
+
+
+def find_checkpoint(model: str) -> Checkpoint:
+    """Resolves `auto`, `mini`, a local folder or a hub id; only `auto` ever falls back.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be fetched.
+    """
+    if model == "auto":
+        return _find_default()
+    if model == "mini":
+        return Checkpoint(BUNDLED_MODEL, BUNDLED_FOLDER)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return Checkpoint(folder.resolve().name, folder)
+    if folder.is_file():
+        raise CheckpointError(f"{model} is a file; give the folder of a checkpoint")
+    return Checkpoint(model, _download(model))
+
+
+def _find_default() -> Checkpoint:
+    with contextlib.suppress(HubUnreachableError):
+        folder = _download(DEFAULT_MODEL)
+        # Where the hub cannot be reached, what is cached is all there is, complete or not.
+        if all((folder / name).is_file() for name in ESSENTIAL_FILES):
+            return Checkpoint(DEFAULT_MODEL, folder)
+    return Checkpoint(
+        f"{BUNDLED_MODEL}-fallback",
+        BUNDLED_FOLDER,
+        f"{DEFAULT_MODEL} is neither in the cache nor can the Hugging Face hub be reached: "
+        f"serving the small bundled {BUNDLED_MODEL} instead; its answers are much simpler",
+    )
+
+
+def _download(repo_id: str) -> Path:
+    """The repository's folder in the cache, completed from the hub with a progress bar."""
+    hooks = get_session().event_hooks["request"]
+    if _limit_time not in hooks:
+        hooks.append(_limit_time)
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{repo_id!r} is neither a folder here nor a model id of the Hugging Face hub"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the Hugging Face hub has no public model {repo_id!r}, nor is it a folder here; "
+            "check the spelling (a private model needs HF_TOKEN)"
+        ) from error
+    except (LocalEntryNotFoundError, httpx2.TransportError) as error:
+        raise HubUnreachableError(
+            f"the Hugging Face hub cannot be reached and {repo_id!r} is not complete in the "
+            "cache; connect once to download it, or use --model mini"
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise CheckpointError(
+            f"cannot download {repo_id!r} from the hub: {first_line(error)}"
+        ) from error
+    except ValueError as error:
+        # No JSON: the login page of a network, or a proxy's notice.
+        raise HubUnreachableError(
+            f"what answers for the Hugging Face hub is not the hub ({first_line(error)}), and "
+            f"{repo_id!r} is not complete in the cache; see to the network, or use --model mini"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot store {repo_id!r} in the cache: {first_line(error)}"
+        ) from error
+
+
+def _limit_time(request: httpx2.Request) -> None:
+    # huggingface_hub asks with no limit, whatever its client's is.
+    request.extensions["timeout"] = httpx2.Timeout(HUB_TIMEOUT_S).as_dict()

@@ -1,0 +1,69 @@
+"""The only package that imports torch: weights, forward, KV cache, sampling."""
+
+from pathlib import Path
+
+import torch
+
+from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.model.config import ModelConfig, read_model_config
+from server.core.engine.model.linear import INT4_GROUP_SIZE, Int8Linear
+from server.core.engine.model.qwen import load_qwen
+from server.core.engine.model.runner import ModelRunner
+from server.core.engine.model.weights import weights_digest
+
+__all__ = ["ModelConfig", "choose_dtype", "load_runner", "read_model_config", "weights_digest"]
+
+# Below this size the float32 weights fit the CPU's caches and fewer bits gain little.
+_SMALL_MODEL = 100_000_000
+
+
+def load_runner(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    vocab_size: int,
+    num_threads: int | None,
+    max_kv_tokens: int,
+    max_context: int,
+    max_prefix_bytes: int,
+) -> ModelRunner:
+    """Loads the checkpoint in `folder`, ready to run.
+
+    dtype: as `choose_dtype` gives it.
+    vocab_size: tokens the tokenizer knows; what the matrices hold beyond them is padding.
+    num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
+    max_kv_tokens: room for the tokens of all running sequences together.
+    max_prefix_bytes: memory for prefixes of earlier prompts.
+
+    Raises:
+        CheckpointError: the weights do not fit the configuration, or cannot be read; or the
+            processor has no arithmetic for `dtype`.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    if dtype == "int8" and not Int8Linear.is_supported():
+        raise CheckpointError("int8 needs an x86 processor; use --dtype bfloat16 or float32 here")
+    if dtype == "int4" and (config.hidden_size | config.intermediate_size) % INT4_GROUP_SIZE:
+        raise CheckpointError(
+            f"{folder}: int4 needs matrices of a multiple of {INT4_GROUP_SIZE} columns; "
+            "use --dtype int8"
+        )
+    return ModelRunner(
+        load_qwen(folder, config, dtype),
+        vocab_size=vocab_size,
+        max_kv_tokens=max_kv_tokens,
+        max_context=max_context,
+        max_prefix_bytes=max_prefix_bytes,
+    )
+
+
+def choose_dtype(dtype: str, config: ModelConfig) -> str:
+    """The type of the weights: "float32", "bfloat16", "int8", "int4"; for "auto" the best here."""
+    if dtype != "auto":
+        return dtype
+    if config.num_parameters < _SMALL_MODEL:
+        return "float32"
+    if Int8Linear.is_supported():
+        return "int8"
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"

@@ -1,0 +1,114 @@
+"""The shape of a checkpoint, read from its config.json by transformers."""
+
+from pathlib import Path
+from typing import Annotated
+
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+from transformers import AutoConfig, PretrainedConfig
+
+from server.core.engine.checkpoint import CheckpointError, first_wrong_field
+from server.errors import first_line
+
+ARCHITECTURES = ("qwen2", "qwen3")
+
+Count = Annotated[int, Field(gt=0)]
+Size = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Numbers of a dense Qwen2 or Qwen3; Qwen1.5 and Qwen2.5 are Qwen2 by architecture."""
+
+    vocab_size: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    rms_norm_eps: Size
+    rope_theta: Size
+    max_position_embeddings: Count
+    is_tied: bool
+    has_qk_norm: bool  # Qwen3 normalises queries and keys per head
+    has_qkv_bias: bool
+    has_out_bias: bool
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one token's keys and values in all layers, in float32."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * 4
+
+    @property
+    def num_parameters(self) -> int:
+        """Approximate number of weights, embeddings counted once."""
+        attention = self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads) * 2
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.vocab_size * self.hidden_size + self.num_layers * (attention + mlp)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Reads the configuration.
+
+    Raises:
+        CheckpointError: it is not of a model this server can run.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: config.json is missing")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        _check_kind(folder, config)
+        return _numbers_of(config)
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}: config.json: {first_wrong_field(error)}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            StrictDataclassError) as error:  # fmt: skip
+        raise CheckpointError(
+            f"{folder}: config.json is not readable: {first_line(error)}"
+        ) from error
+
+
+def _check_kind(folder: Path, config: PretrainedConfig) -> None:
+    if config.model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{folder} holds a {config.model_type!r} model; this server runs dense "
+            "Qwen1.5, Qwen2, Qwen2.5 and Qwen3 checkpoints"
+        )
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{folder}: RoPE scaling {rope['rope_type']!r} is not supported")
+    if set(config.layer_types) != {"full_attention"}:
+        raise CheckpointError(f"{folder}: sliding-window attention is not supported")
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"{folder}: activation {config.hidden_act!r} is not supported")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method", "an unnamed method")
+        raise CheckpointError(
+            f"{folder} is quantized already ({method}); take the checkpoint it was made from, "
+            "which this server quantizes itself (--dtype)"
+        )
+
+
+def _numbers_of(config: PretrainedConfig) -> ModelConfig:
+    rope, is_qwen3 = config.rope_parameters, config.model_type == "qwen3"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
+        raise ValueError("the numbers of heads do not divide what they are to share")
+    return ModelConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        max_position_embeddings=config.max_position_embeddings,
+        is_tied=config.tie_word_embeddings,
+        has_qk_norm=is_qwen3,
+        has_qkv_bias=config.attention_bias if is_qwen3 else True,
+        has_out_bias=config.attention_bias if is_qwen3 else False,
+    )

@@ -1,0 +1,209 @@
+"""The forward of a dense Qwen2 or Qwen3, over sequences of different lengths at once.
+
+All new tokens of all sequences lie behind one another in one (N, C) matrix, so every linear
+layer runs once per step. What can be computed once is folded into the weights as they are
+read: the scales of norms and of attention, and RoPE's pairs laid side by side.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from server.core.engine.model.attention import Segment, StepAttention, step_order
+from server.core.engine.model.config import ModelConfig
+from server.core.engine.model.kv_cache import KVMemory
+from server.core.engine.model.linear import FloatLinear, Linear, LinearFactory, linear_factory
+from server.core.engine.model.weights import WeightReader
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Linear  # C -> (H + 2 H_kv) D: one product instead of three
+    head_norms: Tensor | None  # (H + H_kv, D): of queries and keys, Qwen3
+    out: Linear  # H D -> C
+    gate_up: Linear  # C -> 2 I
+    down: Linear  # I -> C
+
+
+class QwenModel:
+    """Weights and forward pass. Holds no state between calls; that is in the KV caches."""
+
+    def __init__(self, config: ModelConfig, reader: WeightReader, make: LinearFactory) -> None:
+        self.config = config
+        c = config
+        # The largest matrix first: quantizing it takes twice its size for a moment.
+        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
+        self._head = make(reader.blocks(head, (c.vocab_size, c.hidden_size)))
+        if c.is_tied and isinstance(self._head, FloatLinear):
+            self._embeddings = self._head.weight
+        else:
+            # Stays in the file: few rows are looked up, and the file has them in full.
+            self._embeddings = reader.mapped(
+                "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
+            )
+        # disable=None: on a terminal only, so that no log is full of it.
+        indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
+        self._layers = [_read_layer(c, reader, make, i) for i in indices]
+        self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
+        self._epsilons = {
+            size: torch.tensor(math.sqrt(size * c.rms_norm_eps))
+            for size in (c.hidden_size, c.head_dim)
+        }
+        # Source of the formula: RoFormer (arXiv 2104.09864).
+        exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
+        self._inverse_frequencies = 1.0 / c.rope_theta**exponents
+
+    def new_memory(self, max_tokens: int, max_context: int) -> KVMemory:
+        """Room for the KV caches of running sequences."""
+        c = self.config
+        return KVMemory(
+            c.num_layers, c.num_kv_heads, c.head_dim, max_tokens=max_tokens, max_context=max_context
+        )
+
+    def forward(self, segments: Sequence[Segment]) -> list[list[Tensor]]:
+        """Computes the segments and appends them to their caches, which have room.
+
+        Returns the hidden states of each segment after each of its layers: (T, C).
+        """
+        order = step_order(segments)
+        ordered = [segments[i] for i in order]
+        attend = StepAttention(ordered)
+        states: list[list[Tensor]] = [[] for _ in segments]
+        # The layers after which something is wanted or leaves; in most steps the last one alone.
+        stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
+        rotations = self._rotations([p for s in ordered for p in s.positions])
+        ids = torch.tensor([i for s in ordered for i in s.token_ids])
+        hidden = F.embedding(ids, self._embeddings).float()
+        for i, layer in enumerate(self._layers):
+            layer.out.add_to(hidden, self._attention(i, layer, hidden, attend, rotations))
+            gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
+            layer.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
+            if i + 1 not in stops:
+                continue
+            num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
+            hidden, rotations = hidden[:num_staying], rotations[:num_staying]
+            if not num_staying:
+                break
+        for segment in segments:
+            segment.cache.length += len(segment.token_ids)
+        return states
+
+    def _collect(
+        self, layer: int, hidden: Tensor, segments: Sequence[Segment], states: list[list[Tensor]]
+    ) -> int:
+        """Appends to `states` what the segments want of this layer.
+
+        Returns how many rows stay in the forward: those in front.
+        """
+        begin = num_staying = 0
+        for segment, collected in zip(segments, states, strict=True):
+            if begin == len(hidden):
+                break  # this one and all behind it have left before
+            rows = slice(begin, begin := begin + len(segment.token_ids))
+            is_leaving = segment.depth <= layer or layer == self.config.num_layers
+            if not is_leaving:
+                num_staying = begin
+            if is_leaving or (segment.layers and layer in segment.layers):
+                # Of those that stay a copy: the next layer adds to the same memory.
+                collected.append(hidden[rows] if is_leaving else hidden[rows].clone())
+        return num_staying
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, C) -> (N, V), in float32."""
+        return self._head(self._normalised(hidden) * self._norm)
+
+    def _attention(
+        self, index: int, layer: _Layer, hidden: Tensor, attend: StepAttention, rotations: Tensor
+    ) -> Tensor:
+        """The heads' mixed values, before the last projection: (N, H D)."""
+        c = self.config
+        qkv = layer.qkv(self._normalised(hidden)).view(len(hidden), -1, c.head_dim)
+        if layer.head_norms is not None:
+            rotated = qkv[:, : len(layer.head_norms)]
+            rotated.copy_(self._normalised(rotated) * layer.head_norms)
+        # RoPE turns pairs of numbers, which is a product of complex ones.
+        pairs = torch.view_as_complex(qkv.view(*qkv.shape[:2], -1, 2))
+        pairs[:, : c.num_heads + c.num_kv_heads].mul_(rotations)
+        num_heads = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
+        queries, keys, values = torch.split(qkv, num_heads, dim=1)
+        return attend(index, queries, keys, values)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
+
+        The square root is in the weights. hypot adds epsilon under the root, in one kernel.
+        """
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / norms.hypot(self._epsilons[x.shape[-1]])
+
+    def _rotations(self, positions: Sequence[int]) -> Tensor:
+        """Each position as unit complex numbers, one for each pair: (N, 1, D / 2)."""
+        angles = torch.tensor(positions, dtype=torch.float32)[:, None] * self._inverse_frequencies
+        return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
+    """Reads the checkpoint in `folder`; dtype: "float32", "bfloat16", "int8" or "int4".
+
+    Raises:
+        CheckpointError: the weights do not fit the configuration, or cannot be read.
+    """
+    return QwenModel(config, WeightReader(folder), linear_factory(dtype))
+
+
+def _read_layer(c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int) -> _Layer:
+    prefix = f"model.layers.{index}."
+    num_rotated = c.num_heads + c.num_kv_heads
+    query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    parts = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
+    pairs = _paired(c.head_dim)
+
+    def read(name: str, *shape: int) -> Tensor:
+        return reader.read(prefix + name, shape)
+
+    def norm(name: str, size: int) -> Tensor:
+        return read(name, size) * math.sqrt(size)
+
+    def read_qkv(kind: str, *columns: int) -> Tensor:
+        rows = torch.cat([read(f"self_attn.{p}.{kind}", rows, *columns) for p, rows in parts])
+        heads = rows.view(-1, c.head_dim, *columns)
+        if not c.has_qk_norm:
+            heads[: c.num_heads] *= c.head_dim**-0.5
+        return torch.cat((heads[:num_rotated, pairs], heads[num_rotated:])).flatten(0, 1)
+
+    head_norms = None
+    if c.has_qk_norm:
+        norms = [norm(f"self_attn.{p}_norm.weight", c.head_dim)[pairs] for p in ("q", "k")]
+        norms[0] *= c.head_dim**-0.5
+        head_norms = torch.stack([norms[0]] * c.num_heads + [norms[1]] * c.num_kv_heads)
+    input_norm = norm("input_layernorm.weight", c.hidden_size)
+    post_norm = norm("post_attention_layernorm.weight", c.hidden_size)
+    size, inner = c.hidden_size, c.intermediate_size
+    return _Layer(
+        qkv=make(
+            [read_qkv("weight", size) * input_norm], read_qkv("bias") if c.has_qkv_bias else None
+        ),
+        head_norms=head_norms,
+        out=make(
+            [read("self_attn.o_proj.weight", size, query_rows)],
+            read("self_attn.o_proj.bias", size) if c.has_out_bias else None,
+        ),
+        gate_up=make(read(f"mlp.{p}_proj.weight", inner, size) * post_norm for p in ("gate", "up")),
+        down=make([read("mlp.down_proj.weight", size, inner)]),
+    )
+
+
+def _paired(head_dim: int) -> Tensor:
+    """Order of a head's dimensions in which those that RoPE turns together are neighbours.
+
+    Checkpoints hold them half a head apart. Queries and keys change alike, so their products
+    stay the same.
+    """
+    half = head_dim // 2
+    return torch.arange(head_dim).view(2, half).T.flatten()

@@ -1,0 +1,91 @@
+"""How labels are judged: by scores of their texts, or by a linear head."""
+
+import math
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from server.core.engine.engine import Scores
+from server.core.roles.heads import LinearHead
+
+
+class Scorer(Protocol):
+    """What judging needs of the engine."""
+
+    def score(
+        self,
+        prompt_ids: list[int],
+        continuations: list[list[int]],
+        *,
+        layers: tuple[int, ...] = (),
+        num_shared: int = 0,
+        is_pinned: bool = False,
+    ) -> Awaitable[Scores]:
+        """Log-probabilities (nats) of the continuations, hidden states after the layers."""
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Accuracy and log-loss (nats) on examples that were left out of the fit."""
+
+    num_examples: int
+    accuracy: float
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class LabelJudge:
+    """Scores the labels' texts after the prompt.
+
+    prior: (K,) log-probabilities of the labels whatever the text is, in nats; they are taken off.
+    Empty: none are.
+    """
+
+    prior: tuple[float, ...] = ()
+    temperature: float = 1.0
+    validation: CrossValidation | None = None
+    kind: Literal["label_scores"] = "label_scores"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose hidden states it judges by."""
+        return ()
+
+    def probabilities(self, scores: Scores) -> list[float]:
+        """Of the labels, in the task's order; they add up to 1."""
+        logprobs = np.array(scores.logprobs)
+        if self.prior:
+            logprobs -= self.prior
+        return _softmax((logprobs / self.temperature).tolist())
+
+
+@dataclass(frozen=True)
+class HeadJudge:
+    """Applies a linear head to the hidden state of the last prompt token after a layer."""
+
+    layer: int
+    head: LinearHead
+    validation: CrossValidation | None = None
+    kind: Literal["head"] = "head"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose hidden states it judges by."""
+        return (self.layer,)
+
+    def probabilities(self, scores: Scores) -> list[float]:
+        """Of the labels, in the task's order; they add up to 1."""
+        assert scores.hidden_states is not None
+        return _softmax(self.head.scores(scores.hidden_states[0]).tolist())
+
+
+Judge = LabelJudge | HeadJudge
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    highest = max(scores)
+    weights = [math.exp(score - highest) for score in scores]
+    total = sum(weights)
+    return [weight / total for weight in weights]

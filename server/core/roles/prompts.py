@@ -1,0 +1,110 @@
+"""The analyst's prompts and labels as token ids."""
+
+import contextlib
+import unicodedata
+from collections import Counter
+from functools import cached_property
+
+from server.core.roles.tasks import MIN_EXAMPLES, Example, Task
+from server.core.text.tokenizer import ChatTokenizer
+from server.errors import ContextLengthError, InvalidRequestError
+
+# They are computed in one step, and everybody else waits for it.
+MAX_LABEL_TOKENS = 1024
+# Everyday sentences of both languages and every mood, to learn what a model says of the labels
+# whatever the text is. An empty text would not do: it is truly neutral, so a neutral label would
+# lose what is its due (arXiv 2102.09690 and 2309.17249).
+REFERENCE_TEXTS = (
+    "今天玩得真开心", "这家店的服务太差了", "会议改到周三下午三点", "帮我写一封请假的邮件",
+    "谢谢你，帮了我大忙", "快递怎么还没到", "北京到上海坐高铁要多久", "我有点担心明天的考试",
+    "I love this song", "The screen broke after two days", "The shop opens at nine",
+    "Please translate this sentence", "What a wonderful surprise", "Nobody answered my call",
+    "How many people live in Canada?", "I miss my old friends",
+)  # fmt: skip
+
+
+class TaskPrompts:
+    """The analyst's prompts of one task, and its labels, as token ids."""
+
+    def __init__(self, task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
+        self.task, self._tokenizer, self._max_context = task, tokenizer, max_context
+
+    @cached_property
+    def num_shared(self) -> int:
+        """How many tokens every prompt of the task begins with: its instruction."""
+        one, other = self.encode("a"), self.encode("我")
+        return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the prompt about the text.
+
+        Raises:
+            ChatTemplateError: the template refuses the task's prompt.
+        """
+        return self._tokenizer.encode_chat(self.task.messages(text))
+
+    @cached_property
+    def examples(self) -> tuple[list[Example], list[list[int]]]:
+        """The task's examples that fit the context with the labels, and the ids of their prompts.
+
+        Both lists are empty if fewer than MIN_EXAMPLES of a label fit.
+        """
+        room = self._max_context - sum(len(ids) - 1 for ids in self.labels(0))
+        encoded = [(each, self.encode(normalise(each.text))) for each in self.task.examples]
+        short_enough = [(each, ids) for each, ids in encoded if len(ids) < room]
+        counts = Counter(each.label for each, _ in short_enough)
+        if any(counts[value] < MIN_EXAMPLES for value in self.task.values):
+            return [], []
+        return [each for each, _ in short_enough], [ids for _, ids in short_enough]
+
+    @cached_property
+    def references(self) -> list[tuple[list[int], list[list[int]]]]:
+        """Ids of the prompts about the reference texts, each with those of the labels' texts.
+
+        Those that do not fit the context are left out.
+        """
+        references = []
+        for text in REFERENCE_TEXTS:
+            ids = self.encode(text)
+            with contextlib.suppress(ContextLengthError):
+                references.append((ids, self.labels(len(ids))))
+        return references
+
+    def labels(self, num_prompt_tokens: int) -> list[list[int]]:
+        """Ids of the labels' texts. Raises as `encode_labels`."""
+        return encode_labels(self.task, self._tokenizer, num_prompt_tokens, self._max_context)
+
+
+def normalise(text: str) -> str:
+    """The form in which texts are judged and compared: NFC, runs of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def encode_labels(
+    task: Task,
+    tokenizer: ChatTokenizer,
+    num_prompt_tokens: int,
+    max_context: int,
+    labels_param: str = "labels",
+) -> list[list[int]]:
+    """Ids of each label's text, to be laid behind a prompt.
+
+    labels_param: where a request has its labels.
+
+    Raises:
+        InvalidRequestError: the labels are too long to be computed in one step.
+        ContextLengthError: prompt and labels are too long for the model.
+    """
+    label_ids = [tokenizer.encode_text(label.text) for label in task.labels]
+    num_label_tokens = sum(map(len, label_ids))
+    if num_label_tokens > MAX_LABEL_TOKENS:
+        raise InvalidRequestError(
+            f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
+            f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
+            param=labels_param,
+        )
+    # All labels but their last tokens are laid behind the prompt in one forward.
+    num_tokens = num_prompt_tokens + num_label_tokens - len(label_ids)
+    if num_tokens >= max_context:
+        raise ContextLengthError(num_tokens, max_context, "input")
+    return label_ids

@@ -1,0 +1,263 @@
+"""Prompts as data: what the analyst is asked, which labels it may answer, how the reply speaks.
+
+Reads TOML and JSON Lines; knows neither tokens nor the model.
+"""
+
+import hashlib
+import json
+import os
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from server.core.roles.language import ENGLISH, LANGUAGES
+
+BUILTIN_FOLDER = Path(__file__).parents[2] / "tasks"
+FILE = "tasks.toml"
+# The table of a task file that is no task.
+REPLY = "reply"
+# With fewer examples of a label cross-validation says little.
+MIN_EXAMPLES = 10
+# Where a text is missing in the user's language.
+DEFAULT_LANGUAGE = ENGLISH
+
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _by_language(value: Any) -> Any:
+    if isinstance(value, dict) and (unknown := sorted(set(value) - set(LANGUAGES))):
+        raise ValueError(
+            f"the language {unknown[0]!r} is never chosen; the languages are {', '.join(LANGUAGES)}"
+        )
+    return {DEFAULT_LANGUAGE: value} if isinstance(value, str) else value
+
+
+# A text by language (server/core/roles/language.py). A single string serves every language.
+Texts = Annotated[dict[str, NonEmpty], Field(min_length=1), BeforeValidator(_by_language)]
+
+
+def text_in(texts: Mapping[str, str], language: str) -> str:
+    """The text in the language, or in English, or in the first language there is."""
+    if language in texts:
+        return texts[language]
+    return texts.get(DEFAULT_LANGUAGE) or next(iter(texts.values()))
+
+
+class TaskFileError(Exception):
+    """A task file cannot be used; the message is one sentence for the console."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Label(_Frozen):
+    """One possible answer: `value` for clients, `text` for the model, `emoji` for people.
+
+    cue: what the reply role is told when this is the user's mood; None: nothing.
+    """
+
+    value: NonEmpty
+    text: NonEmpty
+    emoji: str = ""
+    cue: Texts | None = None
+
+
+class Example(BaseModel):
+    """A text and the value of its label. `kind` groups texts of one sort, such as reviews."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: NonEmpty
+    label: NonEmpty
+    kind: str = ""
+
+
+class Task(_Frozen):
+    """An instruction, the labels that may answer it, and when to fall back.
+
+    poles: the values of the labels that count +1 and -1 in a result's `score`.
+    examples: what the judgement is fitted to when a model is loaded.
+    """
+
+    name: NonEmpty
+    instructions: NonEmpty
+    labels: Annotated[tuple[Label, ...], Field(min_length=2, max_length=255)]
+    fallback: str | None = None
+    min_confidence: Probability = 0.0
+    min_label_mass: Probability = 0.0
+    poles: tuple[str, str] | None = None
+    examples: tuple[Example, ...] = Field(default=(), exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _labels_are_consistent(self) -> "Task":
+        for name in ("value", "text"):
+            seen = [getattr(label, name) for label in self.labels]
+            if len(set(seen)) != len(seen):
+                raise ValueError(f"label {name}s must differ from each other")
+        if self.fallback is not None and self.fallback not in self.values:
+            raise ValueError(f"fallback {self.fallback!r} is none of the labels")
+        for pole in self.poles or ():
+            if pole not in self.values:
+                raise ValueError(f"pole {pole!r} is none of the labels")
+        if self.poles is not None and self.poles[0] == self.poles[1]:
+            raise ValueError("the poles must be two labels")
+        return self
+
+    @model_validator(mode="after")
+    def _examples_are_enough(self) -> "Task":
+        counts = Counter(example.label for example in self.examples)
+        if unknown := sorted(counts.keys() - set(self.values)):
+            raise ValueError(f"the label {unknown[0]!r} of an example is none of the labels")
+        for value in self.values if self.examples else ():
+            if counts[value] < MIN_EXAMPLES:
+                raise ValueError(
+                    f"the label {value!r} has {counts[value]} examples; every label needs "
+                    f"{MIN_EXAMPLES}, or leave examples out"
+                )
+        return self
+
+    @property
+    def values(self) -> list[str]:
+        """The labels as clients read them."""
+        return [label.value for label in self.labels]
+
+    @property
+    def version(self) -> str:
+        """Changes whenever anything that can change a result changes, except the examples."""
+        dumped = self.model_dump_json(exclude={"labels": {"__all__": {"cue"}}})
+        return hashlib.sha256(dumped.encode()).hexdigest()[:16]
+
+    def messages(self, text: str) -> list[dict[str, str]]:
+        """The analyst's conversation about `text`: fixed instruction first, so it can be cached."""
+        return [
+            {"role": "system", "content": self.instructions},
+            {"role": "user", "content": text},
+        ]
+
+
+class ReplyStyle(_Frozen):
+    """How the second role speaks. A file may give some of this; the rest stays as it was.
+
+    persona: the system prompt of a chat that brings none of its own.
+    cue_position: where a label's cue stands: in the first system message, at the end of the last
+    user message, or in a system message behind the conversation.
+    cue_min_confidence: a label less likely than this has no cue.
+    """
+
+    persona: Texts = Field(default_factory=dict)
+    cue_position: Literal["system", "user", "behind"] = "user"
+    cue_min_confidence: Probability = 0.0
+
+    def __or__(self, other: "ReplyStyle") -> "ReplyStyle":
+        """This style with what the other one was given."""
+        given = {name: getattr(other, name) for name in other.model_fields_set}
+        return self.model_copy(update=given)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What task files hold: tasks by name, and the reply's style."""
+
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    reply: ReplyStyle = field(default_factory=ReplyStyle)
+
+    def __or__(self, other: "Prompts") -> "Prompts":
+        """Both, the other's in place of those of the same name."""
+        return Prompts({**self.tasks, **other.tasks}, self.reply | other.reply)
+
+
+def inline_task(instructions: str, labels: Sequence[str]) -> Task:
+    """A task a client describes in its request: each label is its own text, no fallback.
+
+    Raises:
+        ValidationError: the labels repeat, or are too few or too many.
+    """
+    return Task(
+        name="inline",
+        instructions=instructions,
+        labels=tuple(Label(value=label, text=label) for label in labels),
+    )
+
+
+def read_prompts(path: Path = BUILTIN_FOLDER / FILE) -> Prompts:
+    """The tasks and the reply's style that a task file holds; without a path, the built-in ones.
+
+    A task's examples are read from the file it names, which lies beside the task file or is one
+    of the built-in ones.
+
+    Raises:
+        TaskFileError: a file cannot be read, or a task in it is not valid.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise TaskFileError(f"cannot read the task file {path}: {error}") from error
+    styles = {REPLY: tables.pop(REPLY)} if REPLY in tables else {}
+    tasks = {
+        name: {**_with_examples(path, table), "name": name} if isinstance(table, dict) else table
+        for name, table in tables.items()
+    }
+    try:
+        return Prompts(
+            TypeAdapter(dict[str, Task]).validate_python(tasks),
+            TypeAdapter(dict[str, ReplyStyle]).validate_python(styles).get(REPLY, ReplyStyle()),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = "must be a table" if first["type"] == "model_type" else first["msg"]
+        raise TaskFileError(f"task file {path}: {where}: {reason}") from error
+
+
+def _with_examples(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """The table with the examples themselves in place of their file's name."""
+    name = table.get("examples")
+    if not isinstance(name, str):
+        return table
+    if Path(name).name != name:
+        raise TaskFileError(
+            f"task file {path}: examples {name!r} must be the name of a file beside it"
+        )
+    file, builtin = path.parent / name, BUILTIN_FOLDER / name
+    if os.path.isfile(builtin) and not os.path.isfile(file):
+        file = builtin
+    try:
+        examples = _read_examples(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskFileError(
+            f"task file {path}: cannot read the examples {file}: {error}"
+        ) from error
+    if not examples:
+        raise TaskFileError(f"task file {path}: there are no examples in {name!r}")
+    return {**table, "examples": examples}
+
+
+def _read_examples(path: Path) -> list[Example]:
+    examples = []
+    # Not splitlines: JSON strings may hold other line separators as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(Example.model_validate(json.loads(line)))
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise TaskFileError(
+                f"examples {path}, line {number}: must be an object with a 'text' and a 'label'"
+            ) from error
+    return examples

@@ -1,0 +1,83 @@
+"""Continues raw text: no chat template, no persona, no sentiment."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from server.core.concurrency import all_of
+from server.core.engine.sequence import SamplingParams
+from server.core.text.choices import Choices, Generator, begin_choices
+from server.core.text.tokenizer import ChatTokenizer
+from server.errors import ContextLengthError, InvalidRequestError
+
+# Text, or token ids.
+Prompt = str | Sequence[int]
+
+
+class Completer:
+    """Continues prompts as they are."""
+
+    def __init__(
+        self, generator: Generator, tokenizer: ChatTokenizer, *, max_context: int
+    ) -> None:  # fmt: skip
+        self._generator, self._tokenizer, self._max_context = generator, tokenizer, max_context
+
+    async def complete(
+        self, prompts: Mapping[str, Prompt], params: SamplingParams, stop: Sequence[str], *,
+        num_choices: int = 1,
+    ) -> Choices:  # fmt: skip
+        """Starts to continue every prompt; its choices stand side by side.
+
+        prompts: by their place in the request, which errors name.
+        num_choices: of each prompt. The seed of each further one is one higher.
+
+        Raises:
+            ContextLengthError: a prompt leaves no room for a continuation.
+            InvalidRequestError: the model has no such token.
+        """
+        # Not on the event loop: megabytes take a second.
+        all_ids = [
+            await asyncio.to_thread(self._encode, place, prompt)
+            for place, prompt in prompts.items()
+        ]
+        num_cached = None
+        if num_choices > 1:
+            # The choices copy what is computed here once, if it can be kept for them.
+            known = await all_of(self._generator.prefill(ids) for ids in all_ids)
+            num_cached = sum(num_known or 0 for num_known in known)
+        return Choices(
+            num_prompt_tokens=sum(len(ids) for ids in all_ids),
+            choices=tuple(
+                choice
+                for ids in all_ids
+                for choice in begin_choices(
+                    self._generator, ids, self._within_context(params, ids), num_choices,
+                    self._tokenizer.token_bytes, stop,
+                )
+            ),
+            num_prefilled_cached=num_cached,
+        )  # fmt: skip
+
+    def _encode(self, place: str, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self._tokenizer.encode_text(prompt)
+        else:
+            ids = list(prompt)
+            self._check_ids(place, ids)
+        if len(ids) >= self._max_context:
+            raise ContextLengthError(len(ids), self._max_context, place)
+        return ids
+
+    def _check_ids(self, place: str, ids: Sequence[int]) -> None:
+        vocab_size = self._tokenizer.vocab_size
+        for i, token_id in enumerate(ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"'{place}[{i}]': the model has no token {token_id}, only 0 to "
+                    f"{vocab_size - 1}.",
+                    param=f"{place}[{i}]",
+                )
+
+    def _within_context(self, params: SamplingParams, prompt_ids: Sequence[int]) -> SamplingParams:
+        room = self._max_context - len(prompt_ids)
+        return replace(params, max_tokens=min(params.max_tokens, room))

@@ -1,0 +1,208 @@
+"""What a completion must look like: JSON, JSON of a schema, or calls of given tools.
+
+Built on llguidance, which tells for every state which tokens keep the text within a grammar
+(https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). White space in JSON is
+fixed, so that a model cannot fill its tokens with blanks.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from server.core.text.tokenizer import ChatTokenizer
+from server.core.text.tools import CALL_BEGIN, CALL_END, Tool, call_head
+from server.errors import InvalidRequestError
+
+# As json.dumps writes it, and as the models have read it most often.
+_WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used; says why, and if it is for a tool's sake, which."""
+
+    def __init__(self, reason: str, tool: Tool | None = None) -> None:
+        super().__init__(reason if tool is None else f"the parameters of {tool.name!r}: {reason}")
+        self.tool = tool
+
+
+class FormatTooComplexError(InvalidRequestError):
+    """A schema could be compiled, but not followed."""
+
+
+class GrammarState:
+    """Where one completion stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> bytes:
+        """A bit for each token id, the lowest first: whether it may come next.
+
+        Raises:
+            FormatTooComplexError: to tell takes more steps than there may be.
+        """
+        mask = self._matcher.compute_bitmask()
+        self._check()
+        return mask
+
+    def accept(self, token_id: int) -> None:
+        """Goes on by a token that is allowed.
+
+        Raises:
+            FormatTooComplexError: to go on takes more steps than there may be.
+        """
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]
+            raise FormatTooComplexError(
+                f"The schema of the answer or of a tool is too complex to be followed ({reason}); "
+                "give a simpler one, with fewer alternatives that begin alike."
+            )
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """What an answer must look like. By default any text.
+
+    schema: of the JSON it must be, where it is no call.
+    tools: what it may call, or must.
+    """
+
+    schema: Mapping[str, Any] | None = None
+    tools: Sequence[Tool] = ()
+    is_call_required: bool = False
+    is_parallel: bool = True  # whether it may hold several calls
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar; any number of completions may follow it at once."""
+
+    matcher: LLMatcher
+
+    def begin(self) -> GrammarState:
+        """The state before the first token."""
+        return GrammarState(self.matcher.deep_copy())
+
+
+class GrammarCompiler:
+    """Compiles grammars for the tokens of one checkpoint."""
+
+    def __init__(self, tokenizer: ChatTokenizer, eos_token_ids: Sequence[int]) -> None:
+        """eos_token_ids: what may end a complete text."""
+        self._chat_tokenizer = tokenizer
+        self._eos_token_ids = list(eos_token_ids)
+
+    def compile(self, output: OutputFormat) -> Grammar | None:
+        """The grammar of the format; None where any text will do. May take a second.
+
+        Raises:
+            GrammarError: a schema is wrong, or says what cannot be guaranteed.
+        """
+        if output.tools:
+            return self.tool_calls(
+                output.tools,
+                is_required=output.is_call_required,
+                is_parallel=output.is_parallel,
+                answer=output.schema,
+            )
+        return None if output.schema is None else self.json_schema(output.schema)
+
+    def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that the schema describes.
+
+        Raises:
+            GrammarError: the schema is wrong, or says what cannot be guaranteed.
+        """
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_WHITE_SPACE)  # type: ignore[arg-type]
+        except ValueError as error:  # an integer of more than 64 bits
+            raise GrammarError(str(error)) from error
+        return self._compile(grammar)
+
+    def tool_calls(
+        self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool,
+        answer: Mapping[str, Any] | None = None,
+    ) -> Grammar:  # fmt: skip
+        """Calls of the tools: one, or several if they may be parallel.
+
+        Where none is required, any text may stand before them or in their place; if `answer`,
+        a schema, is given, JSON of it in their place.
+
+        Raises:
+            GrammarError: a schema is wrong, or says what cannot be guaranteed.
+        """
+        more = '("\\n" call)*' if is_parallel else ""
+        bodies = (
+            f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} {_json(tool.parameters)}"
+            for tool in tools
+        )
+        rules = [
+            f"call: {json.dumps(CALL_BEGIN)} body",
+            f"body: ({' | '.join(bodies)}) {json.dumps(CALL_END)}",
+        ]
+        if is_required:
+            rules.append(f"start: call {more}")
+        elif answer is not None:
+            rules += [f"start: answer | call {more}", f"answer: {_json(answer)}"]
+        else:
+            # Lazy: the text is over where the first call begins.
+            rules += [
+                f"start: TEXT | opening body {more}",
+                f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
+                r"TEXT: /(.|\n)*/",
+            ]
+        try:
+            return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+        except GrammarError:
+            # Each alone, so that the message says whose schema is wrong.
+            for tool in tools:
+                try:
+                    self.json_schema(tool.parameters)
+                except GrammarError as error:
+                    raise GrammarError(str(error), tool) from error
+            if answer is not None:
+                self.json_schema(answer)
+            raise
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        # Takes two seconds for Qwen's vocabulary, so only those who need it wait.
+        vocabulary = _Vocabulary(self._chat_tokenizer, self._eos_token_ids[0])
+        return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
+
+    def _compile(self, grammar: str) -> Grammar:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+        return Grammar(matcher)
+
+
+class _Vocabulary:
+    """The tokens as llguidance wants to see them.
+
+    Reading a tokenizer itself, it would take every added token for a special one, which no
+    text can hold; to Qwen2.5 the text `<tool_call>` is such a token.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, eos_token_id: int) -> None:
+        self.eos_token_id, self.bos_token_id = eos_token_id, None
+        token_bytes = tokenizer.token_bytes
+        self.special_token_ids = [i for i, data in enumerate(token_bytes) if not data]
+        self.tokens = [data or tokenizer.decode([i]).encode() for i, data in enumerate(token_bytes)]
+        self._encode = tokenizer.encode_own_text
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    """JSON of the schema, inside a grammar."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _WHITE_SPACE})}"

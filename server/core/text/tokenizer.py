@@ -1,0 +1,253 @@
+"""Turns conversations and texts into token ids.
+
+Only the chat template can write special tokens: whatever a client sends is encoded as
+plain text, so no message can open a turn, close one or change its role.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from server.core.engine.checkpoint import CheckpointError
+from server.core.text.tools import Tool, without_tools
+from server.errors import first_line
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplateError(Exception):
+    """The checkpoint's chat template refuses this conversation; says why."""
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer and chat template, safe against markers in user text."""
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ChatTokenizer":
+        """Loads the tokenizer of a checkpoint.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of a kind Qwen does not use.
+        """
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(f"{folder} has no tokenizer: tokenizer.json is missing")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # tokenizers raises plain Exception for a damaged file.
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder}: the tokenizer is not readable: {first_line(error)}"
+            ) from error
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise CheckpointError(f"{folder}: the tokenizer has no fast form (tokenizer.json)")
+        if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+            raise CheckpointError(f"{folder}: the tokenizer is not byte-level as Qwen's is")
+        if not tokenizer.chat_template:
+            raise CheckpointError(
+                f"{folder} has no chat template; use a checkpoint made for chat (...-Chat, "
+                "...-Instruct)"
+            )
+        loaded = cls(tokenizer)
+        try:
+            loaded.encode_chat([{"role": "user", "content": "a"}])
+        except ChatTemplateError as error:
+            raise CheckpointError(f"{folder}: the chat template is broken: {error}") from error
+        return loaded
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._template = tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._plain = _without_added_tokens(self._backend)
+        self._own = Tokenizer.from_str(self._backend.to_str())
+        self._own.encode_special_tokens = True  # as plain text
+        added = self._backend.get_added_tokens_decoder()
+        self._marker_ids = {token.content: token_id for token_id, token in added.items()}
+        # Longest first, so that a marker never hides in a longer one.
+        markers = sorted(self._marker_ids, key=len, reverse=True)
+        self._markers = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer knows (a checkpoint's matrices may be larger)."""
+        return self._backend.get_vocab_size()
+
+    def marker_id(self, marker: str) -> int:
+        """The id of a special or added token such as `<|im_end|>`."""
+        return self._marker_ids[marker]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_own_text(self, text: str) -> list[int]:
+        """Ids of `text` as the model itself writes it: with added tokens that are not special.
+
+        To Qwen2.5 `<tool_call>` is one; `<|im_end|>` stays plain text.
+        """
+        return self._own.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *,
+        add_generation_prompt: bool | None = None, continue_final_message: bool | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Ids of the conversation in the checkpoint's chat template, ready to be answered.
+
+        If the last message is the assistant's, it is left open, to be continued. Calls of tools
+        and their results may be among the messages even where no tools are offered any more.
+
+        add_generation_prompt, continue_final_message: give one to end otherwise: with an answer
+        begun, the last message open, or neither. At most one may be true.
+
+        Raises:
+            ChatTemplateError: the template refuses this order of roles or this content.
+        """
+        if self._knows_tools:
+            offered = [tool.for_template() for tool in tools]
+        else:
+            messages, offered = without_tools(messages, tools), []
+        break_char = _unused_char([*messages, *offered])
+        rendered = self._render(
+            *(self._break_markers(part, break_char) for part in (messages, offered)),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return self._encode_rendered(rendered, break_char)
+
+    def encode_chats(
+        self, messages: Sequence[Message], endings: Sequence[Message]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of the conversation with each of several last messages, what is common told apart.
+
+        Returns the ids they all begin with, encoded once, and the rest of each. Together they
+        are what `encode_chat` gives.
+
+        Raises:
+            ChatTemplateError: the template refuses this order of roles or this content.
+        """
+        if not self._knows_tools:
+            messages = without_tools(messages, ())
+        break_char = _unused_char([*messages, *endings])
+        begin, ends = (self._break_markers(part, break_char) for part in (messages, endings))
+        rendered = [self._render([*begin, end], []) for end in ends]
+        # One ending more, so that a lone one does not count as common.
+        empty = self._render([*begin, {**ends[0], "content": ""}], [])
+        first, last = min(empty, *rendered), max(empty, *rendered)
+        # What the first and the last in order have in common, all have.
+        pairs = enumerate(zip(first, last, strict=False))
+        common = first[: next((i for i, (a, b) in pairs if a != b), len(first))]
+        # Markers are encoded apart from what stands around them, so behind one it may be cut.
+        cut = max((marker.end() for marker in self._markers.finditer(common)), default=0)
+        return (
+            self._encode_rendered(common[:cut], break_char),
+            [self._encode_rendered(text[cut:], break_char) for text in rendered],
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Their text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode(token_ids, skip_special_tokens=False)
+
+    def token_strs(self, token_ids: Sequence[int]) -> list[str | None]:
+        """Each token as the vocabulary spells it, a character for each byte."""
+        return [self._backend.id_to_token(token_id) for token_id in token_ids]
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """UTF-8 bytes of every token id; empty for special tokens, which are no text."""
+        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        added = self._backend.get_added_tokens_decoder()
+        table = []
+        for token_id in range(self.vocab_size):
+            if token_id in added:
+                token = added[token_id]
+                table.append(b"" if token.special else token.content.encode())
+            else:
+                chars = self._backend.id_to_token(token_id) or ""
+                table.append(bytes(byte_of[char] for char in chars))
+        return table
+
+    @cached_property
+    def _knows_tools(self) -> bool:
+        """Whether the template tells the model of tools."""
+        probe = Tool("probe_of_this_template", {"type": "object"})
+        try:
+            rendered = self._render([{"role": "user", "content": "a"}], [probe.for_template()])
+        except ChatTemplateError:
+            return False
+        return probe.name in rendered
+
+    def _encode_rendered(self, rendered: str, break_char: str) -> list[int]:
+        """Ids of what the template wrote; markers in it are the template's own."""
+        ids: list[int] = []
+        for i, piece in enumerate(self._markers.split(rendered)):
+            if i % 2:
+                ids.append(self._marker_ids[piece])
+            elif piece:
+                ids.extend(self.encode_text(piece.replace(break_char, "")))
+        return ids
+
+    def _render(
+        self, messages: list[Any], tools: list[Any], *,
+        add_generation_prompt: bool | None = None, continue_final_message: bool | None = None,
+    ) -> str:  # fmt: skip
+        if continue_final_message is None:
+            is_assistants = messages[-1]["role"] == "assistant"
+            continue_final_message = add_generation_prompt is None and is_assistants
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        try:
+            rendered = self._template.apply_chat_template(
+                messages,
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                # Qwen3 thinks aloud by default, which a small CPU model has no time for.
+                enable_thinking=False,
+            )
+        # ValueError: the template drops the final message that was to be continued. The others:
+        # it calculates with what is no number, or counts further than the sandbox lets it.
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+            raise ChatTemplateError(first_line(error)) from error
+        return str(rendered)
+
+    def _break_markers(self, value: Any, break_char: str) -> Any:
+        """Puts `break_char` behind the first character of every marker in the value's strings."""
+        return _map_strings(
+            value, lambda s: self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], s)
+        )
+
+
+def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
+    """The same byte-pair encoding, blind to every special or added token."""
+    config = json.loads(backend.to_str())
+    config["added_tokens"] = []
+    return Tokenizer.from_str(json.dumps(config))
+
+
+def _map_strings(value: Any, function: Callable[[str], Any]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {function(key): _map_strings(item, function) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(item, function) for item in value]
+    return value
+
+
+def _unused_char(messages: Sequence[Message]) -> str:
+    """A private-use character that occurs nowhere in the conversation."""
+    used: set[str] = set()
+    _map_strings(list(messages), used.update)
+    for code_point in range(0xE000, 0xF900):
+        if chr(code_point) not in used:
+            return chr(code_point)
+    raise ChatTemplateError("the messages use up every private-use character")

@@ -1,0 +1,41 @@
+"""Memory that nothing is in goes back to the system, whichever thread had it."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+# A thread takes 100 MiB in small blocks and keeps every fourth. Prints how much of it was on the
+# process's first heap and how much went back to the system, in MiB.
+SCRIPT = """
+import re, threading, torch
+from pathlib import Path
+from server.core.engine.heap import share_one_heap, trim_heap
+
+def resident_mib(of=".*"):
+    maps = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.M)
+    chosen = "".join(each for each in maps if re.search(of + "$", each.partition("\\n")[0]))
+    return sum(map(int, re.findall(r"^Rss: +([0-9]+)", chosen, flags=re.M))) / 1024
+
+def work():
+    before = resident_mib("heap.")
+    blocks = [torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(1600)]
+    on_first, full = resident_mib("heap.") - before, resident_mib()
+    kept, blocks = blocks[::4], None
+    trim_heap()
+    print(on_first, full - resident_mib(), len(kept))
+
+share_one_heap()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_all_threads_have_one_heap_and_trimming_it_leaves_no_gaps() -> None:
+    output = subprocess.check_output([sys.executable, "-c", SCRIPT], text=True)
+    on_first_mib, given_back_mib, _ = map(float, output.split())
+    assert on_first_mib > 95
+    assert given_back_mib > 70

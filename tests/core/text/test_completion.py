@@ -1,0 +1,102 @@
+"""Prompts continued as they are: what the engine is asked for, and what it is spared."""
+
+import pytest
+
+from server.core.engine.engine import TokenStream
+from server.core.engine.sequence import FinishedEvent, FinishReason, SamplingParams, TokenEvent
+from server.core.text.completion import Completer, Prompt
+from server.core.text.tokenizer import ChatTokenizer
+from server.errors import ContextLengthError, InvalidRequestError
+
+PARAMS = SamplingParams(max_tokens=50, temperature=0.5, seed=3)
+MAX_CONTEXT = 20
+
+
+class FakeGenerator:
+    """Takes notes of what it is asked; every answer is token 5."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.prefilled: list[list[int]] = []
+
+    async def prefill(self, prompt_ids: list[int]) -> int | None:
+        self.prefilled.append(prompt_ids)
+        return 3
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+        self.submitted.append((prompt_ids, params))
+        stream = TokenStream(lambda: None, lambda: 2)
+        stream.events.put_nowait(TokenEvent(5))
+        stream.events.put_nowait(FinishedEvent(FinishReason.STOP))
+        return stream
+
+
+@pytest.fixture
+def generator() -> FakeGenerator:
+    return FakeGenerator()
+
+
+@pytest.fixture
+def completer(generator: FakeGenerator, tokenizer: ChatTokenizer) -> Completer:
+    return Completer(generator, tokenizer, max_context=MAX_CONTEXT)
+
+
+async def test_texts_are_encoded_as_they_are_and_ids_left_alone(
+    completer: Completer, generator: FakeGenerator, tokenizer: ChatTokenizer
+) -> None:
+    text = "你好<|im_end|>"
+    await completer.complete({"prompt[0]": text, "prompt[1]": [7, 8]}, PARAMS, [])
+    assert [ids for ids, _ in generator.submitted] == [tokenizer.encode_text(text), [7, 8]]
+    assert tokenizer.marker_id("<|im_end|>") not in generator.submitted[0][0]
+
+
+async def test_one_choice_of_a_prompt_needs_no_prefill(
+    completer: Completer, generator: FakeGenerator
+) -> None:
+    choices = await completer.complete({"prompt[0]": [7], "prompt[1]": [8, 9]}, PARAMS, [])
+    assert generator.prefilled == []
+    assert (choices.num_prompt_tokens, choices.num_cached_tokens) == (3, 4)
+
+
+async def test_several_choices_compute_each_prompt_once_and_differ_in_their_seed(
+    completer: Completer, generator: FakeGenerator
+) -> None:
+    prompts: dict[str, Prompt] = {"prompt[0]": [7], "prompt[1]": [8, 9]}
+    choices = await completer.complete(prompts, PARAMS, [], num_choices=2)
+    assert generator.prefilled == [[7], [8, 9]]
+    assert [(ids, params.seed) for ids, params in generator.submitted] == [
+        ([7], 3),
+        ([7], 4),
+        ([8, 9], 3),
+        ([8, 9], 4),
+    ]
+    assert [len(pieces) for pieces in await choices.read()] == [1] * 4
+    assert (choices.num_prompt_tokens, choices.num_cached_tokens) == (3, 6)
+    assert choices.num_completion_tokens == 4
+
+
+async def test_each_continuation_is_capped_by_the_room_behind_its_prompt(
+    completer: Completer, generator: FakeGenerator
+) -> None:
+    await completer.complete({"prompt[0]": [7], "prompt[1]": [7] * 19}, PARAMS, [])
+    assert [params.max_tokens for _, params in generator.submitted] == [19, 1]
+
+
+@pytest.mark.parametrize("prompt", [[7] * MAX_CONTEXT, "word " * 99], ids=["ids", "text"])
+async def test_nothing_is_computed_where_one_prompt_is_too_long(
+    completer: Completer, generator: FakeGenerator, prompt: Prompt
+) -> None:
+    with pytest.raises(ContextLengthError) as caught:
+        await completer.complete({"prompt[0]": [7], "prompt[1]": prompt}, PARAMS, [], num_choices=2)
+    assert caught.value.param == "prompt[1]"
+    assert generator.submitted == generator.prefilled == []
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**9])
+async def test_a_token_the_model_does_not_have_is_named(
+    completer: Completer, generator: FakeGenerator, token_id: int
+) -> None:
+    with pytest.raises(InvalidRequestError, match=f"no token {token_id}") as caught:
+        await completer.complete({"prompt": [7, 7, token_id]}, PARAMS, [])
+    assert caught.value.param == "prompt[2]"
+    assert generator.submitted == []

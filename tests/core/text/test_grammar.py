@@ -1,0 +1,291 @@
+"""Grammars: whatever tokens a model likes best, what comes out fits."""
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from server.core.engine.checkpoint import BUNDLED_FOLDER
+from server.core.text.grammar import (
+    FormatTooComplexError,
+    Grammar,
+    GrammarCompiler,
+    GrammarError,
+    OutputFormat,
+)
+from server.core.text.tokenizer import ChatTokenizer
+from server.core.text.tools import CallDelta, CallParser, TextDelta, Tool
+
+WEATHER = Tool(
+    "get_weather",
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+)
+CLOCK = Tool("clock", {"type": "object", "properties": {}, "additionalProperties": False})
+MAX_TOKENS = 400
+# Compiles, but after the first brace it might be any of these.
+TOO_COMPLEX = {
+    "anyOf": [{"type": "object", "properties": {f"p{i}": {"type": "string"}}} for i in range(200)]
+}
+
+
+@pytest.fixture(scope="session")
+def compiler(tokenizer: ChatTokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, [tokenizer.marker_id("<|im_end|>")])
+
+
+def allowed_ids(mask: bytes, vocab_size: int) -> list[int]:
+    return [i for i in range(vocab_size) if mask[i // 8] >> (i % 8) & 1]
+
+
+def walk(grammar: Grammar, tokenizer: ChatTokenizer, rng: random.Random) -> str:
+    """What a model without any taste writes that ends strings, lists and itself when it can."""
+    state, end = grammar.begin(), tokenizer.marker_id("<|im_end|>")
+    data = b""
+    for _ in range(MAX_TOKENS):
+        allowed = allowed_ids(state.allowed(), tokenizer.vocab_size)
+        if end in allowed:
+            return data.decode()
+        closing = [i for i in allowed if tokenizer.token_bytes[i][:1] in b'"}]<']
+        chosen = rng.choice(closing if closing and rng.random() < 0.6 else allowed)
+        state.accept(chosen)
+        data += tokenizer.token_bytes[chosen]
+    pytest.fail(f"no end after {MAX_TOKENS} tokens: {data!r}")
+
+
+def accepts(grammar: Grammar, tokenizer: ChatTokenizer, text: str) -> bool:
+    """Whether the text is complete in the grammar."""
+    state = grammar.begin()
+    for token_id in tokenizer.encode_text(text):
+        mask = state.allowed()
+        if not mask[token_id // 8] >> (token_id % 8) & 1:
+            return False
+        state.accept(token_id)
+    return tokenizer.marker_id("<|im_end|>") in allowed_ids(state.allowed(), tokenizer.vocab_size)
+
+
+# --- JSON -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_json_object_is_one(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, seed: int
+) -> None:
+    text = walk(compiler.json_schema({"type": "object"}), tokenizer, random.Random(seed))
+    assert isinstance(json.loads(text), dict)
+
+
+def schemas() -> st.SearchStrategy[dict[str, Any]]:
+    """Schemas of the kind people send: nested objects, lists, enumerations, bounds."""
+    leaves = st.one_of(
+        st.sampled_from(["string", "integer", "number", "boolean", "null"]).map(
+            lambda kind: {"type": kind}
+        ),
+        st.lists(st.text('abc中😀"\\', min_size=1, max_size=4), min_size=1, max_size=3).map(
+            lambda values: {"enum": values}
+        ),
+        st.integers(-50, 50).map(
+            lambda low: {"type": "integer", "minimum": low, "maximum": low + 9}
+        ),
+        st.just({"type": "string", "maxLength": 5}),
+        st.just({"type": "string", "pattern": "^[a-c]{1,3}$"}),
+    )
+    names = st.text("abc_名", min_size=1, max_size=4)
+
+    def nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+        properties = st.dictionaries(names, inner, max_size=3)
+        return st.one_of(
+            properties.flatmap(
+                lambda p: st.sets(st.sampled_from(sorted(p))) if p else st.just(set[str]())
+                ).flatmap(lambda required: properties.map(
+                    lambda p: {"type": "object", "properties": p,
+                               "required": sorted(required & set(p)),
+                               "additionalProperties": False})),
+            inner.map(lambda items: {"type": "array", "items": items, "maxItems": 3}),
+            st.lists(inner, min_size=1, max_size=2).map(lambda some: {"anyOf": some}),
+        )  # fmt: skip
+
+    return st.recursive(leaves, nested, max_leaves=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(schema=schemas(), seed=st.integers(0, 1000))
+def test_json_of_a_schema_validates(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, schema: dict[str, Any], seed: int
+) -> None:
+    text = walk(compiler.json_schema(schema), tokenizer, random.Random(seed))
+    jsonschema.validate(json.loads(text), schema)
+
+
+def test_white_space_is_bounded(compiler: GrammarCompiler, tokenizer: ChatTokenizer) -> None:
+    grammar = compiler.json_schema({"type": "object"})
+    assert accepts(grammar, tokenizer, '{"a": [1, 2]}')
+    assert not accepts(grammar, tokenizer, '{"a":  1}')
+    assert not accepts(grammar, tokenizer, '{ "a": 1}')
+    assert not accepts(grammar, tokenizer, '{"a": 1}\n')
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "strng"}, "strng"),
+        ({"not": {"type": "null"}}, "not"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"$ref": "http://example.com/schema"}, "example.com"),
+        ({"type": "string", "pattern": "("}, "("),
+        ({"properties": 3}, ""),
+    ],
+)
+def test_a_schema_that_cannot_be_guaranteed_is_refused(
+    compiler: GrammarCompiler, schema: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(GrammarError) as caught:
+        compiler.json_schema(schema)
+    assert word in str(caught.value) and str(caught.value)
+
+
+def test_a_schema_that_cannot_be_followed_says_so_when_it_turns_out(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer
+) -> None:
+    state = compiler.json_schema(TOO_COMPLEX).begin()
+    [opening] = [i for i, data in enumerate(tokenizer.token_bytes) if data == b"{"]
+    assert opening in allowed_ids(state.allowed(), tokenizer.vocab_size)
+    with pytest.raises(FormatTooComplexError, match="2200 items"):
+        state.accept(opening)
+
+
+def test_two_completions_of_one_grammar_stand_apart(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer
+) -> None:
+    grammar = compiler.json_schema({"enum": ["left", "right"]})
+    one, other = grammar.begin(), grammar.begin()
+    before = other.allowed()
+    one.accept(tokenizer.encode_text('"')[0])
+    assert other.allowed() == before != one.allowed()
+
+
+# --- calls of tools -------------------------------------------------------------------
+
+CALL = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京", "days": 3}}\n</tool_call>'
+)
+TIME = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "is_required", "is_parallel", "fits"),
+    [
+        (CALL, True, True, True),
+        (CALL, False, False, True),
+        (f"{CALL}\n{TIME}", True, True, True),
+        (f"{CALL}\n{TIME}", True, False, False),
+        (f"{CALL}\n{TIME}", False, True, True),
+        (f"{CALL}\n{TIME}", False, False, False),
+        ("Hello!", True, True, False),
+        ("Hello!", False, True, True),
+        ("", False, True, True),
+        ("a < b <tool", False, True, True),
+        (f"Let me look.\n{CALL}", False, True, True),
+        (f"Let me look.\n{CALL}", True, True, False),
+        ("<tool_call>hello", False, True, False),
+        (f"{CALL} and more", False, True, False),
+        (CALL.replace("get_weather", "get_time"), False, True, False),
+        (CALL.replace("city", "town"), True, True, False),
+    ],
+)
+def test_calls_have_exactly_the_form_that_is_read_back(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer,
+    text: str, is_required: bool, is_parallel: bool, fits: bool,
+) -> None:  # fmt: skip
+    grammar = compiler.tool_calls(
+        [WEATHER, CLOCK], is_required=is_required, is_parallel=is_parallel
+    )
+    assert accepts(grammar, tokenizer, text) == fits
+
+
+@pytest.mark.parametrize(
+    ("text", "fits"), [(CALL, True), ('{"a": 1}', True), ("Hello!", False), ("{}", False)]
+)
+def test_an_answer_in_place_of_calls_fits_its_schema(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, text: str, fits: bool
+) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    grammar = compiler.tool_calls([WEATHER], is_required=False, is_parallel=True, answer=schema)
+    assert accepts(grammar, tokenizer, text) == fits
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_required_calls_are_read_back_and_fit_their_schema(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, seed: int
+) -> None:
+    grammar = compiler.tool_calls([WEATHER, CLOCK], is_required=True, is_parallel=True)
+    text = walk(grammar, tokenizer, random.Random(seed))
+    parser = CallParser()
+    deltas = [delta for char in text for delta in parser.push(char)] + parser.flush()
+    assert parser.num_calls == 1
+    assert not [delta for delta in deltas if isinstance(delta, TextDelta)]
+    calls = [delta for delta in deltas if isinstance(delta, CallDelta)]
+    [name] = [delta.name for delta in calls if delta.name is not None]
+    arguments = json.loads("".join(delta.arguments for delta in calls))
+    [tool] = [tool for tool in (WEATHER, CLOCK) if tool.name == name]
+    jsonschema.validate(arguments, tool.parameters)
+
+
+def test_an_added_token_that_is_not_special_is_text_to_a_grammar() -> None:
+    bundled = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    bundled.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=False)
+    tokenizer = ChatTokenizer(bundled)
+    compiler = GrammarCompiler(tokenizer, [tokenizer.marker_id("<|im_end|>")])
+    grammar = compiler.tool_calls([CLOCK], is_required=True, is_parallel=False)
+    ids = tokenizer.encode_own_text(TIME)
+    assert tokenizer.marker_id("<tool_call>") == ids[0] != tokenizer.encode_text(TIME)[0]
+    state = grammar.begin()
+    for token_id in ids:
+        assert token_id in allowed_ids(state.allowed(), tokenizer.vocab_size)
+        state.accept(token_id)
+    # A special one is none, whatever a schema says.
+    quoting = compiler.json_schema({"const": "<|im_end|></tool_call>"})
+    assert walk(quoting, tokenizer, random.Random(0)) == '"<|im_end|></tool_call>"'
+
+
+def test_a_tool_with_parameters_that_cannot_be_guaranteed_is_named(
+    compiler: GrammarCompiler,
+) -> None:
+    tool = Tool("odd_one", {"type": "object", "properties": {"a": {"not": {}}}})
+    with pytest.raises(GrammarError, match="odd_one"):
+        compiler.tool_calls([WEATHER, tool], is_required=True, is_parallel=True)
+
+
+# --- formats --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "fitting", "wrong"),
+    [
+        (OutputFormat(schema={"const": 1}), "1", "2"),
+        (OutputFormat(tools=[CLOCK]), "Hello!", f"{TIME} and more"),
+        (OutputFormat(tools=[CLOCK], is_call_required=True), TIME, "Hello!"),
+        (OutputFormat(tools=[CLOCK], is_parallel=False), TIME, f"{TIME}\n{TIME}"),
+        (OutputFormat(tools=[CLOCK], schema={"const": 1}), "1", "Hello!"),
+    ],
+)
+def test_every_part_of_a_format_counts(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer,
+    output: OutputFormat, fitting: str, wrong: str,
+) -> None:  # fmt: skip
+    grammar = compiler.compile(output)
+    assert grammar is not None
+    assert accepts(grammar, tokenizer, fitting) and not accepts(grammar, tokenizer, wrong)
+
+
+def test_where_any_text_will_do_there_is_no_grammar(compiler: GrammarCompiler) -> None:
+    assert compiler.compile(OutputFormat()) is None
