@@ -1,35 +1,49 @@
-"""Keys and values of earlier sequences, for those that begin the same way.
+"""Keys and values of earlier sequences, for those that begin with the same tokens.
 
 Reusing them is a copy of memory, about a hundredth of the time of computing them.
 """
 
+import struct
+from bisect import bisect, insort
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from server.core.engine.model.kv_cache import KVCache, KVPrefix
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    token_ids: Tensor  # (S,)
+    key: bytes
     prefix: KVPrefix
     is_pinned: bool
 
 
+_get_key = attrgetter("key")
+
+
 class PrefixCache:
-    """Bounded in bytes; the least recently used entries go first, pinned ones never."""
+    """Bounded in bytes; evicts the least recently used entries first, pinned ones never.
+
+    Entries are sorted by their tokens. The one that has most in common with a query is then a
+    neighbour of the query's place, so a search does not grow with the number of entries.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: list[_Entry] = []  # the least recently used first
+        self._num_bytes = 0
+        self._num_pinned_bytes = 0
+        # By number of layers and `is_pinned`. No unpinned entry is a prefix of another in its list.
+        self._lists: dict[tuple[int, bool], list[_Entry]] = defaultdict(list)
+        self._unpinned: OrderedDict[_Entry, None] = OrderedDict()  # the least recently used first
 
     @property
     def num_bytes(self) -> int:
         """Memory of all entries."""
-        return sum(entry.prefix.num_bytes for entry in self._entries)
+        return self._num_bytes
 
     def lookup(self, token_ids: Sequence[int], num_layers: int) -> KVPrefix | None:
         """The longest prefix known in the first `num_layers` layers; not to be changed.
@@ -37,67 +51,88 @@ class PrefixCache:
         It is always shorter than `token_ids`: one token at least stays to be computed, or there
         would be no logits.
         """
-        wanted = torch.tensor(token_ids[:-1])
-        lengths = [
-            _num_common(entry.token_ids, wanted) if entry.prefix.num_layers >= num_layers else 0
-            for entry in self._entries
-        ]
-        if not lengths or (longest := max(lengths)) == 0:
+        key = _key(token_ids[:-1])
+        best, longest = None, 0
+        for entry in self._neighbours(key):
+            length = _num_common(entry.key, key)
+            if length > longest and entry.prefix.num_layers >= num_layers:
+                best, longest = entry, length
+        if best is None:
             return None
-        entry = self._entries.pop(lengths.index(longest))
-        self._entries.append(entry)
-        return entry.prefix.first(longest, num_layers)
+        self._use(best)
+        return best.prefix.first(longest, num_layers)
 
     def store(
         self, token_ids: Sequence[int], cache: KVCache, num_layers: int, *, is_pinned: bool = False
     ) -> None:
-        """Remembers the tokens, which are the first of `cache`; it is copied, not kept.
+        """Copies the tokens, which are the first of `cache`, into a new entry.
 
         num_layers: the first layers, which alone have computed the tokens.
-        Entries that the new one begins with are replaced by it, unless they have more layers.
-        What is larger than all there is room for is not remembered, and takes no other's place.
+        Replaces unpinned entries that the tokens begin with, unless they have more layers.
+        If an entry of as many layers or more already begins with the tokens (a pinned one, for
+        pinned tokens), only marks that entry as used. Pinned tokens are stored whatever their
+        size, others only if there is room beside the pinned ones.
         """
         prefix = cache.first(len(token_ids), num_layers)
         if not is_pinned and not self.has_room_for(prefix.num_bytes):
             return
-        new = torch.tensor(token_ids)
-        common = [_num_common(entry.token_ids, new) for entry in self._entries]
-        for entry, length in zip(self._entries, common, strict=True):
+        key = _key(token_ids)
+        neighbours = self._neighbours(key)
+        for entry in neighbours:
             is_as_deep = entry.prefix.num_layers >= num_layers
-            if length == len(new) and is_as_deep and (entry.is_pinned or not is_pinned):
-                return  # this one begins with all of it
-        self._entries = [
-            entry
-            for entry, length in zip(self._entries, common, strict=True)
-            if entry.is_pinned
-            or length < len(entry.token_ids)
-            or entry.prefix.num_layers > num_layers
-        ]
-        self._evict(prefix.num_bytes)
-        self._entries.append(_Entry(new, prefix.clone(), is_pinned))
+            if entry.key.startswith(key) and is_as_deep and (entry.is_pinned or not is_pinned):
+                self._use(entry)
+                return
+        for entry in neighbours:
+            is_deeper = entry.prefix.num_layers > num_layers
+            if key.startswith(entry.key) and not is_deeper and not entry.is_pinned:
+                self._remove(entry)
+        while self._unpinned and self._num_bytes + prefix.num_bytes > self._max_bytes:
+            self._remove(next(iter(self._unpinned)))
+        self._add(_Entry(key, prefix.clone(), is_pinned))
 
     def has_room_for(self, num_bytes: int) -> bool:
-        """Whether an entry of that size is remembered, if need be in place of all but pinned ones.
+        """Whether an entry of that size fits beside the pinned ones. Any thread."""
+        return self._num_pinned_bytes + num_bytes <= self._max_bytes
 
-        Any thread.
+    def _neighbours(self, key: bytes) -> list[_Entry]:
+        """The entries directly before and after the key's place in each list.
+
+        Among them are, of each list: the one with the longest common prefix; one that begins with
+        the key, if any does; the only unpinned one that the key begins with, if there is one.
         """
-        pinned = sum(entry.prefix.num_bytes for entry in self._entries if entry.is_pinned)
-        return pinned + num_bytes <= self._max_bytes
+        neighbours = []
+        for entries in self._lists.values():
+            place = bisect(entries, key, key=_get_key)
+            neighbours += entries[max(place - 1, 0) : place + 1]
+        return neighbours
 
-    def _evict(self, num_bytes: int) -> None:
-        """Makes room for as much."""
-        surplus = self.num_bytes + num_bytes - self._max_bytes
-        kept = []
-        for entry in self._entries:
-            if surplus > 0 and not entry.is_pinned:
-                surplus -= entry.prefix.num_bytes
-            else:
-                kept.append(entry)
-        self._entries = kept
+    def _use(self, entry: _Entry) -> None:
+        if not entry.is_pinned:
+            self._unpinned.move_to_end(entry)
+
+    def _add(self, entry: _Entry) -> None:
+        insort(self._lists[entry.prefix.num_layers, entry.is_pinned], entry, key=_get_key)
+        self._num_bytes += entry.prefix.num_bytes
+        if entry.is_pinned:
+            self._num_pinned_bytes += entry.prefix.num_bytes
+        else:
+            self._unpinned[entry] = None
+
+    def _remove(self, entry: _Entry) -> None:
+        entries = self._lists[entry.prefix.num_layers, False]
+        del entries[bisect(entries, entry.key, key=_get_key) - 1]
+        del self._unpinned[entry]
+        self._num_bytes -= entry.prefix.num_bytes
 
 
-def _num_common(a: Tensor, b: Tensor) -> int:
-    """Length of the common prefix."""
-    length = min(len(a), len(b))
-    differs = (a[:length] != b[:length]).nonzero()
-    return int(differs[0]) if len(differs) else length
+def _key(token_ids: Sequence[int]) -> bytes:
+    """Big-endian words of 4 bytes: sorted as the token ids are."""
+    return struct.pack(f">{len(token_ids)}I", *token_ids)
+
+
+def _num_common(a: bytes, b: bytes) -> int:
+    """Length of the common prefix, in tokens."""
+    length = min(len(a), len(b)) // 4
+    differs = np.frombuffer(a, np.uint32, length) != np.frombuffer(b, np.uint32, length)
+    return int(differs.argmax()) if differs.any() else length

@@ -1,12 +1,17 @@
 """What is reused equals what would have been computed, and memory stays within its bound."""
 
 import random
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from server.core.engine.model import prefix_cache
 from server.core.engine.model.attention import Segment
 from server.core.engine.model.config import read_model_config
 from server.core.engine.model.kv_cache import KVCache, KVMemory, KVPrefix
@@ -241,6 +246,172 @@ def test_a_pinned_shallow_prefix_stays_beside_a_deep_one(
         prefixes.store(ids, cache, depth, is_pinned=True)
     assert prefixes.num_bytes == sum(cache.first(10, n).num_bytes for n in (1, num_layers))
     assert prefixes.lookup(ids, num_layers) is not None
+
+
+def tiny_cache(num_layers: int, length: int) -> KVCache:
+    """Computed tokens of 8 bytes a layer."""
+    memory = KVMemory(num_layers, 1, 1, max_tokens=length, max_context=length)
+    cache = KVCache()
+    assert memory.reserve(cache, length)
+    cache.length = length
+    return cache
+
+
+def num_common(a: list[int], b: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def test_what_is_stored_again_counts_as_used() -> None:
+    cache = tiny_cache(1, 10)
+    first, second, third = ([i] * 10 for i in range(3))
+    prefixes = PrefixCache(2 * cache.first(10, 1).num_bytes)
+    for ids in (first, second, first[:9], third):
+        prefixes.store(ids, cache, 1)
+    found = [prefixes.lookup(ids, 1) is not None for ids in (first, second, third)]
+    assert found == [True, False, True]
+
+
+def test_a_search_among_many_entries_compares_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class CountedKey(bytes):
+        def __lt__(self, other: bytes) -> bool:
+            calls.append("order")
+            return super().__lt__(other)
+
+        def startswith(self, *args: object) -> bool:
+            calls.append("prefix")
+            return super().startswith(*args)  # type: ignore[arg-type]
+
+    def counted_num_common(a: bytes, b: bytes) -> int:
+        calls.append("common")
+        return original_num_common(a, b)
+
+    original_key, original_num_common = prefix_cache._key, prefix_cache._num_common
+    monkeypatch.setattr(prefix_cache, "_key", lambda ids: CountedKey(original_key(ids)))
+    monkeypatch.setattr(prefix_cache, "_num_common", counted_num_common)
+
+    cache, shared = tiny_cache(2, 60), random_ids(50)
+    conversations = [shared + random_ids(10, seed=i) for i in range(10_000)]
+    prefixes = PrefixCache(2**30)
+    prefixes.store(shared, cache, 2, is_pinned=True)
+    for i, ids in enumerate(conversations):
+        prefixes.store(ids, cache, 1 + i % 2)
+    assert prefixes.num_bytes == 50 * 2 * 8 + 60 * 3 * 8 * 5000
+    # Three lists, of two neighbours each; 14 steps at most to find a place in one.
+    for seed in range(10):
+        ids = conversations[seed * 321][: 50 + seed] + random_ids(10, seed=-1 - seed)
+        expected = max(num_common(ids[50:-1], known[50:]) for known in conversations)
+        calls.clear()
+        prefix = prefixes.lookup(ids, 1)
+        assert prefix is not None and prefix.length == 50 + expected
+        assert 0 < calls.count("common") <= 6
+        assert calls.count("order") <= 3 * 14
+        calls.clear()
+        prefixes.store(ids[:60], cache, 1)
+        assert calls.count("common") + calls.count("prefix") <= 12
+        assert calls.count("order") <= 4 * 14
+
+
+@dataclass(eq=False)
+class Kept:
+    ids: list[int]
+    depth: int
+    is_pinned: bool
+    tag: int
+
+    @property
+    def num_bytes(self) -> int:
+        return 8 * self.depth * len(self.ids)
+
+
+class NaivePrefixCache:
+    """The same rules, in a list that is searched from end to end."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.entries: list[Kept] = []  # the least recently used first
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.num_bytes for each in self.entries)
+
+    @property
+    def num_pinned_bytes(self) -> int:
+        return sum(each.num_bytes for each in self.entries if each.is_pinned)
+
+    def longest(self, ids: list[int], depth: int) -> tuple[int, dict[int, Kept]]:
+        """How long the longest prefix is, and all entries that have it, by their tags."""
+        lengths = {
+            each: num_common(each.ids, ids[:-1]) for each in self.entries if each.depth >= depth
+        }
+        longest = max(lengths.values(), default=0)
+        return longest, {each.tag: each for each, length in lengths.items() if length == longest}
+
+    def use(self, entry: Kept) -> None:
+        self.entries.remove(entry)
+        self.entries.append(entry)
+
+    def store(self, new: Kept) -> None:
+        if not new.is_pinned and self.num_pinned_bytes + new.num_bytes > self.max_bytes:
+            return
+        for each in self.entries:
+            is_known = each.depth >= new.depth and each.ids[: len(new.ids)] == new.ids
+            if is_known and (each.is_pinned or not new.is_pinned):
+                return
+        self.entries = [
+            each
+            for each in self.entries
+            if each.is_pinned or each.depth > new.depth or new.ids[: len(each.ids)] != each.ids
+        ]
+        for each in [each for each in self.entries if not each.is_pinned]:
+            if self.num_bytes + new.num_bytes > self.max_bytes:
+                self.entries.remove(each)
+        self.entries.append(new)
+
+
+def lookup_in_both(
+    prefixes: PrefixCache, naive: NaivePrefixCache, ids: list[int], depth: int
+) -> int:
+    """The length that both find. Of several entries, `naive` uses the same as `prefixes`."""
+    length, candidates = naive.longest(ids, depth)
+    prefix = prefixes.lookup(ids, depth)
+    if prefix is None:
+        assert length == 0
+    else:
+        assert (prefix.length, prefix.num_layers) == (length, depth)
+        naive.use(candidates[int(prefix.keys[0, 0, 0, 0])])
+    return length
+
+
+# Ids that share some of their bytes.
+token_ids = st.lists(st.sampled_from([1, 256, 70_000]), min_size=1, max_size=6)
+actions = st.tuples(st.sampled_from(["store", "pin", "lookup"]), token_ids, st.integers(1, 3))
+
+
+@given(st.lists(actions, max_size=40), st.integers(0, 500))
+def test_any_course_finds_and_keeps_what_a_list_of_all_entries_would(
+    course: list[tuple[str, list[int], int]], max_bytes: int
+) -> None:
+    cache = tiny_cache(3, 6)
+    prefixes, naive = PrefixCache(max_bytes), NaivePrefixCache(max_bytes)
+    for tag, (action, ids, depth) in enumerate(course):
+        if action != "lookup":
+            assert cache.pool is not None
+            cache.pool.keys.fill_(tag)
+            is_pinned = action == "pin"
+            prefixes.store(ids, cache, depth, is_pinned=is_pinned)
+            naive.store(Kept(ids, depth, is_pinned, tag))
+            # Uses the entry that was stored, or used in its place, in both.
+            lookup_in_both(prefixes, naive, [*ids, 0], depth)
+        lookup_in_both(prefixes, naive, ids, depth)
+        assert prefixes.num_bytes == naive.num_bytes
+        assert prefixes.num_bytes <= max(max_bytes, naive.num_pinned_bytes)
+        room = max_bytes - naive.num_pinned_bytes
+        assert prefixes.has_room_for(room) and not prefixes.has_room_for(room + 1)
+    for action, ids, depth in course:
+        length = lookup_in_both(prefixes, naive, [*ids, 0], depth)
+        assert action != "pin" or length == len(ids)
 
 
 def to_score(prompt: list[int], num_shared: int) -> Sequence:
