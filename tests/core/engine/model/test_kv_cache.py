@@ -1,10 +1,17 @@
 """Slots of the KV memory: neighbours stay neighbours, nothing is lost, nothing leaks."""
 
-import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from server.core.engine.model.kv_cache import KVCache, KVMemory
+from server.core.engine.model import kv_cache
+from server.core.engine.model.kv_cache import KVCache, KVMemory, KVPrefix
 
 LAYERS = 2
 SHAPE = {"num_layers": LAYERS, "num_kv_heads": 3, "head_dim": 4}
@@ -94,32 +101,241 @@ def test_a_slot_of_a_broken_sequence_holds_numbers_only_when_it_is_given_again()
     assert a.pool.values.isfinite().all()
 
 
-def test_any_order_of_growing_and_freeing_keeps_every_sequence_apart() -> None:
-    rng = random.Random(0)
-    memory = make(max_tokens=3000)
-    caches: dict[KVCache, float] = {}
-    for number in range(1, 400):
-        if caches and rng.random() < 0.3:
-            cache = rng.choice(list(caches))
-            memory.free(cache)
-            del caches[cache]
-            assert cache.capacity == cache.length == 0
+def test_a_lone_sequence_grows_to_the_last_token_of_the_memory() -> None:
+    memory, cache = make(max_tokens=600), KVCache()
+    for i in range(600):
+        assert memory.reserve(cache, 1)
+        write(cache, 1, i)
+    prefix = cache.first(600, LAYERS)
+    assert prefix.keys[1, 2, :, 3].tolist() == list(range(600))
+    assert prefix.values[0, 1, 2].tolist() == [-i for i in range(600)]
+    assert not memory.reserve(KVCache(), 1)
+
+
+def test_a_slot_is_added_beside_the_others_and_moves_nothing() -> None:
+    memory, caches = make(), [KVCache() for _ in range(5)]
+    for cache in caches:
+        assert memory.reserve(cache, 100)
+    assert [cache.slot for cache in caches] == list(range(5))
+    assert len({cache.pool for cache in caches}) == 1
+
+
+def test_where_saving_a_layer_fails_a_sequence_stays_in_its_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory, a, b = make(), KVCache(), KVCache()
+    assert memory.reserve(a, 100) and memory.reserve(b, 100)
+    write(a, 100, 1)
+    write(b, 100, 2)
+
+    def fail(prefix: KVPrefix) -> KVPrefix:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVPrefix, "clone", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            memory.reserve(a, 100)
+    assert (a.capacity, a.length, memory.num_tokens) == (128, 100, 256)
+    assert a.first(100, LAYERS).keys.unique().tolist() == [1]
+    assert memory.reserve(a, 100)
+    assert a.first(100, LAYERS).keys.unique().tolist() == [1]
+    assert b.first(100, LAYERS).keys.unique().tolist() == [2]
+
+
+HEAD_DIM = 64  # so that a few tokens fill a page
+
+
+class Model:
+    """A KV memory and, beside it, what it should hold."""
+
+    def __init__(self, num_kv_heads: int, max_tokens: int, max_context: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kv_cache, "MIN_CAPACITY", 4)
+            self.memory = KVMemory(
+                LAYERS, num_kv_heads, HEAD_DIM, max_tokens=max_tokens, max_context=max_context
+            )
+        self.num_kv_heads, self.max_tokens, self.max_context = num_kv_heads, max_tokens, max_context
+        self.capacities = [c for c in (4, 8, 16, 32, 64) if c < max_context] + [max_context]
+        self.expected: dict[KVCache, KVPrefix] = {}
+        self.next_number = 1
+
+    def prefix(self, num_tokens: int) -> KVPrefix:
+        """Numbers that are nowhere else."""
+        count = LAYERS * self.num_kv_heads * num_tokens * HEAD_DIM
+        numbers = torch.arange(self.next_number, self.next_number + count).float()
+        self.next_number += count
+        shape = (LAYERS, self.num_kv_heads)
+        keys, values = numbers.view(*shape, -1, HEAD_DIM), -numbers.view(*shape, HEAD_DIM, -1)
+        return KVPrefix(keys, values)
+
+    def extend(self, cache: KVCache, num_tokens: int) -> None:
+        """Reserves, if there should be room for it, and writes."""
+        num_tokens = min(num_tokens, self.max_context - cache.length)
+        capacity = next(c for c in self.capacities if c >= cache.length + num_tokens)
+        others = sum(other.capacity for other in self.expected if other is not cache)
+        has_room = capacity <= cache.capacity or others + capacity <= self.max_tokens
+        assert self.memory.reserve(cache, num_tokens) is has_room
+        if not has_room:
+            return
+        new = self.prefix(num_tokens)
+        if before := self.expected.get(cache):
+            keys, values = [before.keys, new.keys], [before.values, new.values]
+            self.expected[cache] = KVPrefix(torch.cat(keys, 2), torch.cat(values, 3))
         else:
-            is_new = not caches or rng.random() < 0.5
-            cache = KVCache() if is_new else rng.choice(list(caches))
-            num_tokens = min(rng.randint(1, 200), 600 - cache.length)
-            if not memory.reserve(cache, num_tokens):
-                continue
-            write(cache, num_tokens, caches.setdefault(cache, float(number)))
-        for cache, value in caches.items():
-            if cache.length:
-                prefix = cache.first(cache.length, LAYERS).clone()
-                assert prefix.keys.unique().tolist() == [value]
-                assert prefix.values.unique().tolist() == [-value]
-        pools = {cache.pool for cache in caches}
-        assert memory.num_sequences == len(caches) == sum(len(p.caches) for p in pools if p)
-        assert memory.num_tokens == sum(cache.capacity for cache in caches) <= 3000
+            self.expected[cache] = new
+        assert cache.pool is not None
+        end = cache.length + num_tokens
+        slot = cache.pool.view(cache.slot, end)
+        slot.keys[:, :, cache.length :] = new.keys
+        slot.values[..., cache.length :] = new.values
+        cache.length = end
+
+    def fill(self, source: KVCache, num_tokens: int) -> None:
+        """Begins another sequence like this one."""
+        length = min(num_tokens, source.length)
+        if not length or not self.memory.reserve(cache := KVCache(), length):
+            return
+        self.memory.fill(cache, self.expected[source].first(length))
+        self.expected[cache] = self.expected[source].first(length).clone()
+
+    def free(self, cache: KVCache, *, is_sound: bool) -> None:
+        assert cache.pool is not None
+        if not is_sound:
+            cache.pool.keys[:, cache.slot] = torch.nan
+            cache.pool.values[:, cache.slot] = torch.inf
+        self.memory.free(cache, is_sound=is_sound)
+        del self.expected[cache]
+        assert (cache.pool, cache.length, cache.capacity) == (None, 0, 0)
+
+    def check(self) -> None:
+        caches = list(self.expected)
+        pools = {cache.pool for cache in caches if cache.pool is not None}
+        for cache, expected in self.expected.items():
+            assert cache.length == expected.length
+            prefix = cache.first(cache.length, LAYERS)
+            assert torch.equal(prefix.keys, expected.keys)
+            assert torch.equal(prefix.values, expected.values)
         for pool in pools:
-            assert pool is not None
-            assert [cache.slot for cache in pool.caches] == list(range(len(pool.caches)))
-    assert caches
+            first = pool.caches[0].slot
+            slots = list(range(first, first + len(pool.caches)))
+            assert [cache.slot for cache in pool.caches] == slots
+            assert pool.keys.isfinite().all() and pool.values.isfinite().all()
+        assert sum(len(pool.caches) for pool in pools) == self.memory.num_sequences == len(caches)
+        total = sum(cache.capacity for cache in caches)
+        assert self.memory.num_tokens == total <= self.max_tokens
+        for of_keys in (True, False):
+            self.check_places([slot_bytes(cache, of_keys) for cache in caches])
+
+    def check_places(self, slots: list[range]) -> None:
+        slots = sorted(slots, key=lambda slot: slot.start)
+        assert all(a.stop <= b.start for a, b in pairwise(slots))
+        if slots:
+            assert slots[0].start >= 0
+            assert slots[-1].stop <= 4 * self.max_tokens * self.num_kv_heads * HEAD_DIM
+
+
+def slot_bytes(cache: KVCache, of_keys: bool) -> range:
+    """Where in the arena's first layer the sequence's keys or values are."""
+    assert cache.pool is not None
+    tensor = cache.pool.keys if of_keys else cache.pool.values
+    slot = tensor[0, cache.slot]
+    begin = slot.data_ptr() - tensor.untyped_storage().data_ptr()
+    return range(begin, begin + slot.nbytes)
+
+
+OPERATIONS = st.tuples(
+    st.sampled_from(["rest", "add", "add", "grow", "grow", "grow", "free", "fill", "break"]),
+    st.integers(0, 30),  # which sequence
+    st.integers(1, 45),  # tokens
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    num_kv_heads=st.integers(1, 2),
+    max_context=st.sampled_from([3, 16, 32, 37, 50]),
+    num_spare_tokens=st.integers(0, 150),
+    operations=st.lists(OPERATIONS, min_size=30, max_size=90),
+)
+def test_any_order_of_operations_keeps_every_sequence_apart(
+    num_kv_heads: int,
+    max_context: int,
+    num_spare_tokens: int,
+    operations: list[tuple[str, int, int]],
+) -> None:
+    model = Model(num_kv_heads, max_context + num_spare_tokens, max_context)
+    for name, which, num_tokens in operations:
+        caches = list(model.expected)
+        if name == "rest":
+            model.memory.rest()
+        elif name == "add" or not caches:
+            model.extend(KVCache(), num_tokens)
+        else:
+            cache = caches[which % len(caches)]
+            if name == "grow":
+                model.extend(cache, num_tokens)
+            elif name == "fill":
+                model.fill(cache, num_tokens)
+            else:
+                model.free(cache, is_sound=name == "free")
+        model.check()
+
+
+# An arena of 64 MiB, 16 layers and 16,384 tokens. A layer of the longest sequence is 4 MiB.
+# Prints in MiB by how much the resident memory grew at most, and by how much at the end, at rest.
+SCRIPT = """
+import contextlib, mmap, random, re, sys
+from pathlib import Path
+import torch
+from server.core.engine.model.kv_cache import KVCache, KVMemory
+
+def resident_mib(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+def write(cache, length):
+    cache.pool.view(cache.slot, length).keys.fill_(1)
+    cache.pool.view(cache.slot, length).values.fill_(1)
+    cache.length = length
+
+def work(memory, num_steps):
+    rng, caches = random.Random(0), []
+    for _ in range(num_steps):
+        if caches and rng.random() < 0.3:
+            memory.free(caches.pop(rng.randrange(len(caches))))
+            continue
+        if not caches or rng.random() < 0.4:
+            caches.append(KVCache())
+        cache = rng.choice(caches)
+        num_tokens = min(int(2 ** rng.uniform(0, 13)), 16384 - cache.length)
+        if memory.reserve(cache, num_tokens):
+            write(cache, cache.length + num_tokens)
+        else:
+            memory.free(cache)
+            caches.remove(cache)
+    for cache in caches:
+        memory.free(cache)
+    cache = KVCache()
+    for length in (100, 1000, 8192, 16384):
+        assert memory.reserve(cache, length - cache.length)
+        write(cache, length)
+    memory.free(cache)
+
+torch.set_num_threads(1)
+memory = KVMemory(16, 2, 16, max_tokens=16384, max_context=16384)
+with contextlib.suppress(OSError):  # where the kernel has no huge pages
+    for pages in memory._arena._maps:
+        pages.madvise(getattr(mmap, sys.argv[1]))
+before = resident_mib("VmRSS")
+work(memory, 400)
+memory.rest()
+print(resident_mib("VmHWM") - before, resident_mib("VmRSS") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("advice", ["MADV_HUGEPAGE", "MADV_NOHUGEPAGE"])
+def test_memory_stays_within_its_bound_and_goes_back_at_rest(advice: str) -> None:
+    output = subprocess.check_output([sys.executable, "-c", SCRIPT, advice], text=True)
+    peak_mib, rest_mib = map(float, output.split())
+    assert 60 < peak_mib < 64 + 12
+    assert rest_mib < 12

@@ -1,0 +1,72 @@
+"""Memory for keys and values, reserved once. Knows tokens and slots, not sequences."""
+
+import mmap
+
+import torch
+from torch import Tensor
+
+
+class Arena:
+    """Keys and values of a fixed number of tokens; a page takes memory when it is first written.
+
+    A slot is the memory of `capacity` consecutive tokens in every layer. All starts as zeros.
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, *, num_tokens: int
+    ) -> None:
+        """Reserves address space, and no more of it later.
+
+        Raises:
+            OSError: the system refuses it.
+        """
+        self._num_layers, self._num_kv_heads, self._head_dim = num_layers, num_kv_heads, head_dim
+        self._num_tokens = num_tokens
+        # float32 whatever the weights are: faster than bfloat16 on a CPU, and exact.
+        self._token_bytes = 4 * num_kv_heads * head_dim  # of one layer's keys
+        self._maps = [_reserve(num_layers * num_tokens * self._token_bytes) for _ in range(2)]
+
+    def slots(self, capacity: int, first_token: int) -> tuple[Tensor, Tensor]:
+        """The memory from `first_token` on, divided into as many slots as there is room for.
+
+        keys: (layers, slots, H_kv, capacity, D). values: (layers, slots, H_kv, D, capacity).
+        """
+        num_slots = (self._num_tokens - first_token) // capacity
+        num_floats = self._num_kv_heads * self._head_dim
+        used = slice(first_token * num_floats, (first_token + num_slots * capacity) * num_floats)
+        keys, values = (
+            torch.frombuffer(pages, dtype=torch.float32).view(self._num_layers, -1)[:, used]
+            for pages in self._maps
+        )
+        first = (self._num_layers, num_slots, self._num_kv_heads)
+        return (
+            keys.view(*first, capacity, self._head_dim),
+            values.view(*first, self._head_dim, capacity),
+        )
+
+    def give_back(self, begin: int, end: int) -> None:
+        """Gives the whole pages of these tokens back to the system; what was there is lost."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        layer_bytes = self._num_tokens * self._token_bytes
+        for layer in range(self._num_layers):
+            first = layer * layer_bytes + begin * self._token_bytes
+            last = layer * layer_bytes + end * self._token_bytes
+            start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+            num_bytes = last // mmap.PAGESIZE * mmap.PAGESIZE - start
+            if num_bytes > 0:
+                for pages in self._maps:
+                    pages.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+
+
+def _reserve(num_bytes: int) -> mmap.mmap:
+    try:
+        # The default is shared memory, which MADV_DONTNEED would not give back.
+        if hasattr(mmap, "MAP_PRIVATE"):
+            return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return mmap.mmap(-1, num_bytes)
+    except (OSError, OverflowError) as error:
+        size_mib = num_bytes / 2**20
+        raise OSError(
+            f"cannot reserve twice {size_mib:.0f} MiB for keys and values: {error}"
+        ) from error
