@@ -86,14 +86,14 @@ class ChatTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return _encode(self._plain, text)
 
     def encode_own_text(self, text: str) -> list[int]:
         """Ids of `text` as the model itself writes it: with added tokens that are not special.
 
         To Qwen2.5 `<tool_call>` is one; `<|im_end|>` stays plain text.
         """
-        return self._own.encode(text, add_special_tokens=False).ids
+        return _encode(self._own, text)
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = (), *,
@@ -224,6 +224,13 @@ class ChatTokenizer:
         return _map_strings(
             value, lambda s: self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], s)
         )
+
+
+def _encode(backend: Tokenizer, text: str) -> list[int]:
+    # `encode` holds the GIL all the time: a second for a megabyte.
+    [encoding] = backend.encode_batch_fast([text], add_special_tokens=False)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
