@@ -85,7 +85,7 @@ class Ours:
         assert all(self._runner.reserve(c.sequence, c.num_tokens) for c in chunks)
         results = self._runner.step(chunks)
         for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
+            chunk.advance()
             chunk.sequence.completion_ids.append(results[chunk.sequence].token_id)
 
 

@@ -46,20 +46,25 @@ class Server:
     name: str
     model: str
     base_url: str
+    process_id: int
 
 
 @contextmanager
-def our_server(model: str) -> Iterator[Server]:
-    """A fresh process of ours."""
+def our_server(model: str, *options: str, tree: Path | None = None) -> Iterator[Server]:
+    """A fresh process of ours.
+
+    options: as on the command line. tree: a checkout of another commit, whose server is run.
+    """
     command = [sys.executable, "-m", "server", "--port", "0", "--model", model]
     process = subprocess.Popen(
-        [*command, "--log-level", "error"], stdout=subprocess.PIPE, text=True
+        [*command, "--log-level", "error", *options], stdout=subprocess.PIPE, text=True, cwd=tree
     )
     try:
         assert process.stdout is not None
         for line in process.stdout:
             if found := START.search(line):
-                yield Server(OURS, found[1], f"{found[2]}/v1")
+                _until_answered(found[2], process)
+                yield Server(OURS, found[1], f"{found[2]}/v1", process.pid)
                 return
         raise RuntimeError("the server did not start")
     finally:
@@ -79,19 +84,23 @@ def transformers_server(model: str) -> Iterator[Server]:
     )
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                httpx.get(f"{url}/health")
-            except httpx.TransportError:
-                time.sleep(0.5)
-            else:
-                yield Server(SERVE, model, f"{url}/v1")
-                return
-        raise RuntimeError("transformers serve did not start")
+        _until_answered(url, process)
+        yield Server(SERVE, model, f"{url}/v1", process.pid)
     finally:
         process.terminate()
         process.wait()
+
+
+def _until_answered(url: str, process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            httpx.get(f"{url}/health")
+        except httpx.TransportError:
+            time.sleep(0.1)
+        else:
+            return
+    raise RuntimeError(f"no server answers at {url}")
 
 
 class Cases:

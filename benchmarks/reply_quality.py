@@ -17,7 +17,7 @@ from server.core.roles.language import language_of
 from server.core.roles.reply import Replier
 from server.core.roles.tasks import Task
 from server.core.text.tools import Tool
-from server.protocol.messages import Message
+from server.protocol.messages import ChatMessage
 from server.services import Services
 
 DATA = Path(__file__).parent / "data"
@@ -105,7 +105,7 @@ async def answers(
 
     async def answer(messages: Sequence[dict[str, Any]], seed: int) -> Answer:
         params = sampling_params(services, seed)
-        said = [Message.model_validate(message).for_template() for message in messages]
+        said = [ChatMessage.model_validate(message).for_template() for message in messages]
         async with gate:
             reply = await (replier or services.replier).reply(
                 said, params, (), with_sentiment=with_sentiment, tools=_tools_of(said)

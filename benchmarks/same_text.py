@@ -33,7 +33,7 @@ from benchmarks.reply_quality import (
 )
 from server.config import Settings
 from server.loading import load_services
-from server.protocol.messages import Message
+from server.protocol.messages import ChatMessage
 from server.services import Services
 
 NUM_CONVERSATIONS = 100
@@ -51,7 +51,7 @@ def conversations() -> list[Conversation]:
 
 
 async def answer(services: Services, messages: Conversation, *, in_pieces: bool = False) -> str:
-    said = [Message.model_validate(message).for_template() for message in messages]
+    said = [ChatMessage.model_validate(message).for_template() for message in messages]
     params = replace(sampling_params(services, SEED), max_tokens=MAX_TOKENS)
     reply = await services.replier.reply(said, params, (), with_sentiment=True)
     if not in_pieces:

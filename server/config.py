@@ -59,10 +59,12 @@ class Settings(BaseSettings):
         None, description="context length in tokens; default: what the model and --max-kv-mib allow"
     )
     max_num_seqs: PositiveInt = Field(
-        16, description="sequences computed together; more wait their turn"
+        16, description="requests computed together, and sequences that decode in one step"
     )
-    max_prefill_tokens: PositiveInt = Field(
-        256, description="prompt tokens computed in one step, between two tokens of the streams"
+    max_num_batched_tokens: Annotated[int, Field(ge=2)] = Field(
+        256,
+        description="tokens computed in one step, of prompts, labels and answers; an eighth of "
+        "them in a step that several requests share",
     )
     max_queue: Annotated[int, Field(ge=0)] = Field(
         64, description="requests that may wait beyond --max-num-seqs; the next ones get a 429"
@@ -101,6 +103,11 @@ class Settings(BaseSettings):
     api_key_file: Path | None = Field(None, description="file of more such keys, one a line")
     cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="origin whose pages may call from a browser, '*' for all; several as keys"
+    )
+    allowed_host: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="name by which a reverse proxy on this machine may ask a server on loopback "
+        "that has no key; several as keys",
     )
     ssl_certfile: Path | None = Field(
         None, description="certificate chain (PEM), to be reached by https"

@@ -1,16 +1,20 @@
 """Builds the services from the settings: finds, checks and loads the model."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from server.config import Settings
 from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from server.core.engine.engine import Engine
-from server.core.engine.generation_config import read_generation_defaults
+from server.core.engine.generation_config import GenerationDefaults, read_generation_defaults
 from server.core.engine.model import choose_dtype, load_runner, read_model_config, weights_digest
+from server.core.engine.model.config import ModelConfig
 from server.core.roles.classifier import Classifier
 from server.core.roles.judge_cache import JudgeCache
-from server.core.roles.prompts import encode_labels
+from server.core.roles.judges import Judge
+from server.core.roles.prompts import TaskPrompts
 from server.core.roles.reply import Replier
 from server.core.roles.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task, read_prompts
 from server.core.roles.tasks import FILE as TASK_FILE
@@ -23,6 +27,19 @@ from server.metrics import Metrics
 from server.services import Services
 
 
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint that fits together, and what the settings make of it. No weights yet."""
+
+    checkpoint: Checkpoint
+    prompts: Prompts
+    config: ModelConfig
+    tokenizer: ChatTokenizer
+    defaults: GenerationDefaults
+    max_kv_tokens: int
+    max_context: int
+
+
 def load_services(settings: Settings) -> Services:
     """Everything a server needs, the engine running. Blocks until the model is ready.
 
@@ -30,11 +47,17 @@ def load_services(settings: Settings) -> Services:
         CheckpointError: the model cannot be used.
         TaskFileError: the task file cannot be used.
     """
+    model = _find_model(settings)
+    engine, judges = _load(model, settings)
+    return _assemble(model, settings, engine, judges)
+
+
+def _find_model(settings: Settings) -> _Model:
+    """Finds the checkpoint and checks all that can be checked without its weights."""
     # Before a download: nobody should wait for a model to learn that a task file is wrong.
     user_prompts = read_prompts(settings.tasks) if settings.tasks else Prompts()
     checkpoint = find_checkpoint(settings.model)
     prompts = read_prompts() | _prompts_of(checkpoint) | user_prompts
-    tasks = prompts.tasks
     config = read_model_config(checkpoint.folder)
     tokenizer = ChatTokenizer.from_folder(checkpoint.folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -51,49 +74,60 @@ def load_services(settings: Settings) -> Services:
             f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
             f"which holds {max_kv_tokens}; raise it or lower --max-context"
         )
-    for task in tasks.values():
+    for task in prompts.tasks.values():
         _check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
-    dtype = choose_dtype(settings.dtype, config)
+    return _Model(checkpoint, prompts, config, tokenizer, defaults, max_kv_tokens, max_context)
+
+
+def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge]]:
+    """Reads the weights, starts the engine and gives every task its judge."""
+    folder = model.checkpoint.folder
+    dtype = choose_dtype(settings.dtype, model.config)
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
     # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as reader:
-        digest = reader.submit(weights_digest, checkpoint.folder)
+        digest = reader.submit(weights_digest, folder)
         runner = loader.submit(
             load_runner,
-            checkpoint.folder,
-            config,
+            folder,
+            model.config,
             dtype=dtype,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=model.tokenizer.vocab_size,
             num_threads=settings.num_threads,
-            max_kv_tokens=max_kv_tokens,
-            max_context=max_context,
+            max_kv_tokens=model.max_kv_tokens,
+            max_context=model.max_context,
             max_prefix_bytes=settings.max_prefix_mib * 2**20,
         ).result()
-    metrics = Metrics()
     engine = Engine(
-        runner,
-        max_num_seqs=settings.max_num_seqs,
-        max_prefill_tokens=settings.max_prefill_tokens,
+        runner, max_num_seqs=settings.max_num_seqs, max_rows=settings.max_num_batched_tokens
     )
     try:
         judges = load_judges(
-            tasks.values(),
+            model.prompts.tasks.values(),
             engine,
-            tokenizer,
+            model.tokenizer,
             JudgeCache(settings.cache_folder, f"{digest.result()} {dtype}"),
-            num_layers=config.num_layers,
-            max_context=max_context,
+            num_layers=model.config.num_layers,
+            max_context=model.max_context,
         )
     except BaseException:
         engine.close()
         raise
-    engine.observe(metrics)  # not what judges were fitted to
+    return engine, judges
+
+
+def _assemble(
+    model: _Model, settings: Settings, engine: Engine, judges: Mapping[str, Judge]
+) -> Services:
+    tasks, tokenizer, max_context = model.prompts.tasks, model.tokenizer, model.max_context
+    metrics = Metrics()
+    engine.observe(metrics)  # from now on, and not what judges were fitted to
     classifier = Classifier(
         engine,
         tokenizer,
@@ -106,17 +140,17 @@ def load_services(settings: Settings) -> Services:
         classifier,
         tokenizer,
         task=tasks["sentiment"],
-        style=_style_of(prompts, settings.persona),
+        style=_style_of(model.prompts, settings.persona),
         max_context=max_context,
     )
     return Services(
-        model_id=checkpoint.model_id,
-        warning=checkpoint.warning,
+        model_id=model.checkpoint.model_id,
+        warning=model.checkpoint.warning,
         created=int(time.time()),
         max_context=max_context,
         tokenizer=tokenizer,
-        grammars=GrammarCompiler(tokenizer, sorted(defaults.eos_token_ids)),
-        defaults=defaults,
+        grammars=GrammarCompiler(tokenizer, sorted(model.defaults.eos_token_ids)),
+        defaults=model.defaults,
         tasks=tasks,
         judges=judges,
         metrics=metrics,
@@ -141,8 +175,8 @@ def _style_of(prompts: Prompts, persona: str | None) -> ReplyStyle:
 def _check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
     """Finds out now what would otherwise fail with the first text."""
     try:
-        num_prompt_tokens = len(tokenizer.encode_chat(task.messages("a")))
-        encode_labels(task, tokenizer, num_prompt_tokens, max_context)
+        prompts = TaskPrompts(task, tokenizer, max_context)
+        prompts.labels(len(prompts.encode("a")))
     except ChatTemplateError as error:
         raise CheckpointError(
             f"the model's chat template refuses the prompt of the task {task.name!r}: {error}"

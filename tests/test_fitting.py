@@ -12,8 +12,8 @@ import pytest
 
 from server.config import Settings
 from server.core.engine.checkpoint import CheckpointError
-from server.core.engine.engine import EngineClosedError
 from server.core.engine.model import load_runner
+from server.core.engine.stream import EngineClosedError
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.judges import HeadJudge, Judge, LabelJudge
 from server.core.roles.prompts import REFERENCE_TEXTS
@@ -317,9 +317,9 @@ def test_a_second_start_of_the_same_model_computes_nothing_to_judge_by(
         plain_step = runner.step
         num_steps.append(0)
 
-        def step(chunks: list[object]) -> object:
+        def step(*args: object) -> object:
             num_steps[-1] += 1
-            return plain_step(chunks)  # type: ignore[arg-type]
+            return plain_step(*args)  # type: ignore[arg-type]
 
         runner.step = step  # type: ignore[method-assign, assignment]
         return runner

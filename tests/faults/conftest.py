@@ -47,10 +47,10 @@ def held(services: Services, *, answers_only: bool = False) -> Iterator[None]:
     runner: Any = services.engine._runner
     step = runner.step
 
-    def wait_then_step(chunks: Any) -> Any:
+    def wait_then_step(chunks: Any, *args: Any) -> Any:
         if not answers_only or any(chunk.sequence.params is not None for chunk in chunks):
             assert free.wait(BOUND_S), "the test never let the engine go"
-        return step(chunks)
+        return step(chunks, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "step", wait_then_step)

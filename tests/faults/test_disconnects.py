@@ -60,12 +60,12 @@ class Turnstile:
         self.let_one_through()
         await until(lambda: self.num_begun > number or is_idle(self._engine))
 
-    def _wait_then_step(self, chunks: Any) -> Any:
+    def _wait_then_step(self, *args: Any) -> Any:
         self.num_begun += 1
         if not self._is_open:
             assert self._passes.acquire(timeout=BOUND_S), "the test never let the step through"
         try:
-            return self._step(chunks)
+            return self._step(*args)
         finally:
             self.num_done += 1
 
@@ -76,7 +76,7 @@ def pair(
 ) -> Iterator[LiveServer]:
     """Two sequences at a time: a sentiment pass and the conversation beside it."""
     settings = Settings(
-        model=str(tiny_checkpoint), max_num_seqs=2, max_prefill_tokens=MAX_PREFILL_TOKENS
+        model=str(tiny_checkpoint), max_num_seqs=2, max_num_batched_tokens=MAX_PREFILL_TOKENS
     )
     with serve(settings) as server:
         yield server

@@ -9,13 +9,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from server.core.engine.memory import RunnerMemory
+from server.core.engine.runner import Runner, StepInterruptedError, StepResult
 from server.core.engine.scheduler import ScheduledChunk, Scheduler
 from server.core.engine.sequence import (
     AbortedEvent,
@@ -29,26 +31,23 @@ from server.core.engine.sequence import (
     Sequence,
     TokenEvent,
 )
-from server.core.engine.timings import note_queue
-from server.errors import UnavailableError
+from server.core.engine.stream import EngineClosedError, TokenStream, as_error, deliver, last_event
+from server.core.engine.work import Work
 
 logger = logging.getLogger(__name__)
 
-# So long without work, and no one is expected at once.
+# Idle seconds before freed memory is returned to the operating system.
 REST_AFTER_S = 5.0
 
 
-class EngineClosedError(UnavailableError):
-    """The engine takes no more sequences."""
+class Observer(Protocol):
+    """Who wants to know how the engine does. Called on the engine's thread."""
 
+    def token_sampled(self, seconds: float, *, is_first: bool) -> None:
+        """seconds: since the sequence was submitted, or since its last token."""
 
-class SequenceAbortedError(UnavailableError):
-    """The sequence was aborted before it was done."""
-
-
-# What one sequence got out of a step: a sampled token, the scores it asked for, or only
-# the news that its prompt is computed.
-StepResult = TokenEvent | ScoredEvent | PrefilledEvent
+    def sequence_ended(self, sequence: Sequence) -> None:
+        """However it ended."""
 
 
 @dataclass(frozen=True)
@@ -64,94 +63,18 @@ class Scores:
     hidden_states: NDArray[np.float32] | None = None
 
 
-class Runner(Protocol):
-    """What the engine needs of a model runner."""
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """Tokens that the memory in use has room for."""
-
-    def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
-        """Computes the chunks; a result, or what went wrong, for every finished prompt.
-
-        A step that raises has sampled nothing: its chunks may be tried again.
-        """
-
-    def admit(self, sequence: Sequence) -> int | None:
-        """Makes room for the sequence; returns how many of its tokens are known already.
-
-        None: there is no room now.
-        """
-
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Makes room for an admitted sequence's next tokens, if there is any."""
-
-    def suspend(self, sequence: Sequence) -> None:
-        """Gives the sequence's room to others; admitting it again goes on where it was."""
-
-    def release(self, sequence: Sequence, *, is_sound: bool) -> None:
-        """Frees what the sequence held; what it computed may be reused if it is sound.
-
-        Harmless if it held nothing.
-        """
-
-    def is_kept(self, num_tokens: int) -> bool:
-        """Whether a prompt of that length, once computed, is kept for others. Any thread."""
-
-    def rest(self) -> None:
-        """Gives memory that nothing is in back to the system: there is no work for now."""
-
-
-class Observer(Protocol):
-    """Who wants to know how the engine does. Called on the engine's thread."""
-
-    def token_sampled(self, seconds: float, *, is_first: bool) -> None:
-        """seconds: since the sequence was submitted, or since its last token."""
-
-    def sequence_ended(self, sequence: Sequence) -> None:
-        """However it ended."""
-
-
-class TokenStream:
-    """The tokens of one submitted sequence, for one reader.
-
-    `finish_reason` is set once the iteration has ended by itself.
-    """
-
-    def __init__(
-        self, abort: Callable[[], None], count_cached: Callable[[], int] = lambda: 0
-    ) -> None:
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.finish_reason: FinishReason | None = None
-        self.abort = abort
-        self._count_cached = count_cached
-
-    @property
-    def num_cached(self) -> int:
-        """Prompt tokens that needed no computing; known once a first event has come."""
-        return self._count_cached()
-
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        while True:
-            match await self.events.get():
-                case TokenEvent() as token:
-                    yield token
-                case FinishedEvent(reason):
-                    self.finish_reason = reason
-                    return
-                case event:
-                    raise _as_error(event)
-
-
 class Engine:
     """Runs sequences in continuous batches on a thread of its own."""
 
     def __init__(
-        self, runner: Runner, *, max_num_seqs: int, max_prefill_tokens: int,
+        self, runner: Runner, *, max_num_seqs: int, max_rows: int,
         observer: Observer | None = None,
     ) -> None:  # fmt: skip
+        """max_num_seqs, max_rows: as the scheduler has them."""
         self._runner, self._observer = runner, observer
-        self._scheduler = Scheduler(max_num_seqs, max_prefill_tokens, _Memory(runner, self._end))
+        self._scheduler = Scheduler(max_num_seqs, max_rows, RunnerMemory(runner, self._end))
+        # The only request in the step that is computed now, if the step may be interrupted.
+        self._interruptible: Work | None = None
         # A sequence to add, a sequence to abort, or None to close.
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no sequence may slip in behind the closing command
@@ -160,14 +83,18 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+    ) -> TokenStream:
         """Starts to continue the prompt. Call from the event loop.
+
+        work: of the request; None: the sequence is one of its own.
 
         Raises:
             EngineClosedError: the engine is closing.
         """
         assert prompt_ids and params.max_tokens > 0
-        return self._start(prompt_ids, params)
+        return self._start(prompt_ids, params, work=work)
 
     async def score(
         self,
@@ -177,13 +104,15 @@ class Engine:
         layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
+        work: Work | None = None,
     ) -> Scores:
-        """Scores each continuation after the prompt, all in one forward.
+        """Scores each continuation after the prompt.
 
         layers: those whose hidden states are wanted, rising from 1. Without continuations the
         forward ends for this prompt after the last of them.
         num_shared: first tokens that later prompts will have too; they are computed once.
         is_pinned: whether these are kept for good.
+        work: of the request; None: the sequence is one of its own.
         A cancelled call frees its slot.
 
         Raises:
@@ -197,27 +126,30 @@ class Engine:
             layers=layers,
             num_shared=num_shared,
             is_pinned=is_pinned,
+            work=work,
         )
-        end = await _last_event(stream)
+        end = await last_event(stream)
         if not isinstance(end, ScoredEvent):
-            raise _as_error(end)
+            raise as_error(end)
         return Scores(end.logprobs, stream.num_cached, end.hidden_states)
 
-    async def prefill(self, prompt_ids: list[int]) -> int | None:
+    async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
 
         Returns how many of its tokens were known already; None, and nothing is computed, if it is
         too long to be kept. A cancelled call frees its slot.
+
+        work: of the request; None: the sequence is one of its own.
 
         Raises:
             EngineClosedError: the engine is closing.
         """
         if not self._runner.is_kept(len(prompt_ids)):
             return None
-        stream = self._start(prompt_ids, None)
-        end = await _last_event(stream)
+        stream = self._start(prompt_ids, None, work=work)
+        end = await last_event(stream)
         if not isinstance(end, PrefilledEvent):
-            raise _as_error(end)
+            raise as_error(end)
         return stream.num_cached
 
     def observe(self, observer: Observer) -> None:
@@ -261,22 +193,26 @@ class Engine:
         layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
+        work: Work | None = None,
     ) -> TokenStream:
         loop = asyncio.get_running_loop()
         sequence = Sequence(
             prompt_ids,
             params,
             list(continuations),
-            lambda event: _deliver(loop, stream, event),
+            lambda event: deliver(loop, stream, event),
             layers,
             num_shared,
             is_pinned,
+            work or Work(),
         )
         stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached or 0)
         with self._lock:
             if self._is_closed:
                 raise EngineClosedError
             self._commands.put(("add", sequence))
+        if sequence.work is not self._interruptible:
+            self._interruptible = None
         return stream
 
     def _abort(self, sequence: Sequence) -> None:
@@ -327,16 +263,34 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return  # whoever was to run has failed
-        results = self._compute(chunks)
+        works = {chunk.sequence.work for chunk in chunks}
+        is_short = sum(chunk.num_rows for chunk in chunks) <= self._scheduler.max_shared_rows
+        if len(works) > 1 or is_short:
+            results = self._compute(chunks, lambda: False)
+        else:
+            # A long step of one request does not make the next request wait for its end.
+            [self._interruptible] = works
+            try:
+                if not self._commands.empty():
+                    return  # the next request came while this step was scheduled
+                results = self._compute(chunks, lambda: self._interruptible is None)
+            except StepInterruptedError:
+                return
+            finally:
+                self._interruptible = None
         for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
+            chunk.advance()
         for sequence, result in results.items():
             self._postprocess(sequence, result)
 
-    def _compute(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
+    def _compute(
+        self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool]
+    ) -> dict[Sequence, StepResult | Exception]:
         """One step of the runner; if it fails, one for each chunk, so that only the guilty does."""
         try:
-            return self._runner.step(chunks)
+            return self._runner.step(chunks, should_stop)
+        except StepInterruptedError:
+            raise
         except Exception as error:
             if len(chunks) == 1:
                 return {chunks[0].sequence: error}
@@ -344,7 +298,7 @@ class Engine:
             return {
                 sequence: result
                 for chunk in chunks
-                for sequence, result in self._compute([chunk]).items()
+                for sequence, result in self._compute([chunk], lambda: False).items()
             }
 
     def _postprocess(self, sequence: Sequence, result: StepResult | Exception) -> None:
@@ -380,62 +334,3 @@ class Engine:
             if self._observer is not None:
                 self._observer.sequence_ended(sequence)
             sequence.deliver(event)
-
-
-class _Memory:
-    """The runner's memory as the scheduler sees it: who breaks it is ended."""
-
-    def __init__(self, runner: Runner, end: Callable[[Sequence, Event], None]) -> None:
-        self._runner, self._end = runner, end
-
-    def admit(self, sequence: Sequence) -> bool:
-        try:
-            num_known = self._runner.admit(sequence)
-        except Exception as error:
-            return self._failed(sequence, error)
-        if num_known is None:
-            return False
-        sequence.num_computed = num_known
-        if sequence.num_cached is None:
-            sequence.num_cached = num_known
-            sequence.context.run(note_queue, time.perf_counter() - sequence.last_event_at)
-        return True
-
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        try:
-            return self._runner.reserve(sequence, num_tokens)
-        except Exception as error:
-            return self._failed(sequence, error)
-
-    def suspend(self, sequence: Sequence) -> None:
-        try:
-            self._runner.suspend(sequence)
-        except Exception as error:
-            self._failed(sequence, error)
-        sequence.num_computed = 0
-
-    def _failed(self, sequence: Sequence, error: Exception) -> bool:
-        sequence.context.run(logger.error, "no memory could be had for a sequence", exc_info=error)
-        self._end(sequence, FailedEvent(error))
-        return False
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, stream: TokenStream, event: Event) -> None:
-    try:
-        loop.call_soon_threadsafe(stream.events.put_nowait, event)
-    except RuntimeError:
-        # The loop has closed, and with it everyone who could read this.
-        logger.debug("no event loop left to deliver %s", event)
-
-
-async def _last_event(stream: TokenStream) -> Event:
-    """Waits for the end of a sequence that yields no tokens; leaving early aborts it."""
-    try:
-        return await stream.events.get()
-    finally:
-        stream.abort()
-
-
-def _as_error(event: Event) -> BaseException:
-    assert not isinstance(event, TokenEvent)
-    return event.error if isinstance(event, FailedEvent) else SequenceAbortedError()

@@ -1,7 +1,7 @@
 """A checkpoint's own sampling defaults and its end-of-sequence tokens."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -9,8 +9,6 @@ from transformers import GenerationConfig
 
 from server.core.engine.checkpoint import CheckpointError, first_wrong_field
 from server.errors import first_line
-
-T = TypeVar("T")
 
 FILE = "generation_config.json"
 
@@ -36,17 +34,15 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     """
     in_general = _read(folder, "config.json")
     config = _read(folder, FILE) if (folder / FILE).is_file() else in_general
-    eos = or_default(config.eos_token_id, in_general.eos_token_id)
+    eos = config.get("eos_token_id", in_general.get("eos_token_id"))
     if eos is None:
         raise CheckpointError(f"{folder}: neither {FILE} nor config.json names an eos_token_id")
     try:
         return GenerationDefaults(
-            temperature=or_default(config.temperature, 1.0)
-            if or_default(config.do_sample, False)
-            else 0.0,
-            top_p=or_default(config.top_p, 1.0),
-            top_k=or_default(config.top_k, 0),
-            repetition_penalty=or_default(config.repetition_penalty, 1.0),
+            temperature=config.get("temperature", 1.0) if config.get("do_sample") else 0.0,
+            top_p=config.get("top_p", 1.0),
+            top_k=config.get("top_k", 0),
+            repetition_penalty=config.get("repetition_penalty", 1.0),
             eos_token_ids=eos if isinstance(eos, list) else [eos],  # type: ignore[arg-type]
         )
     except ValidationError as error:
@@ -55,15 +51,12 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         raise CheckpointError(f"{folder}: {FILE}: {reason}") from error
 
 
-def _read(folder: Path, name: str) -> Any:
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """What the file says; null counts as absent."""
     try:
-        return GenerationConfig.from_pretrained(
+        config = GenerationConfig.from_pretrained(
             folder, config_file_name=name, local_files_only=True
         )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: {name} is not readable: {first_line(error)}") from error
-
-
-def or_default(value: T | None, default: T) -> T:
-    """`value`, or `default` where it is None; 0 and False are values."""
-    return default if value is None else value
+    return {name: value for name, value in config.to_dict().items() if value is not None}

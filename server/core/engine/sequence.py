@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from server.core.engine.work import Work
+
 
 class FinishReason(enum.Enum):
     """Why a sequence produced its last token. The values are OpenAI's words."""
@@ -125,14 +127,17 @@ class Sequence:
     layers: tuple[int, ...] = ()
     num_shared: int = 0
     is_pinned: bool = False  # the shared tokens are never evicted
+    work: Work = field(default_factory=Work)  # of the request it belongs to
     completion_ids: list[int] = field(default_factory=list)
     # Tokens whose keys and values are in the KV cache, and how many of these were there
     # before the sequence ran: None until it is admitted.
     num_computed: int = 0
     num_cached: int | None = None
+    num_scored: int = 0  # continuations
+    last_step: int = 0  # that computed any of it; kept by the scheduler
     # When it was made, or sampled its last token; in seconds of time.perf_counter.
     last_event_at: float = field(default_factory=time.perf_counter)
-    # Of the request it belongs to, for what is noted and logged on the engine's thread.
+    # Of the request it belongs to, for what is logged on the engine's thread.
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     @property

@@ -7,28 +7,26 @@ is always a valid one, and the same text gives the same one.
 import asyncio
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from cachetools import LRUCache
 
 from server.core.concurrency import SingleFlight, all_of
 from server.core.engine.engine import Scores
+from server.core.engine.work import Work
 from server.core.roles.fitting import measure_prior
 from server.core.roles.judges import Judge, LabelJudge, Scorer
-from server.core.roles.prompts import TaskPrompts, encode_labels, normalise
+from server.core.roles.prompts import TaskPrompts, normalise
 from server.core.roles.tasks import Label, Task
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
 
-# Characters, some milliseconds of encoding.
-LONG_TEXT = 10_000
 # Tasks that clients describe in their requests; the labels' prior of so many is kept.
 MAX_CLIENT_TASKS = 256
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,22 @@ class Classification:
 
 
 _Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class PreparedTexts:
+    """Texts that a task is to judge, encoded.
+
+    keys: of the results, one for each text. prompt_ids: of the prompts, by key; a text whose
+    result was known has none. label_ids: what is scored behind each prompt.
+    num_shared: first tokens that all prompts of the task have in common.
+    """
+
+    task: Task
+    keys: list[_Key]
+    prompt_ids: dict[_Key, list[int]]
+    label_ids: list[list[int]]
+    num_shared: int
 
 
 class Classifier:
@@ -81,8 +95,9 @@ class Classifier:
         # The model is not part of the key: a classifier lives and dies with one model.
         self._results: SingleFlight[_Key, Classification] = SingleFlight(cache_size)
         self._client_judges: SingleFlight[str, Judge] = SingleFlight(MAX_CLIENT_TASKS)
-        # Tokens that all prompts of a task begin with, by the task's version.
-        self._num_shared: LRUCache[str, int] = LRUCache(MAX_CLIENT_TASKS)
+        # What tasks have encoded, by their version; asked for on several threads.
+        self._prompts: LRUCache[str, TaskPrompts] = LRUCache(MAX_CLIENT_TASKS)
+        self._prompts_lock = threading.Lock()
         # Of tasks of the server; what clients bring along has too many names.
         self.label_counts: Counter[tuple[str, str]] = Counter()
 
@@ -96,21 +111,97 @@ class Classifier:
         """Results that were computed."""
         return self._results.num_misses
 
-    async def classify(self, task: Task, text: str) -> Classification:
-        """The label of `text`.
+    def prepare(
+        self, task: Task, texts: Sequence[str], param: Callable[[int], str] = lambda index: "input"
+    ) -> PreparedTexts:
+        """Encodes what `judge` needs of texts whose labels are not known. Any thread.
+
+        param: where the request has the text of an index.
 
         Raises:
-            ContextLengthError: the text is too long for the model.
+            ContextLengthError: a text is too long for the model.
+            InvalidRequestError: the chat template refuses the task, or its labels are too long.
         """
-        text = normalise(text)
-        key = (task.name, task.version, text)
-        result = await self._once(key, lambda: self._compute(task, text))
+        keys = [(task.name, task.version, normalise(text)) for text in texts]
+        unknown = {key: i for i, key in enumerate(keys) if key not in self._results}
+        prompts = self._prompts_of(task)
+        try:
+            prompt_ids = {key: prompts.encode(key[-1]) for key in unknown}
+            num_shared = prompts.num_shared if unknown else 0
+        except ChatTemplateError as error:
+            raise _refused(error) from error
+        longest = max(unknown, key=lambda key: len(prompt_ids[key]), default=None)
+        label_ids: list[list[int]] = []
+        if longest is not None:
+            where = param(unknown[longest])
+            num_tokens = len(prompt_ids[longest])
+            judge = self._judges.get(task.version)
+            if judge is None or judge.kind == "label_scores":
+                label_ids = prompts.labels(num_tokens, input_param=where)
+            elif num_tokens >= self._max_context:
+                raise ContextLengthError(num_tokens, self._max_context, where)
+        return PreparedTexts(task, keys, prompt_ids, label_ids, num_shared)
+
+    async def judge(self, prepared: PreparedTexts, work: Work) -> list[Classification]:
+        """The labels of the texts, which are computed as a batch.
+
+        Raises: as `prepare`, for a text whose result was known then, and is no longer.
+        """
+        task = prepared.task
+        passes = [self._classify_one(prepared, key, work) for key in prepared.keys]
+        # One alone needs no task: a chat counts on it that its pass reaches the engine in the same
+        # turn of the event loop as the conversation.
+        results = [await passes[0]] if len(passes) == 1 else await all_of(passes)
         if task.version in self._judges:
-            self.label_counts[task.name, result.label.value] += 1
+            for result in results:
+                self.label_counts[task.name, result.label.value] += 1
+        return results
+
+    async def classify(
+        self, task: Task, text: str, work: Work | None = None
+    ) -> Classification:  # fmt: skip
+        """The label of one short text, which is encoded on the event loop. Raises as `prepare`."""
+        [result] = await self.judge(self.prepare(task, [text]), work or Work())
         return result
 
+    async def _classify_one(
+        self, prepared: PreparedTexts, key: _Key, work: Work
+    ) -> Classification:  # fmt: skip
+        async def compute() -> Classification:
+            own = prepared
+            if key not in own.prompt_ids:
+                # Its result was dropped from the cache since.
+                own = await asyncio.to_thread(self.prepare, prepared.task, [key[-1]])
+            return await self._compute(own, key, work)
+
+        return await self._once(key, compute)
+
+    async def _compute(self, prepared: PreparedTexts, key: _Key, work: Work) -> Classification:
+        task = prepared.task
+        judge = self._judges.get(task.version)
+        is_pinned = judge is not None
+        if judge is None:
+            judge, _ = await self._client_judges.get(
+                task.version,
+                lambda: measure_prior(self._scorer, self._prompts_of(task), work),
+            )
+        return await self._score(
+            task, judge, prepared.prompt_ids[key], prepared.label_ids, prepared.num_shared, work,
+            is_pinned=is_pinned,
+        )  # fmt: skip
+
+    def _prompts_of(self, task: Task) -> TaskPrompts:
+        with self._prompts_lock:
+            if (prompts := self._prompts.get(task.version)) is None:
+                prompts = TaskPrompts(task, self._tokenizer, self._max_context)
+                self._prompts[task.version] = prompts
+        return prompts
+
     async def answer(
-        self, questions: Sequence[Task], conversation: Sequence[Message]
+        self,
+        questions: Sequence[Task],
+        conversation: Sequence[Message],
+        work: Work | None = None,
     ) -> list[Classification]:
         """The labels of the questions, each asked behind the same conversation.
 
@@ -121,51 +212,55 @@ class Classifier:
             ContextLengthError: the conversation and a question are too long for the model.
             InvalidRequestError: the chat template refuses the conversation.
         """
-        endings = [{"role": "user", "content": question.instructions} for question in questions]
+        work = work or Work()
         about = json.dumps(conversation)
         try:
-            shared_ids, endings_ids = await _encoded(
-                len(about) * len(endings), lambda: self._encode_all(conversation, endings)
+            shared_ids, endings = await asyncio.to_thread(
+                self._encode_questions, questions, conversation
             )
         except ChatTemplateError as error:
             raise _refused(error) from error
 
-        judge = LabelJudge()
-
-        async def compute(question: Task, ending_ids: list[int]) -> Classification:
+        def ask(i: int) -> Coroutine[Any, Any, Classification]:
+            question, (ending_ids, label_ids) = questions[i], endings[i]
             prompt_ids = shared_ids + ending_ids
-            label_ids = self._label_ids(question, judge, prompt_ids, "questions")
-            return await self._score(question, judge, prompt_ids, label_ids, len(shared_ids))
+            return self._once(
+                (question.name, question.version, about),
+                lambda: self._score(
+                    question, LabelJudge(), prompt_ids, label_ids, len(shared_ids), work
+                ),
+            )
 
-        def ask(question: Task, ending_ids: list[int]) -> Coroutine[Any, Any, Classification]:
-            key = (question.name, question.version, about)
-            return self._once(key, lambda: compute(question, ending_ids))
-
-        asked = list(zip(questions, endings_ids, strict=True))
         answers: list[Classification] = []
-        while len(answers) < len(asked):
-            answers.append(await ask(*asked[len(answers)]))
+        while len(answers) < len(questions):
+            answers.append(await ask(len(answers)))
             if not answers[-1].is_cached:
                 break
-        return answers + await all_of(ask(*each) for each in asked[len(answers) :])
+        return answers + await all_of(map(ask, range(len(answers), len(questions))))
 
-    def _encode_all(
-        self, conversation: Sequence[Message], endings: Sequence[Message]
-    ) -> tuple[list[int], list[list[int]]]:
-        # Before it is rendered once for each ending.
+    def _encode_questions(
+        self, questions: Sequence[Task], conversation: Sequence[Message]
+    ) -> tuple[list[int], list[tuple[list[int], list[list[int]]]]]:
+        """Ids of the conversation; of each question the rest of its prompt, and its labels."""
+        endings = [{"role": "user", "content": question.instructions} for question in questions]
+        # Before the conversation is rendered once for each ending.
         shortest = self._tokenizer.encode_chat([*conversation, {**endings[0], "content": ""}])
         if len(shortest) >= self._max_context:
             raise ContextLengthError(len(shortest), self._max_context, "input")
-        return self._tokenizer.encode_chats(conversation, endings)
+        shared_ids, endings_ids = self._tokenizer.encode_chats(conversation, endings)
+        encoded = []
+        for question, ids in zip(questions, endings_ids, strict=True):
+            num_prompt_tokens = len(shared_ids) + len(ids)
+            prompts = TaskPrompts(question, self._tokenizer, self._max_context)
+            encoded.append((ids, prompts.labels(num_prompt_tokens, labels_param="questions")))
+        return shared_ids, encoded
 
     async def warm_up(self, tasks: Iterable[Task]) -> None:
         """Computes the tasks' instructions before anybody waits for them."""
         for task in tasks:
-            await self._compute(task, "")
-
-    def is_known(self, task: Task, text: str) -> bool:
-        """Whether the label of `text` needs no computing. Does not count as a use."""
-        return (task.name, task.version, normalise(text)) in self._results
+            prepared = self.prepare(task, [""])
+            for key in prepared.prompt_ids:
+                await self._compute(prepared, key, Work())
 
     async def _once(
         self, key: _Key, compute: Callable[[], Coroutine[Any, Any, Classification]]
@@ -173,47 +268,9 @@ class Classifier:
         result, is_known = await self._results.get(key, compute)
         return replace(result, is_cached=is_known)
 
-    async def _compute(self, task: Task, text: str) -> Classification:
-        version = task.version
-        prompts = TaskPrompts(task, self._tokenizer, self._max_context)
-        known = self._num_shared.get(version)
-        try:
-            prompt_ids, num_shared = await _encoded(
-                len(task.instructions) + len(text),
-                lambda: (prompts.encode(text), known or prompts.num_shared),
-            )
-        except ChatTemplateError as error:
-            raise _refused(error) from error
-        judge = self._judges.get(version)
-        # Before anything is computed for the task: a text that does not fit is refused.
-        label_ids = self._label_ids(task, judge, prompt_ids, "labels")
-        self._num_shared[version] = num_shared
-        if judge is None:
-            judge, _ = await self._client_judges.get(
-                version, lambda: measure_prior(self._scorer, prompts)
-            )
-        return await self._score(
-            task, judge, prompt_ids, label_ids, num_shared, is_pinned=version in self._judges
-        )
-
-    def _label_ids(
-        self, task: Task, judge: Judge | None, prompt_ids: list[int], labels_param: str
-    ) -> list[list[int]]:
-        """What the judge wants scored behind the prompt: the labels' texts, or nothing.
-
-        Raises: as `encode_labels`.
-        """
-        if judge is None or judge.kind == "label_scores":
-            return encode_labels(
-                task, self._tokenizer, len(prompt_ids), self._max_context, labels_param
-            )
-        if len(prompt_ids) >= self._max_context:
-            raise ContextLengthError(len(prompt_ids), self._max_context, "input")
-        return []
-
     async def _score(
         self, task: Task, judge: Judge, prompt_ids: list[int], label_ids: list[list[int]],
-        num_shared: int, *, is_pinned: bool = False,
+        num_shared: int, work: Work, *, is_pinned: bool = False,
     ) -> Classification:  # fmt: skip
         """num_shared: first tokens that later prompts will have too."""
         scores = await self._scorer.score(
@@ -222,16 +279,10 @@ class Classifier:
             layers=judge.layers,
             num_shared=num_shared,
             is_pinned=is_pinned,
+            work=work,
         )
         num_kept = max(0, num_shared - scores.num_cached)
         return replace(_decide(task, judge, scores, len(prompt_ids)), num_kept_tokens=num_kept)
-
-
-async def _encoded(num_characters: int, encode: Callable[[], T]) -> T:
-    """Encodes at once what is short: a chat counts on it that its pass reaches the engine in the
-    same turn of the event loop. Megabytes take a second, and are encoded beside it.
-    """
-    return await asyncio.to_thread(encode) if num_characters > LONG_TEXT else encode()
 
 
 def _refused(error: ChatTemplateError) -> InvalidRequestError:

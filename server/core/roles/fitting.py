@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from server.core.concurrency import all_of
 from server.core.engine.engine import Scores
+from server.core.engine.work import Work
 from server.core.roles.heads import (
     SHRINKAGES,
     Calibration,
@@ -33,7 +34,9 @@ LABEL_SCORES_STRIDE = 6
 MAX_LOSS_RATIO = 0.95
 
 
-async def measure_prior(scorer: Scorer, prompts: TaskPrompts) -> LabelJudge:
+async def measure_prior(
+    scorer: Scorer, prompts: TaskPrompts, work: Work | None = None
+) -> LabelJudge:  # fmt: skip
     """A judge that takes off the labels' mean log-probability after the reference texts.
 
     Where the context has no room for these behind the instruction, nothing is taken off.
@@ -42,7 +45,7 @@ async def measure_prior(scorer: Scorer, prompts: TaskPrompts) -> LabelJudge:
     references = await asyncio.to_thread(lambda: prompts.references)
 
     async def measure(ids: list[int], label_ids: list[list[int]]) -> list[float]:
-        scores = await scorer.score(ids, label_ids, num_shared=prompts.num_shared)
+        scores = await scorer.score(ids, label_ids, num_shared=prompts.num_shared, work=work)
         return scores.logprobs
 
     if not references:
@@ -68,7 +71,7 @@ async def fit_judge(
     are left out; where too few are left, or there are none, the prior is taken off.
     num_layers: the model's. report: called after each example.
     """
-    layers = candidate_layers(num_layers)
+    layers, work = candidate_layers(num_layers), Work()
     examples, all_ids = prompts.examples
     if not examples:
         return await measure_prior(scorer, prompts)
@@ -83,6 +86,7 @@ async def fit_judge(
             layers=layers,
             num_shared=prompts.num_shared,
             is_pinned=is_pinned,
+            work=work,
         )
         report()
         return scores

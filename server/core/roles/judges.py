@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from server.core.engine.engine import Scores
+from server.core.engine.work import Work
 from server.core.roles.heads import LinearHead
 
 
@@ -22,6 +23,7 @@ class Scorer(Protocol):
         layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
+        work: Work | None = None,
     ) -> Awaitable[Scores]:
         """Log-probabilities (nats) of the continuations, hidden states after the layers."""
 

@@ -9,7 +9,7 @@ from server.core.roles.tasks import MIN_EXAMPLES, Example, Task
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 
-# They are computed in one step, and everybody else waits for it.
+# Together; a single one is computed in one step.
 MAX_LABEL_TOKENS = 1024
 # Everyday sentences of both languages and every mood, to learn what a model says of the labels
 # whatever the text is. An empty text would not do: it is truly neutral, so a neutral label would
@@ -70,41 +70,35 @@ class TaskPrompts:
                 references.append((ids, self.labels(len(ids))))
         return references
 
-    def labels(self, num_prompt_tokens: int) -> list[list[int]]:
-        """Ids of the labels' texts. Raises as `encode_labels`."""
-        return encode_labels(self.task, self._tokenizer, num_prompt_tokens, self._max_context)
+    def labels(
+        self, num_prompt_tokens: int, *, input_param: str = "input", labels_param: str = "labels"
+    ) -> list[list[int]]:
+        """Ids of the labels' texts, to be laid behind a prompt.
+
+        input_param, labels_param: where a request has its text and its labels.
+
+        Raises:
+            InvalidRequestError: the labels are too long together.
+            ContextLengthError: prompt and labels are too long for the model.
+        """
+        num_label_tokens = sum(map(len, self._label_ids))
+        if num_label_tokens > MAX_LABEL_TOKENS:
+            raise InvalidRequestError(
+                f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
+                f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
+                param=labels_param,
+            )
+        # All labels but their last tokens may be laid behind the prompt in one forward.
+        num_tokens = num_prompt_tokens + num_label_tokens - len(self._label_ids)
+        if num_tokens >= self._max_context:
+            raise ContextLengthError(num_tokens, self._max_context, input_param)
+        return self._label_ids
+
+    @cached_property
+    def _label_ids(self) -> list[list[int]]:
+        return [self._tokenizer.encode_text(label.text) for label in self.task.labels]
 
 
 def normalise(text: str) -> str:
     """The form in which texts are judged and compared: NFC, runs of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def encode_labels(
-    task: Task,
-    tokenizer: ChatTokenizer,
-    num_prompt_tokens: int,
-    max_context: int,
-    labels_param: str = "labels",
-) -> list[list[int]]:
-    """Ids of each label's text, to be laid behind a prompt.
-
-    labels_param: where a request has its labels.
-
-    Raises:
-        InvalidRequestError: the labels are too long to be computed in one step.
-        ContextLengthError: prompt and labels are too long for the model.
-    """
-    label_ids = [tokenizer.encode_text(label.text) for label in task.labels]
-    num_label_tokens = sum(map(len, label_ids))
-    if num_label_tokens > MAX_LABEL_TOKENS:
-        raise InvalidRequestError(
-            f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
-            f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
-            param=labels_param,
-        )
-    # All labels but their last tokens are laid behind the prompt in one forward.
-    num_tokens = num_prompt_tokens + num_label_tokens - len(label_ids)
-    if num_tokens >= max_context:
-        raise ContextLengthError(num_tokens, max_context, "input")
-    return label_ids

@@ -2,15 +2,14 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.core.engine.engine import EngineClosedError
 from server.core.engine.sequence import SamplingParams
-from server.core.engine.timings import note_sentiment
-from server.core.roles.classifier import Classification, Classifier
+from server.core.engine.stream import EngineClosedError
+from server.core.engine.work import Work
+from server.core.roles.classifier import Classification, Classifier, PreparedTexts
 from server.core.roles.language import language_of
 from server.core.roles.tasks import ReplyStyle, Task, text_in
 from server.core.text.choices import Choices, Generator, begin_choices
@@ -43,8 +42,11 @@ class Replier:
     async def reply(
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
         with_sentiment: bool, tools: Sequence[Tool] = (), num_choices: int = 1,
+        work: Work | None = None,
     ) -> Reply:  # fmt: skip
         """Judges the last user message, then starts the answer, or several.
+
+        work: of the request; None: a new one.
 
         Without sentiment the conversation goes to the model as it is: no pass, no cue and
         no persona. A pass that fails is logged, and the answer comes without a cue. The seed
@@ -54,6 +56,7 @@ class Replier:
             ContextLengthError: the conversation leaves no room for an answer.
             InvalidRequestError: the chat template refuses the conversation.
         """
+        work = work or Work()
         sentiment, num_cached = None, None
         conversation = list(messages)
         text = _last_user_text(messages)
@@ -61,11 +64,11 @@ class Replier:
         if with_sentiment and all(message["role"] != "system" for message in conversation):
             persona = {"role": "system", "content": text_in(self._style.persona, language)}
             conversation.insert(0, persona)
-        # Not on the event loop: megabytes take a second. Before the pass: a conversation that
-        # cannot be answered needs no sentiment.
+        # Before the pass: a conversation that cannot be answered needs no sentiment.
         prompt_ids = await asyncio.to_thread(self._encode, conversation, tools)
         if with_sentiment and text.strip():
-            sentiment, num_cached = await self._judge(text, prompt_ids)
+            sentiment, num_cached = await self._judge(text, prompt_ids, work)
+            work.sentiment_s = work.total_s
         if (cue := self._cue(sentiment, language)) is not None:
             cued = with_cue(conversation, cue, self._style.cue_position)
             if cued != conversation:
@@ -74,7 +77,7 @@ class Replier:
         params = replace(params, max_tokens=min(params.max_tokens, room))
         if num_choices > 1:
             # The answers copy what is computed here once, if it can be kept for them.
-            known = await self._generator.prefill(prompt_ids) or 0
+            known = await self._generator.prefill(prompt_ids, work=work) or 0
             num_cached = known if num_cached is None else num_cached
         return Reply(
             sentiment=sentiment,
@@ -87,6 +90,7 @@ class Replier:
                 self._tokenizer.token_bytes,
                 # Cut off by a stop string, a call would be no call.
                 stop,
+                work=work,
                 stop_until=CALL_OPENING if tools else "",
             ),
             num_prefilled_cached=num_cached,
@@ -101,7 +105,7 @@ class Replier:
         return text_in(sentiment.label.cue, language)
 
     async def _judge(
-        self, text: str, plain_ids: list[int]
+        self, text: str, plain_ids: list[int], work: Work
     ) -> tuple[Classification | None, int | None]:
         """The sentiment of the text.
 
@@ -111,12 +115,12 @@ class Replier:
         plain_ids: the conversation without a cue.
         """
         try:
-            if self._classifier.is_known(self._task, text):
-                return await self._classify(text), None
-            if self._style.cue_position == "system":
-                # The cue changes the beginning, so nothing computed without it could be used.
-                return await self._classify(text), None
-            return await self._judge_while_prefilling(text, plain_ids)
+            prepared = await asyncio.to_thread(self._classifier.prepare, self._task, [text])
+            # A cue that changes the beginning leaves nothing to use of what is computed without.
+            if not prepared.prompt_ids or self._style.cue_position == "system":
+                [sentiment] = await self._classifier.judge(prepared, work)
+                return sentiment, None
+            return await self._judge_while_prefilling(prepared, plain_ids, work)
         except EngineClosedError:
             raise  # there will be no answer either
         except InvalidRequestError as error:
@@ -127,15 +131,15 @@ class Replier:
             return None, None
 
     async def _judge_while_prefilling(
-        self, text: str, plain_ids: list[int]
+        self, prepared: PreparedTexts, plain_ids: list[int], work: Work
     ) -> tuple[Classification, int | None]:
-        judging = asyncio.create_task(self._classify(text))
+        judging = asyncio.create_task(self._classifier.judge(prepared, work))
         # Lets the pass be queued, so that both reach the engine in one turn of the event loop:
         # it then finds both before its next step, which they share.
         await asyncio.sleep(0)
-        prefill = asyncio.create_task(self._generator.prefill(plain_ids))
+        prefill = asyncio.create_task(self._generator.prefill(plain_ids, work=work))
         try:
-            sentiment = await judging
+            [sentiment] = await judging
             # If it fails, the engine has logged it, and the reply computes everything itself.
             await asyncio.wait([prefill])
             return sentiment, None if prefill.exception() else prefill.result()
@@ -143,13 +147,6 @@ class Replier:
             judging.cancel()
             prefill.cancel()
             await asyncio.gather(judging, prefill, return_exceptions=True)
-
-    async def _classify(self, text: str) -> Classification:
-        begin = time.perf_counter()
-        try:
-            return await self._classifier.classify(self._task, text)
-        finally:
-            note_sentiment(time.perf_counter() - begin)
 
     async def _encode_cued(
         self, conversation: Sequence[Message], tools: Sequence[Tool]

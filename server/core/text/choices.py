@@ -8,18 +8,23 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from server.core.engine.engine import TokenStream
 from server.core.engine.sequence import SamplingParams, TokenEvent
+from server.core.engine.stream import TokenStream
+from server.core.engine.work import Work
 from server.core.text.detokenizer import Detokenizer
 
 
 class Generator(Protocol):
     """What choices need of the engine."""
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+    ) -> TokenStream:
         """Starts to continue the prompt."""
 
-    def prefill(self, prompt_ids: list[int]) -> Coroutine[Any, Any, int | None]:
+    def prefill(
+        self, prompt_ids: list[int], *, work: Work | None = None
+    ) -> Coroutine[Any, Any, int | None]:
         """Computes a prompt that others will begin with; returns how much of it was known.
 
         None: it is too long to be kept, so each computes it for itself.
@@ -149,10 +154,12 @@ def begin_choices(
     token_bytes: Sequence[bytes],
     stop: Sequence[str],
     *,
+    work: Work | None = None,
     stop_until: str = "",
 ) -> tuple[Choice, ...]:
     """Starts to continue the prompt in several ways; the seed of each further one is one higher.
 
+    work: of the request; None: each choice is one of its own.
     stop_until: a text from which on the stop strings count no more; "" for none.
 
     Raises:
@@ -160,7 +167,7 @@ def begin_choices(
     """
     return tuple(
         Choice(
-            generator.submit(prompt_ids, _with_seed(params, i)),
+            generator.submit(prompt_ids, _with_seed(params, i), work=work),
             Detokenizer(token_bytes, stop, stop_until=stop_until),
         )
         for i in range(num_choices)

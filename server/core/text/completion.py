@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from server.core.concurrency import all_of
 from server.core.engine.sequence import SamplingParams
+from server.core.engine.work import Work
 from server.core.text.choices import Choices, Generator, begin_choices
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
@@ -24,11 +25,12 @@ class Completer:
 
     async def complete(
         self, prompts: Mapping[str, Prompt], params: SamplingParams, stop: Sequence[str], *,
-        num_choices: int = 1,
+        num_choices: int = 1, work: Work | None = None,
     ) -> Choices:  # fmt: skip
         """Starts to continue every prompt; its choices stand side by side.
 
         prompts: by their place in the request, which errors name.
+        work: of the request; None: each prompt is one of its own.
         num_choices: of each prompt. The seed of each further one is one higher.
 
         Raises:
@@ -36,14 +38,13 @@ class Completer:
             InvalidRequestError: the model has no such token.
         """
         # Not on the event loop: megabytes take a second.
-        all_ids = [
-            await asyncio.to_thread(self._encode, place, prompt)
-            for place, prompt in prompts.items()
-        ]
+        all_ids = await asyncio.to_thread(
+            lambda: [self._encode(place, prompt) for place, prompt in prompts.items()]
+        )
         num_cached = None
         if num_choices > 1:
             # The choices copy what is computed here once, if it can be kept for them.
-            known = await all_of(self._generator.prefill(ids) for ids in all_ids)
+            known = await all_of(self._generator.prefill(ids, work=work) for ids in all_ids)
             num_cached = sum(num_known or 0 for num_known in known)
         return Choices(
             num_prompt_tokens=sum(len(ids) for ids in all_ids),
@@ -52,7 +53,7 @@ class Completer:
                 for ids in all_ids
                 for choice in begin_choices(
                     self._generator, ids, self._within_context(params, ids), num_choices,
-                    self._tokenizer.token_bytes, stop,
+                    self._tokenizer.token_bytes, stop, work=work,
                 )
             ),
             num_prefilled_cached=num_cached,

@@ -12,14 +12,8 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from server.core.engine.engine import (
-    Engine,
-    EngineClosedError,
-    Scores,
-    SequenceAbortedError,
-    StepResult,
-    TokenStream,
-)
+from server.core.engine.engine import Engine, Scores
+from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import (
     AbortedEvent,
@@ -34,7 +28,8 @@ from server.core.engine.sequence import (
     Terminal,
     TokenEvent,
 )
-from server.core.engine.timings import Timings, timings
+from server.core.engine.stream import EngineClosedError, SequenceAbortedError, TokenStream
+from server.core.engine.work import Work
 
 T = TypeVar("T")
 
@@ -60,7 +55,9 @@ class FakeRunner:
         self.thread_ids: set[int] = set()
         self.num_rests, self.rested = 0, threading.Event()
 
-    def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
+    def step(
+        self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[Sequence, StepResult | Exception]:
         assert chunks, "a step without work"
         self._let_readers_catch_up()
         self.thread_ids.add(threading.get_ident())
@@ -135,10 +132,10 @@ def runner() -> FakeRunner:
 
 @asynccontextmanager
 async def running(
-    runner: FakeRunner, *, max_num_seqs: int = 4, max_prefill_tokens: int = 8
+    runner: FakeRunner, *, max_num_seqs: int = 4, max_rows: int = 8
 ) -> AsyncIterator[Engine]:
     runner.loop = asyncio.get_running_loop()
-    engine = Engine(runner, max_num_seqs=max_num_seqs, max_prefill_tokens=max_prefill_tokens)
+    engine = Engine(runner, max_num_seqs=max_num_seqs, max_rows=max_rows)
     try:
         yield engine
     finally:
@@ -219,7 +216,7 @@ async def test_a_finished_sequence_got_its_tokens_and_one_terminal_event(
     runner: FakeRunner,
 ) -> None:
     async with running(runner) as engine:
-        runner.before_step = hold = Hold(number=10)
+        runner.before_step = hold = Hold(number=40)
         length = engine.submit([1] * 20, SamplingParams(max_tokens=2))
         stop_params = SamplingParams(max_tokens=9, stop_token_ids=frozenset({101}))
         stop = engine.submit([2], stop_params)
@@ -242,7 +239,7 @@ async def test_a_score_returns_the_logprobs_in_order(runner: FakeRunner) -> None
 
 
 async def test_a_long_prompt_is_scored_once_it_is_complete(runner: FakeRunner) -> None:
-    async with running(runner, max_prefill_tokens=4) as engine:
+    async with running(runner, max_rows=4) as engine:
         assert (await bounded(engine.score([1] * 11, [[5], [6]]))).logprobs == [0.0, -1.0]
         assert runner.steps == [[1]] * 3
 
@@ -251,7 +248,7 @@ async def test_a_long_prompt_is_scored_once_it_is_complete(runner: FakeRunner) -
 async def test_a_score_returns_the_hidden_states_of_its_layers(
     runner: FakeRunner, continuations: list[list[int]]
 ) -> None:
-    async with running(runner, max_prefill_tokens=2) as engine:
+    async with running(runner, max_rows=2) as engine:
         scores = await bounded(engine.score([1, 2, 3], continuations, layers=(2, 5)))
         assert scores.logprobs == [0.0, -1.0][: len(continuations)]
         assert scores.hidden_states is not None
@@ -317,7 +314,7 @@ async def test_abort_while_waiting_ends_a_sequence_that_never_ran(runner: FakeRu
 
 async def test_abort_during_prefill_ends_a_sequence_and_frees_its_slot(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold(number=2)
-    async with running(runner, max_num_seqs=1, max_prefill_tokens=2) as engine:
+    async with running(runner, max_num_seqs=1, max_rows=2) as engine:
         long = engine.submit([1] * 100, ENDLESS)
         other = engine.submit([2], SamplingParams(max_tokens=1))
         await hold.reached()
@@ -402,7 +399,7 @@ async def test_a_cancelled_score_frees_its_slot_in_the_middle_of_its_prefill(
     runner: FakeRunner,
 ) -> None:
     runner.before_step = hold = Hold(number=2)
-    async with running(runner, max_num_seqs=1, max_prefill_tokens=2) as engine:
+    async with running(runner, max_num_seqs=1, max_rows=2) as engine:
         score = asyncio.create_task(engine.score([1] * 100, [[5], [6]]))
         await hold.reached()
         score.cancel()
@@ -436,7 +433,7 @@ async def test_a_cancelled_score_that_waits_never_runs(runner: FakeRunner) -> No
 
 async def test_a_cancelled_measurement_frees_its_slot(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold(number=2)
-    async with running(runner, max_num_seqs=1, max_prefill_tokens=2) as engine:
+    async with running(runner, max_num_seqs=1, max_rows=2) as engine:
         score = asyncio.create_task(engine.score([1] * 100, [], layers=(1,)))
         await hold.reached()
         score.cancel()
@@ -450,7 +447,7 @@ async def test_a_cancelled_measurement_frees_its_slot(runner: FakeRunner) -> Non
 
 async def test_a_score_that_is_aborted_by_closing_raises(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold()
-    async with running(runner, max_prefill_tokens=1) as engine:
+    async with running(runner, max_rows=2) as engine:
         score = asyncio.create_task(engine.score([1] * 10**6, [[5]]))
         await hold.reached()
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
@@ -536,14 +533,16 @@ async def test_only_the_sequence_that_breaks_the_step_fails(
     """num_tokens: after so many, in prefill or in decode."""
     error = RuntimeError("out of memory")
 
-    def step(chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
+    def step(
+        chunks: list[ScheduledChunk], should_stop: Callable[[], bool]
+    ) -> dict[Sequence, StepResult | Exception]:
         guilty = [c for c in chunks if c.sequence.prompt_ids[0] == 2]
         if guilty and len(guilty[0].sequence.completion_ids) == num_tokens:
             raise error
         return FakeRunner.step(runner, chunks)
 
     runner.step = step  # type: ignore[method-assign]
-    async with running(runner, max_prefill_tokens=4) as engine:
+    async with running(runner, max_rows=4) as engine:
         streams = [engine.submit([i] * 9, SamplingParams(max_tokens=5)) for i in (1, 2, 3)]
         for innocent in (streams[0], streams[2]):
             assert await tokens_of(innocent) == [100, 101, 102, 103, 104]
@@ -566,7 +565,7 @@ async def test_a_failure_is_logged(runner: FakeRunner, caplog: pytest.LogCapture
 
 
 async def test_close_aborts_what_decodes_what_prefills_and_what_waits(runner: FakeRunner) -> None:
-    async with running(runner, max_num_seqs=2, max_prefill_tokens=1) as engine:
+    async with running(runner, max_num_seqs=2, max_rows=2) as engine:
         decoding = engine.submit([1], ENDLESS)
         prefilling = engine.submit([2] * 10**6, ENDLESS)
         waiting = engine.submit([3], ENDLESS)
@@ -580,7 +579,7 @@ async def test_close_aborts_what_decodes_what_prefills_and_what_waits(runner: Fa
 
 
 async def test_closing_an_idle_engine_twice_is_harmless(runner: FakeRunner) -> None:
-    engine = Engine(runner, max_num_seqs=1, max_prefill_tokens=1)
+    engine = Engine(runner, max_num_seqs=1, max_rows=2)
     assert engine.is_alive
     engine.close()
     assert not engine.is_alive
@@ -624,16 +623,16 @@ async def test_two_streams_both_make_progress_in_every_step(runner: FakeRunner) 
 
 async def test_a_stream_goes_on_while_a_long_prompt_is_prefilled(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold(number=2)
-    async with running(runner, max_prefill_tokens=2) as engine:
+    async with running(runner, max_rows=2) as engine:
         stream = engine.submit([1], SamplingParams(max_tokens=10))
         await hold.reached()
         long = engine.submit([2] * 100, SamplingParams(max_tokens=1))
         hold.let_go()
         assert await tokens_of(stream) == list(range(100, 110))
         assert await tokens_of(long) == [100]
-        # 8 of the 50 chunks that the long prompt takes, each beside a token of the stream.
+        # 8 tokens of the long prompt, each beside a token of the stream; then 2 in a step.
         assert runner.steps[2:10] == [[1, 2]] * 8
-        assert runner.steps[10:] == [[2]] * 42
+        assert runner.steps[10:] == [[2]] * 46
 
 
 async def test_a_slot_that_becomes_free_is_taken_by_who_waits(runner: FakeRunner) -> None:
@@ -667,7 +666,7 @@ async def test_only_the_engine_thread_touches_the_runner(runner: FakeRunner) -> 
 
 def test_a_reader_whose_event_loop_has_closed_does_not_stop_the_engine(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold(number=2)
-    engine = Engine(runner, max_num_seqs=1, max_prefill_tokens=8)
+    engine = Engine(runner, max_num_seqs=1, max_rows=8)
 
     async def leave_behind() -> None:
         engine.submit([1], SamplingParams(max_tokens=3))
@@ -717,7 +716,7 @@ async def test_every_sequence_ends_exactly_once_under_any_mix(
     runner.before_step = disturber = Disturber(random.Random(seed))
     runner.answers = dict.fromkeys(range(0, 60, 7), fail_at_third_token)
     scores: list[asyncio.Task[Scores]] = []
-    async with running(runner, max_num_seqs=3, max_prefill_tokens=4) as engine:
+    async with running(runner, max_num_seqs=3, max_rows=4) as engine:
         for i in range(60):
             prompt_ids = [i] * chance.randint(1, 12)
             params = SamplingParams(
@@ -937,14 +936,13 @@ async def test_an_engine_without_work_rests_once_until_there_is_work_again(
 
 async def test_a_request_learns_how_long_it_waited_to_be_taken_up(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold()
-    timings.set(own := Timings())
+    own, other = Work(), Work()
     async with running(runner, max_num_seqs=1) as engine:
-        first = engine.submit([1], SamplingParams(max_tokens=1))
+        first = engine.submit([1], SamplingParams(max_tokens=1), work=own)
         await hold.reached()
         known = own.queue_s
         assert known is not None
-        timings.set(other := Timings())
-        waiting = [engine.submit([i], SamplingParams(max_tokens=1)) for i in (2, 3)]
+        waiting = [engine.submit([i], SamplingParams(max_tokens=1), work=other) for i in (2, 3)]
         assert other.queue_s is None
         hold.let_go()
         await tokens_of(first)

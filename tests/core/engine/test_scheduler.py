@@ -1,15 +1,27 @@
 """Who runs in a step, told by token counts alone: nothing here computes anything."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.core.engine.scheduler import ScheduledChunk, Scheduler
+from server.core.engine.scheduler import POSITIONS_PER_ROW, ScheduledChunk, Scheduler
 from server.core.engine.sequence import SamplingParams, Sequence
+from server.core.engine.work import Work
+
+# The request that a sequence belongs to, unless a test says otherwise.
+ONE = Work()
 
 
-def prompt(num_tokens: int) -> Sequence:
-    return Sequence([7] * num_tokens, SamplingParams(max_tokens=100), [], lambda event: None)
+def prompt(num_tokens: int, work: Work = ONE) -> Sequence:
+    params = SamplingParams(max_tokens=100)
+    return Sequence([7] * num_tokens, params, [], lambda event: None, work=work)
+
+
+def scored(num_tokens: int, *label_lengths: int, work: Work = ONE) -> Sequence:
+    labels = [[7] * length for length in label_lengths]
+    return Sequence([7] * num_tokens, None, labels, lambda event: None, work=work)
 
 
 class FakeMemory:
@@ -21,15 +33,18 @@ class FakeMemory:
 
     def admit(self, sequence: Sequence) -> bool:
         assert sequence not in self.held
-        return self._take(sequence, len(sequence.token_ids))
+        is_admitted = self._take(sequence, len(sequence.token_ids))
+        if is_admitted and sequence.work.queue_s is None:
+            sequence.work.queue_s = 0.0
+        return is_admitted
 
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
         assert sequence in self.held, "not admitted"
-        return self._take(sequence, sequence.num_computed + num_tokens)
+        return self._take(sequence, sequence.num_computed + num_rows)
 
     def suspend(self, sequence: Sequence) -> None:
         del self.held[sequence]
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_scored = 0
 
     def _take(self, sequence: Sequence, num_tokens: int) -> bool:
         others = sum(self.held.values()) - self.held.get(sequence, 0)
@@ -40,23 +55,28 @@ class FakeMemory:
 
 
 def make(
-    *sequences: Sequence, max_num_seqs: int = 8, max_prefill_tokens: int = 100,
+    *sequences: Sequence, max_num_seqs: int = 8, max_rows: int = 100,
     memory: FakeMemory | None = None,
 ) -> Scheduler:  # fmt: skip
-    scheduler = Scheduler(max_num_seqs, max_prefill_tokens, memory or FakeMemory())
+    scheduler = Scheduler(max_num_seqs, max_rows, memory or FakeMemory())
     for sequence in sequences:
         scheduler.add(sequence)
     return scheduler
 
 
 def step(scheduler: Scheduler) -> list[ScheduledChunk]:
-    """Schedules a step and computes it: every complete prompt gets one more token."""
+    """Schedules a step and computes it: every complete prompt gets one more token.
+
+    A scored sequence that is complete leaves.
+    """
     chunks = scheduler.schedule()
     is_last = [chunk.is_last for chunk in chunks]
     for chunk, is_complete in zip(chunks, is_last, strict=True):
-        chunk.sequence.num_computed += chunk.num_tokens
-        if is_complete:
+        chunk.advance()
+        if is_complete and chunk.sequence.params is not None:
             chunk.sequence.completion_ids.append(7)
+        elif is_complete:
+            assert scheduler.remove(chunk.sequence)
     return chunks
 
 
@@ -73,7 +93,7 @@ def sizes(chunks: list[ScheduledChunk], *sequences: Sequence) -> list[int]:
 
 def test_a_prompt_within_the_budget_is_computed_in_one_step() -> None:
     a = prompt(10)
-    scheduler = make(a, max_prefill_tokens=10)
+    scheduler = make(a, max_rows=10)
     (chunk,) = scheduler.schedule()
     assert chunk == ScheduledChunk(a, 10)
     assert chunk.is_last
@@ -81,7 +101,7 @@ def test_a_prompt_within_the_budget_is_computed_in_one_step() -> None:
 
 def test_a_prompt_beyond_the_budget_is_computed_in_chunks_and_only_the_last_one_counts() -> None:
     a = prompt(10)
-    scheduler = make(a, max_prefill_tokens=4)
+    scheduler = make(a, max_rows=4)
     chunks = []
     while not a.completion_ids:
         (chunk,) = scheduler.schedule()
@@ -100,48 +120,47 @@ def test_after_its_prompt_a_sequence_computes_one_token_a_step() -> None:
 
 def test_decode_continues_beside_a_long_prefill() -> None:
     a, b = prompt(3), prompt(10)
-    scheduler = make(a, max_prefill_tokens=4)
+    scheduler = make(a, max_rows=4)
     step(scheduler)
     scheduler.add(b)
-    assert [sizes(step(scheduler), a, b) for _ in range(4)] == [[1, 4], [1, 4], [1, 2], [1, 1]]
+    assert [sizes(step(scheduler), a, b) for _ in range(5)] == [
+        [1, 3], [1, 3], [1, 3], [1, 1], [1, 1],
+    ]  # fmt: skip
 
 
-def test_decoding_sequences_do_not_use_up_the_budget_of_prompts() -> None:
+def test_decoding_sequences_never_use_up_all_rows_of_a_step() -> None:
     decoding, b = [prompt(2) for _ in range(6)], prompt(9)
-    scheduler = make(*decoding, max_prefill_tokens=4)
-    for _ in range(3):
+    scheduler = make(*decoding, max_rows=4)
+    while not all(sequence.completion_ids for sequence in decoding):
         step(scheduler)
-    assert all(sequence.completion_ids for sequence in decoding)
     scheduler.add(b)
-    assert sizes(step(scheduler), *decoding, b) == [1] * 6 + [4]
+    assert sizes(step(scheduler), *decoding, b)[-1] == 1
 
 
 def test_what_the_first_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
     a, b, c = prompt(3), prompt(8), prompt(5)
-    scheduler = make(a, b, c, max_prefill_tokens=5)
+    scheduler = make(a, b, c, max_rows=5)
     assert sizes(step(scheduler), a, b, c) == [3, 2, 0]
-    assert sizes(step(scheduler), a, b, c) == [1, 5, 0]
-    assert sizes(step(scheduler), a, b, c) == [1, 1, 4]
-    assert sizes(step(scheduler), a, b, c) == [1, 1, 1]
+    assert sizes(step(scheduler), a, b, c) == [1, 4, 0]
+    assert sizes(step(scheduler), a, b, c) == [1, 2, 2]
+    assert sizes(step(scheduler), a, b, c) == [1, 1, 3]
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("max_rows", [2, 3, 7, 64])
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5])
 def test_no_step_exceeds_its_limits_and_every_prompt_gets_done(
-    max_num_seqs: int, max_prefill_tokens: int
+    max_num_seqs: int, max_rows: int
 ) -> None:
     sequences = [prompt(num_tokens) for num_tokens in (1, 30, 2, 2, 17, 64, 5, 1, 9)]
-    scheduler = make(*sequences, max_num_seqs=max_num_seqs, max_prefill_tokens=max_prefill_tokens)
+    scheduler = make(*sequences, max_num_seqs=max_num_seqs, max_rows=max_rows)
     # Every step computes something, so there cannot be more steps than tokens.
     for _ in range(sum(len(sequence.prompt_ids) + 2 for sequence in sequences)):
         if scheduler.is_idle:
             break
-        is_prefill = {sequence: sequence.num_uncomputed > 1 for sequence in sequences}
         chunks = step(scheduler)
         assert 0 < len(chunks) <= max_num_seqs
         assert all(chunk.num_tokens > 0 for chunk in chunks)
-        prefilled = sum(chunk.num_tokens for chunk in chunks if is_prefill[chunk.sequence])
-        assert prefilled <= max_prefill_tokens
+        assert sum(chunk.num_tokens for chunk in chunks) <= max_rows
         for sequence in list(scheduler.running):
             if len(sequence.completion_ids) == 3:
                 assert scheduler.remove(sequence)
@@ -150,20 +169,20 @@ def test_no_step_exceeds_its_limits_and_every_prompt_gets_done(
 
 def test_the_chunks_of_a_prompt_cover_it_without_gap_or_overlap() -> None:
     a, b = prompt(23), prompt(11)
-    scheduler = make(a, b, max_prefill_tokens=4)
+    scheduler = make(a, b, max_rows=4)
     covered: dict[Sequence, list[int]] = {a: [], b: []}
-    for _ in range(9):
+    for _ in range(12):
         for chunk in scheduler.schedule():
             begin = chunk.sequence.num_computed
             covered[chunk.sequence] += range(begin, begin + chunk.num_tokens)
         step(scheduler)
     assert covered[a][:23] == list(range(23))
-    assert covered[b] == list(range(11))
+    assert covered[b][:11] == list(range(11))
 
 
 def test_scheduling_alone_changes_no_sequence() -> None:
     a = prompt(10)
-    scheduler = make(a, max_prefill_tokens=4)
+    scheduler = make(a, max_rows=4)
     assert scheduler.schedule() == scheduler.schedule() == [ScheduledChunk(a, 4)]
     assert a.num_computed == 0 and a.completion_ids == []
 
@@ -173,7 +192,7 @@ def test_scheduling_alone_changes_no_sequence() -> None:
 
 def test_prompts_are_finished_in_the_order_they_came() -> None:
     sequences = [prompt(num_tokens) for num_tokens in (9, 2, 30, 4)]
-    scheduler = make(*sequences, max_prefill_tokens=3)
+    scheduler = make(*sequences, max_rows=3)
     done: list[Sequence] = []
     for _ in range(sum(len(sequence.prompt_ids) for sequence in sequences)):
         step(scheduler)
@@ -222,7 +241,7 @@ def test_a_waiting_sequence_can_be_removed_and_never_runs() -> None:
 
 def test_a_sequence_can_be_removed_in_the_middle_of_its_prefill() -> None:
     a, b = prompt(50), prompt(4)
-    scheduler = make(a, b, max_prefill_tokens=4)
+    scheduler = make(a, b, max_rows=4)
     assert sizes(step(scheduler), a, b) == [4, 0]
     assert scheduler.remove(a)
     assert sizes(step(scheduler), a, b) == [0, 4]
@@ -259,12 +278,140 @@ def test_the_scheduler_is_idle_when_nobody_waits_or_runs() -> None:
     assert scheduler.is_idle
 
 
-@pytest.mark.parametrize(("max_num_seqs", "max_prefill_tokens"), [(0, 1), (1, 0), (-1, 1)])
+@pytest.mark.parametrize(("max_num_seqs", "max_rows"), [(0, 2), (1, 1), (-1, 2)])
 def test_limits_that_let_nothing_run_are_a_mistake_of_the_caller(
-    max_num_seqs: int, max_prefill_tokens: int
+    max_num_seqs: int, max_rows: int
 ) -> None:
     with pytest.raises(AssertionError):
-        Scheduler(max_num_seqs, max_prefill_tokens, FakeMemory())
+        Scheduler(max_num_seqs, max_rows, FakeMemory())
+
+
+# --- shared among requests ------------------------------------------------------------
+
+
+def steps_to_first_token(scheduler: Scheduler, sequence: Sequence) -> int:
+    """Steps until the sequence, which joins now, has a token."""
+    scheduler.add(sequence)
+    for number in range(1, 1000):
+        step(scheduler)
+        if sequence.completion_ids:
+            return number
+    raise AssertionError("it never gets a token")
+
+
+def test_a_request_alone_has_all_rows_of_a_step_and_several_an_eighth() -> None:
+    heavy, chat = prompt(1000, Work()), prompt(20, Work())
+    scheduler = make(heavy, max_rows=80)
+    assert sizes(step(scheduler), heavy) == [80]
+    scheduler.add(chat)
+    assert sum(sizes(step(scheduler), heavy, chat)) <= 10
+
+
+def test_a_short_prompt_goes_before_one_that_has_had_many_rows() -> None:
+    heavy, chat = prompt(10_000, Work()), prompt(64, Work())
+    scheduler = make(heavy, max_rows=256)
+    step(scheduler)
+    # Two steps of 32 rows; one in four goes to who waits longest.
+    assert steps_to_first_token(scheduler, chat) <= 3
+
+
+def test_of_two_long_prompts_neither_waits_for_the_other_to_end() -> None:
+    a, b = prompt(3000, Work()), prompt(3000, Work())
+    scheduler = make(a, b, max_rows=256)
+    for _ in range(60):
+        step(scheduler)
+    assert min(a.num_computed, b.num_computed) > 0.4 * max(a.num_computed, b.num_computed) > 0
+
+
+def test_a_long_prompt_gets_rows_however_many_short_ones_come() -> None:
+    heavy = prompt(10_000, Work())
+    scheduler = make(heavy, max_rows=256)
+    step(scheduler)
+    computed = heavy.num_computed
+    for _ in range(40):
+        chat = prompt(200, Work())
+        scheduler.add(chat)
+        step(scheduler)
+        scheduler.remove(chat)
+    # One in four of forty steps of 32 rows, less what the answers decode.
+    assert heavy.num_computed - computed >= 9 * 28
+
+
+def test_a_request_with_many_sequences_leaves_slots_to_others() -> None:
+    many, works = Work(), [Work() for _ in range(3)]
+    scheduler = make(*(prompt(2, many) for _ in range(30)), max_num_seqs=8)
+    step(scheduler)
+    assert len(scheduler.running) == 8
+    chats = [prompt(2, work) for work in works]
+    for chat in chats:
+        scheduler.add(chat)
+    for _ in range(4):
+        step(scheduler)
+    assert all(chat.completion_ids for chat in chats)
+
+
+def test_of_more_than_can_decode_each_request_has_one_in_every_step() -> None:
+    many, chat = [prompt(1, ONE) for _ in range(4)], prompt(1, Work())
+    scheduler = make(*many, max_num_seqs=4)
+    step(scheduler)
+    scheduler.add(chat)
+    while not chat.completion_ids:
+        step(scheduler)
+    before = [len(sequence.completion_ids) for sequence in [*many, chat]]
+    for _ in range(12):
+        assert len(step(scheduler)) == 4
+    after = [len(sequence.completion_ids) for sequence in [*many, chat]]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [9, 9, 9, 9, 12]
+
+
+def test_no_more_than_max_num_seqs_requests_run_together() -> None:
+    sequences = [prompt(2, Work()) for _ in range(5)]
+    scheduler = make(*sequences, max_num_seqs=3)
+    for _ in range(9):
+        step(scheduler)
+    assert scheduler.running == sequences[:3]
+
+
+def test_a_request_that_was_taken_up_does_not_queue_again() -> None:
+    judged = Work()
+    first, *others = prompt(2, judged), *(prompt(2, Work()) for _ in range(4))
+    scheduler = make(first, *others, max_num_seqs=2)
+    step(scheduler)
+    scheduler.remove(first)
+    step(scheduler)  # another has the place of the first
+    answer = prompt(2, judged)
+    assert steps_to_first_token(scheduler, answer) <= 2
+
+
+def test_a_row_counts_for_more_the_more_positions_it_attends_to() -> None:
+    far, other = prompt(10_000, Work()), prompt(2, Work())
+    scheduler = make(far, other, max_rows=256)
+    step(scheduler)
+    far.num_computed = POSITIONS_PER_ROW
+    assert sizes(step(scheduler), far, other)[0] == 16
+
+
+# --- continuations --------------------------------------------------------------------
+
+
+def test_continuations_are_computed_behind_the_prompt_as_far_as_the_rows_reach() -> None:
+    a = scored(6, 3, 1, 4, 2, 5)  # 2, 0, 3, 1 and 4 rows
+    scheduler = make(a, max_rows=10)
+    rows = []
+    while not scheduler.is_idle:
+        [chunk] = step(scheduler)
+        rows.append((chunk.num_tokens, chunk.num_continuations))
+    assert rows == [(6, 2), (0, 3)]
+
+
+def test_a_continuation_longer_than_a_step_is_computed_on_its_own() -> None:
+    a = scored(6, 30, 2)
+    scheduler = make(a, max_rows=8)
+    chunks = []
+    while not scheduler.is_idle:
+        chunks += [(c.num_tokens, c.num_continuations, c.num_rows) for c in scheduler.schedule()]
+        step(scheduler)
+    assert chunks == [(6, 0, 6), (0, 1, 29), (0, 1, 1)]
 
 
 # --- when memory is short -------------------------------------------------------------
@@ -309,23 +456,27 @@ arrivals = st.lists(
         st.integers(1, 40),  # tokens of its prompt
         st.integers(1, 20),  # tokens it wants
         st.none() | st.integers(0, 40),  # the step before which it is aborted
+        st.integers(0, 3),  # its request
     ),
     max_size=12,
 )
 
 
-@given(arrivals, st.integers(1, 5), st.integers(1, 30), st.integers(60, 120))
+@given(arrivals, st.integers(1, 5), st.integers(2, 30), st.integers(60, 120))
 def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
-    arrivals: list[tuple[int, int, int, int | None]],
+    arrivals: list[tuple[int, int, int, int | None, int]],
     max_num_seqs: int,
-    max_prefill_tokens: int,
+    max_rows: int,
     room: int,
 ) -> None:
     memory = FakeMemory(room)
-    scheduler = Scheduler(max_num_seqs, max_prefill_tokens, memory)
+    scheduler = Scheduler(max_num_seqs, max_rows, memory)
+    works = [Work() for _ in range(4)]
     sequences = [
-        Sequence([7] * size, SamplingParams(max_tokens=wanted), [], lambda event: None)
-        for _, size, wanted, _ in arrivals
+        Sequence(
+            [7] * size, SamplingParams(max_tokens=wanted), [], lambda event: None, work=works[i]
+        )
+        for _, size, wanted, _, i in arrivals
     ]
     open_ones = set(sequences)
 
@@ -335,17 +486,20 @@ def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
         scheduler.remove(sequence)
 
     # A sequence that had to give way computes its tokens again; the first one never does.
-    bound = 40 + sum((size + wanted) * (wanted + 1) for _, size, wanted, _ in arrivals)
+    bound = 40 + sum((size + wanted) * (wanted + 1) for _, size, wanted, _, _ in arrivals)
     for number in range(bound):
-        for sequence, (arrives, _, _, aborted) in zip(sequences, arrivals, strict=True):
+        for sequence, (arrives, _, _, aborted, _) in zip(sequences, arrivals, strict=True):
             if arrives == number:
                 scheduler.add(sequence)
             if aborted == number and arrives <= number:
                 end(sequence)
         chunks = step(scheduler)
-        prefilled = [c.num_tokens for c in chunks if c.num_tokens > 1]
-        assert sum(prefilled) <= max_prefill_tokens
-        assert len(scheduler.running) <= max_num_seqs
+        assert sum(chunk.num_rows for chunk in chunks) <= max_rows
+        per_work = Counter(sequence.work for sequence in scheduler.running)
+        assert max(per_work.values(), default=0) <= max_num_seqs
+        is_prefill = [chunk for chunk in chunks if chunk.num_tokens > 1]
+        if len(per_work) > 1 and is_prefill:
+            assert sum(c.num_rows for c in is_prefill) <= scheduler.max_shared_rows
         assert sum(memory.held.values()) <= room
         assert set(memory.held) == set(scheduler.running), "memory held by who does not run"
         for sequence in list(scheduler.running):
@@ -357,3 +511,14 @@ def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
     assert scheduler.is_idle
     assert not open_ones
     assert not memory.held
+
+
+def test_a_request_with_many_sequences_gives_way_to_one_with_none() -> None:
+    many, chat = [prompt(4, ONE) for _ in range(4)], prompt(4, Work())
+    scheduler = make(*many, memory=FakeMemory(16))
+    step(scheduler)
+    scheduler.add(chat)
+    for _ in range(3):
+        step(scheduler)
+    assert chat.completion_ids
+    assert len(scheduler.running) < 5

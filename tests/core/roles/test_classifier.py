@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from server.core.engine.engine import Scores
+from server.core.engine.work import Work
 from server.core.roles.classifier import Classification, Classifier
 from server.core.roles.heads import LinearHead
 from server.core.roles.judges import HeadJudge, Judge, LabelJudge
@@ -67,6 +68,7 @@ class FakeScorer:
         layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
+        work: Work | None = None,
     ) -> Scores:
         prompt = "".join(map(chr, prompt_ids))
         self.calls.append((prompt, ["".join(map(chr, ids)) for ids in continuations]))
@@ -141,14 +143,11 @@ async def bounded(awaitable: Awaitable[T]) -> T:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Lets the other coroutines run until the condition holds."""
-    for _ in range(100):
-        if condition():
-            return
-        turn = asyncio.Event()
-        asyncio.get_running_loop().call_soon(turn.set)
-        await turn.wait()
-    raise AssertionError("it never came to that")
+    """Lets the other coroutines and threads run until the condition holds."""
+    async with asyncio.timeout(BOUND_S):
+        # Any condition, which may come true on a thread.
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 def start(
@@ -920,6 +919,7 @@ async def test_one_question_is_computed_before_the_others_which_come_together() 
     scorer = up()
     scorer.gate.clear()
     answers = asyncio.create_task(make(scorer).answer(questions("a", "b", "c"), CONVERSATION))
+    await until(lambda: bool(scorer.calls))
     await settle()
     assert len(scorer.calls) == 1
     first_gate, scorer.gate = scorer.gate, asyncio.Event()
@@ -935,6 +935,7 @@ async def test_known_answers_do_not_count_as_the_first() -> None:
     await classifier.answer(questions("a"), CONVERSATION)
     scorer.gate.clear()
     answers = asyncio.create_task(classifier.answer(questions("a", "b", "c"), CONVERSATION))
+    await until(lambda: len(scorer.calls) > 1)
     await settle()
     assert [prompt[-1] for prompt, _ in scorer.calls] == ["a", "b"]
     scorer.gate.set()

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from server.core.engine.engine import Scores
+from server.core.engine.work import Work
 from server.core.roles import fitting
 from server.core.roles.fitting import (
     LABEL_SCORES_STRIDE,
@@ -22,7 +23,7 @@ from server.core.roles.fitting import (
 )
 from server.core.roles.heads import Floats, Indices, LinearHead, calibrate, fit_heads, log_loss
 from server.core.roles.judges import CrossValidation, HeadJudge, Judge, LabelJudge
-from server.core.roles.prompts import MAX_LABEL_TOKENS, REFERENCE_TEXTS, TaskPrompts, encode_labels
+from server.core.roles.prompts import MAX_LABEL_TOKENS, REFERENCE_TEXTS, TaskPrompts
 from server.core.roles.tasks import MIN_EXAMPLES, Example, Label, Task
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
@@ -92,6 +93,7 @@ class FakeModel:
         layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
+        work: Work | None = None,
     ) -> Scores:
         prompt = "".join(map(chr, prompt_ids))
         text = prompt.partition("|")[2]
@@ -527,10 +529,10 @@ def test_what_all_prompts_share_is_what_comes_before_the_text() -> None:
 def test_labels_need_room_behind_the_prompt_for_all_but_their_last_tokens() -> None:
     tokenizer = cast(ChatTokenizer, FakeTokenizer())
     # <up>, <down> and <flat> have 16 tokens; the last of each is only looked at.
-    found = encode_labels(task(), tokenizer, 50, 50 + 13 + 1)
+    found = TaskPrompts(task(), tokenizer, 50 + 13 + 1).labels(50)
     assert ["".join(map(chr, ids)) for ids in found] == ["<up>", "<down>", "<flat>"]
     with pytest.raises(ContextLengthError):
-        encode_labels(task(), tokenizer, 50, 50 + 13)
+        TaskPrompts(task(), tokenizer, 50 + 13).labels(50)
 
 
 def test_a_head_that_claims_too_much_is_cooled() -> None:

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from server.core.engine.engine import EngineClosedError, Scores, SequenceAbortedError, TokenStream
+from server.core.engine.engine import Scores
 from server.core.engine.sequence import (
     AbortedEvent,
     Event,
@@ -20,7 +20,9 @@ from server.core.engine.sequence import (
     SamplingParams,
     TokenEvent,
 )
-from server.core.roles.classifier import Classification, Classifier
+from server.core.engine.stream import EngineClosedError, SequenceAbortedError, TokenStream
+from server.core.engine.work import Work
+from server.core.roles.classifier import Classification, Classifier, PreparedTexts
 from server.core.roles.judges import LabelJudge
 from server.core.roles.reply import Replier, Reply, with_cue
 from server.core.roles.tasks import FILE, Label, ReplyStyle, Task, read_prompts, text_in
@@ -68,11 +70,13 @@ class FakeGenerator:
         self.prefilled: list[list[int]] = []
         self.num_known: int | None = 3
 
-    async def prefill(self, prompt_ids: list[int]) -> int | None:
+    async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
         self.prefilled.append(prompt_ids)
         return self.num_known
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+    ) -> TokenStream:
         self.submitted.append((prompt_ids, params))
         stream = TokenStream(self._abort)
         for event in self.events:
@@ -96,14 +100,17 @@ class FakeClassifier:
         self._label, self._error = label, error
         self.asked: list[tuple[str, str]] = []
 
-    def is_known(self, task: Task, text: str) -> bool:
-        return False
+    def prepare(self, task: Task, texts: list[str]) -> PreparedTexts:
+        keys = [(task.name, task.version, text) for text in texts]
+        return PreparedTexts(task, keys, {key: [7] for key in keys}, [], 0)
 
-    async def classify(self, task: Task, text: str) -> Classification:
-        self.asked.append((task.name, text))
+    async def judge(self, prepared: PreparedTexts, work: Work) -> list[Classification]:
+        for name, _, text in prepared.keys:
+            self.asked.append((name, text))
         if self._error is not None:
             raise self._error
-        return Classification(self._label, 0.9, ((self._label, 0.9),), 7, 0)
+        label = self._label
+        return [Classification(label, 0.9, ((label, 0.9),), 7, 0) for _ in prepared.keys]
 
 
 class FakeScorer:
@@ -121,6 +128,7 @@ class FakeScorer:
         layers: tuple[int, ...] = (),
         num_shared: int = 0,
         is_pinned: bool = False,
+        work: Work | None = None,
     ) -> Scores:
         self.prompts.append(prompt_ids)
         return Scores(self._logprobs, num_cached=0)
@@ -630,9 +638,9 @@ async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
         ticking = loop.call_soon(tick)
 
     class Prefilling(FakeGenerator):
-        async def prefill(self, prompt_ids: list[int]) -> int | None:
+        async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
             begun.append(("prefill", turn))
-            return await super().prefill(prompt_ids)
+            return await super().prefill(prompt_ids, work=work)
 
     class Scoring(FakeScorer):
         async def score(self, *args: Any, **kwargs: Any) -> Scores:
@@ -833,7 +841,7 @@ async def test_a_client_that_leaves_during_the_pass_gets_no_answer(
     asked = asyncio.Event()
 
     class Endless(FakeClassifier):
-        async def classify(self, task: Task, text: str) -> Classification:
+        async def judge(self, prepared: PreparedTexts, work: Work) -> list[Classification]:
             asked.set()
             await asyncio.Event().wait()
             raise AssertionError
@@ -849,7 +857,9 @@ async def test_a_client_that_leaves_during_the_pass_gets_no_answer(
 
 async def test_a_closed_engine_is_an_error_of_the_reply(make: Callable[..., Replier]) -> None:
     class Closed(FakeGenerator):
-        def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+        def submit(
+            self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+        ) -> TokenStream:
             raise EngineClosedError
 
     with pytest.raises(EngineClosedError):

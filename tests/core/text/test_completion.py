@@ -2,8 +2,9 @@
 
 import pytest
 
-from server.core.engine.engine import TokenStream
 from server.core.engine.sequence import FinishedEvent, FinishReason, SamplingParams, TokenEvent
+from server.core.engine.stream import TokenStream
+from server.core.engine.work import Work
 from server.core.text.completion import Completer, Prompt
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
@@ -19,11 +20,13 @@ class FakeGenerator:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.prefilled: list[list[int]] = []
 
-    async def prefill(self, prompt_ids: list[int]) -> int | None:
+    async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
         self.prefilled.append(prompt_ids)
         return 3
 
-    def submit(self, prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+    def submit(
+        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+    ) -> TokenStream:
         self.submitted.append((prompt_ids, params))
         stream = TokenStream(lambda: None, lambda: 2)
         stream.events.put_nowait(TokenEvent(5))

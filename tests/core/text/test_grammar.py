@@ -1,17 +1,22 @@
 """Grammars: whatever tokens a model likes best, what comes out fits."""
 
+import copy
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 from transformers import AutoTokenizer
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
+from server.core.text import grammar as grammar_module
 from server.core.text.grammar import (
+    MAX_KEPT,
     FormatTooComplexError,
     Grammar,
     GrammarCompiler,
@@ -19,7 +24,7 @@ from server.core.text.grammar import (
     OutputFormat,
 )
 from server.core.text.tokenizer import ChatTokenizer
-from server.core.text.tools import CallDelta, CallParser, TextDelta, Tool
+from server.core.text.tools import Answer, Tool
 
 WEATHER = Tool(
     "get_weather",
@@ -229,15 +234,13 @@ def test_required_calls_are_read_back_and_fit_their_schema(
 ) -> None:
     grammar = compiler.tool_calls([WEATHER, CLOCK], is_required=True, is_parallel=True)
     text = walk(grammar, tokenizer, random.Random(seed))
-    parser = CallParser()
-    deltas = [delta for char in text for delta in parser.push(char)] + parser.flush()
-    assert parser.num_calls == 1
-    assert not [delta for delta in deltas if isinstance(delta, TextDelta)]
-    calls = [delta for delta in deltas if isinstance(delta, CallDelta)]
-    [name] = [delta.name for delta in calls if delta.name is not None]
-    arguments = json.loads("".join(delta.arguments for delta in calls))
-    [tool] = [tool for tool in (WEATHER, CLOCK) if tool.name == name]
-    jsonschema.validate(arguments, tool.parameters)
+    answer = Answer(has_tools=True)
+    for char in text:
+        answer.add(char)
+    assert not answer.end() and not answer.text
+    [call] = answer.calls
+    [tool] = [tool for tool in (WEATHER, CLOCK) if tool.name == call.name]
+    jsonschema.validate(json.loads(call.arguments), tool.parameters)
 
 
 def test_an_added_token_that_is_not_special_is_text_to_a_grammar() -> None:
@@ -289,3 +292,85 @@ def test_every_part_of_a_format_counts(
 
 def test_where_any_text_will_do_there_is_no_grammar(compiler: GrammarCompiler) -> None:
     assert compiler.compile(OutputFormat()) is None
+
+
+# --- what is kept ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts of all grammars that are compiled from here on."""
+    texts: list[str] = []
+
+    class Spy:
+        grammar_from_lark = staticmethod(LLMatcher.grammar_from_lark)
+        grammar_from_json_schema = staticmethod(LLMatcher.grammar_from_json_schema)
+
+        def __call__(self, tokenizer: Any, text: str, **options: Any) -> LLMatcher:
+            texts.append(text)
+            return LLMatcher(tokenizer, text, **options)
+
+    monkeypatch.setattr(grammar_module, "LLMatcher", Spy())
+    return texts
+
+
+def copy_of(compiler: GrammarCompiler) -> GrammarCompiler:
+    """A compiler that has compiled nothing yet."""
+    fresh = GrammarCompiler(compiler._chat_tokenizer, compiler._eos_token_ids)
+    fresh.__dict__["_tokenizer"] = compiler._tokenizer  # takes seconds to make
+    return fresh
+
+
+@pytest.fixture
+def forgetful(compiler: GrammarCompiler) -> GrammarCompiler:
+    return copy_of(compiler)
+
+
+def test_the_same_tools_are_compiled_once(
+    forgetful: GrammarCompiler, tokenizer: ChatTokenizer, compiled: list[str]
+) -> None:
+    first = forgetful.compile(OutputFormat(tools=[WEATHER, CLOCK]))
+    # Equal, but not the same objects: as the next request brings them.
+    again = forgetful.compile(OutputFormat(tools=copy.deepcopy([WEATHER, CLOCK])))
+    assert first is again and len(compiled) == 1
+    forgetful.compile(OutputFormat(tools=[CLOCK]))
+    forgetful.compile(OutputFormat(tools=[WEATHER, CLOCK], is_parallel=False))
+    assert len(compiled) == 3
+    # Whoever follows it leaves it as it was.
+    assert first is not None
+    for _ in range(2):
+        assert accepts(first, tokenizer, TIME)
+
+
+def test_only_those_used_last_are_kept(forgetful: GrammarCompiler, compiled: list[str]) -> None:
+    for number in [*range(MAX_KEPT), 0, MAX_KEPT, 0]:
+        forgetful.json_schema({"const": number})
+    assert len(compiled) == MAX_KEPT + 1
+    forgetful.json_schema({"const": 1})
+    assert len(compiled) == MAX_KEPT + 2
+
+
+def test_a_grammar_that_is_very_long_is_not_kept(
+    compiler: GrammarCompiler, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_module, "MAX_KEPT_CHARS", 1000)
+    forgetful = copy_of(compiler)
+    for schema in [{"const": "a" * 1000}, {"const": "a"}] * 2:
+        forgetful.json_schema(schema)
+    assert len(compiled) == 3
+
+
+def test_a_grammar_that_fails_is_not_kept(forgetful: GrammarCompiler, compiled: list[str]) -> None:
+    for _ in range(2):
+        with pytest.raises(GrammarError):
+            forgetful.json_schema({"not": {}})
+    assert len(compiled) == 2
+    assert not forgetful._kept
+
+
+def test_threads_may_compile_at_once(forgetful: GrammarCompiler) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        schemas = [{"const": number % 5} for number in range(200)]
+        grammars = list(pool.map(forgetful.json_schema, schemas))
+    assert len(forgetful._kept) == 5
+    assert len({id(grammar) for grammar in grammars[100:]}) == 5

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from server.core.text.tokenizer import ChatTokenizer
-from server.core.text.tools import CallDelta, CallParser, Delta, TextDelta, Tool, without_tools
+from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, Tool, without_tools
 
 TOOL = Tool("look_up", {"type": "object", "properties": {"q": {"type": "string"}}}, "Looks it up.")
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"q": "}\\n<x>"}}\n</tool_call>'
@@ -82,8 +82,8 @@ def test_no_tool_can_open_a_turn(tokenizer: ChatTokenizer) -> None:
 
 def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     """The text, and each call's name and arguments."""
-    parser = CallParser()
-    deltas: list[Delta] = [d for piece in pieces for d in parser.push(piece)] + parser.flush()
+    answer = Answer(has_tools=True)
+    deltas: list[Delta] = [d for piece in pieces for d in answer.add(piece)] + answer.end()
     text, calls = "", list[tuple[str, str]]()
     for delta in deltas:
         match delta:
@@ -96,7 +96,8 @@ def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
             case CallDelta(index, None, arguments):
                 assert arguments and index == len(calls) - 1
                 calls[-1] = (calls[-1][0], calls[-1][1] + arguments)
-    assert parser.num_calls == len(calls)
+    assert answer.text == text
+    assert [(call.name, call.arguments) for call in answer.calls] == calls
     return text, calls
 
 
@@ -131,3 +132,16 @@ def test_an_answer_is_told_apart_wherever_its_pieces_end(
         pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
         assert read(pieces) == (text, calls), pieces
     assert read(list(answer)) == (text, calls)
+
+
+def test_an_answer_without_tools_is_text_whatever_it_looks_like() -> None:
+    answer = Answer(has_tools=False)
+    assert [answer.add(CALL), answer.add(""), answer.end()] == [[TextDelta(CALL)], [], []]
+    assert answer.text == CALL and not answer.calls
+
+
+def test_calls_have_ids_of_their_own() -> None:
+    answer = Answer(has_tools=True)
+    answer.add(f"{CALL}\n{CALL}")
+    first, second = (call.id for call in answer.calls)
+    assert first.startswith("call_") and first != second

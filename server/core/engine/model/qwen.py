@@ -6,7 +6,7 @@ read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.kv_cache import KVMemory
 from server.core.engine.model.linear import FloatLinear, Linear, LinearFactory, linear_factory
 from server.core.engine.model.weights import WeightReader
+from server.core.engine.runner import StepInterruptedError
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,16 @@ class QwenModel:
             c.num_layers, c.num_kv_heads, c.head_dim, max_tokens=max_tokens, max_context=max_context
         )
 
-    def forward(self, segments: Sequence[Segment]) -> list[list[Tensor]]:
+    def forward(
+        self, segments: Sequence[Segment], should_stop: Callable[[], bool] = lambda: False
+    ) -> list[list[Tensor]]:
         """Computes the segments and appends them to their caches, which have room.
 
         Returns the hidden states of each segment after each of its layers: (T, C).
+
+        Raises:
+            StepInterruptedError: `should_stop`, which is asked before each layer, said so. No
+                cache is longer than before.
         """
         order = step_order(segments)
         ordered = [segments[i] for i in order]
@@ -81,6 +88,8 @@ class QwenModel:
         ids = torch.tensor([i for s in ordered for i in s.token_ids])
         hidden = F.embedding(ids, self._embeddings).float()
         for i, layer in enumerate(self._layers):
+            if should_stop():
+                raise StepInterruptedError
             layer.out.add_to(hidden, self._attention(i, layer, hidden, attend, rotations))
             gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
             layer.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))

@@ -2,19 +2,22 @@
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from server.core.engine.engine import StepResult
 from server.core.engine.heap import trim_heap
 from server.core.engine.model.attention import Segment
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel
 from server.core.engine.model.sampler import Sampler
+from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
 
@@ -22,10 +25,18 @@ from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
 LOGITS_ROWS = 128
 
 
-@dataclass(frozen=True)
+@dataclass
 class _State:
+    """What the runner keeps of an admitted sequence.
+
+    logprobs: of each continuation, once its prompt is computed; those of tokens behind the first
+    are added as they are computed. hidden_states: (L, C), as `Scores` has them.
+    """
+
     cache: KVCache
     sampler: Sampler | None
+    logprobs: list[float] = field(default_factory=list)
+    hidden_states: NDArray[np.float32] | None = None
 
 
 class ModelRunner:
@@ -58,57 +69,70 @@ class ModelRunner:
         return self._memory.num_tokens
 
     @torch.inference_mode()
-    def step(self, chunks: list[ScheduledChunk]) -> dict[Sequence, StepResult | Exception]:
-        """One forward over all chunks; a result for each whose prompt is now complete."""
-        hidden = self._model.forward([self._segment(chunk) for chunk in chunks])
-        # Of each complete prompt its hidden states after each of its layers, last token first.
-        complete = {
-            chunk.sequence: [rows[chunk.num_tokens - 1 :] for rows in states]
-            for chunk, states in zip(chunks, hidden, strict=True)
-            if chunk.is_last
-        }
-        continued = {
-            sequence: states[-1]
-            for sequence, states in complete.items()
-            if sequence.params is not None or sequence.continuations
-        }
-        logits = self._logits(continued) if continued else {}
+    def step(
+        self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[Sequence, StepResult | Exception]:
+        """One forward over all chunks; a result for each sequence that is then complete.
+
+        Raises:
+            StepInterruptedError: `should_stop`, which is asked before each layer, said so.
+        """
+        segments = [self._segment(chunk) for chunk in chunks]
+        hidden = self._model.forward(segments, should_stop)
+        states = dict(zip(chunks, hidden, strict=True))
+        logits, logprobs = self._logits(states)
         results: dict[Sequence, StepResult | Exception] = {}
-        for sequence, states in complete.items():
+        for chunk in chunks:
+            known = states[chunk], logits.get(chunk), logprobs.get(chunk, [])
             try:
-                results[sequence] = self._result(sequence, states, logits.get(sequence))
+                if (result := self._result(chunk, *known)) is not None:
+                    results[chunk.sequence] = result
             except Exception as error:
-                results[sequence] = error
+                results[chunk.sequence] = error
         return results
 
-    def _logits(self, rows: dict[Sequence, Tensor]) -> dict[Sequence, tuple[Tensor, Tensor]]:
-        """Logits of what follows each prompt (V,), and log-probabilities of what is known to (T,).
+    def _logits(
+        self, states: Mapping[ScheduledChunk, list[Tensor]]
+    ) -> tuple[dict[ScheduledChunk, Tensor], dict[ScheduledChunk, list[float]]]:
+        """Logits behind each complete prompt (V,), and log-probabilities within continuations.
 
         The latter are of the continuations' tokens but each one's first, in order.
-        rows: the hidden state of the last prompt token, then of the continuations' tokens.
+        states: the hidden states of each chunk, (T, C) after each of its layers.
         """
-        prompts = torch.cat([each[:1] for each in rows.values()])
-        others = torch.cat([each[1:] for each in rows.values()])
+        prompts = {
+            chunk: rows[-1][chunk.num_tokens - 1]
+            for chunk, rows in states.items()
+            if chunk.is_prompt_complete and chunk.num_tokens and _needs_logits(chunk.sequence)
+        }
+        scored = {chunk: rows[-1][chunk.num_tokens :] for chunk, rows in states.items()
+                  if chunk.num_rows > chunk.num_tokens}  # fmt: skip
+        if not prompts and not scored:
+            return {}, {}
+        rows = [*(row[None] for row in prompts.values()), *scored.values()]
         token_ids = torch.tensor(
-            [token_id for each in rows for ids in each.continuations for token_id in ids[1:]],
+            [ids[i] for chunk in scored for ids in chunk.continuations for i in range(1, len(ids))],
             dtype=torch.long,
         )
         # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
         # goes with the prompts; in most steps there is no other.
-        first = self._model.logits(torch.cat([prompts, others[:LOGITS_ROWS]]))
-        logits, of_others = first[: len(prompts)], first[len(prompts) :]
-        logprobs = [self._logprobs(of_others, token_ids[:LOGITS_ROWS])]
-        for begin in range(LOGITS_ROWS, len(others), LOGITS_ROWS):
-            block = slice(begin, begin + LOGITS_ROWS)
-            logprobs.append(self._logprobs(self._model.logits(others[block]), token_ids[block]))
-        lengths = [len(each) - 1 for each in rows.values()]
-        behind = torch.split(torch.cat(logprobs), lengths)
-        return dict(zip(rows, zip(logits[:, : self._vocab_size], behind, strict=True), strict=True))
+        hidden, num_prompts = torch.cat(rows), len(prompts)
+        first = self._model.logits(hidden[: num_prompts + LOGITS_ROWS])
+        logprobs = self._logprobs(first[num_prompts:], token_ids[:LOGITS_ROWS])
+        for begin in range(LOGITS_ROWS, len(token_ids), LOGITS_ROWS):
+            block = self._model.logits(hidden[num_prompts + begin :][:LOGITS_ROWS])
+            logprobs += self._logprobs(block, token_ids[begin : begin + LOGITS_ROWS])
+        logits = first[:num_prompts, : self._vocab_size]
+        parts = iter(logprobs)
+        return (
+            dict(zip(prompts, logits, strict=True)),
+            {chunk: list(islice(parts, len(rows))) for chunk, rows in scored.items()},
+        )
 
-    def _logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
-        """Of one token for each row of the logits (N, V): (N,)."""
+    def _logprobs(self, logits: Tensor, token_ids: Tensor) -> list[float]:
+        """Of one token for each row of the logits (N, V)."""
         logprobs = logits[:, : self._vocab_size].log_softmax(-1)
-        return logprobs.gather(1, token_ids[:, None])[:, 0]
+        result: list[float] = logprobs.gather(1, token_ids[:, None])[:, 0].tolist()
+        return result
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:
@@ -117,7 +141,7 @@ class ModelRunner:
         Returns how many tokens that are; None if memory is short.
         """
         state = self._states.get(sequence) or self._new_state(sequence)
-        if not self._memory.reserve(state.cache, len(sequence.token_ids) + _num_extra(sequence)):
+        if not self._memory.reserve(state.cache, len(sequence.token_ids)):
             return None
         self._states[sequence] = state
         prefix = self._prefixes.lookup(sequence.token_ids, self._num_layers(sequence))
@@ -126,14 +150,15 @@ class ModelRunner:
         return state.cache.length
 
     @torch.inference_mode()
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Makes room for the sequence's next tokens; False if memory is short."""
+    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
+        """Makes room for the sequence's next rows; False if memory is short."""
         cache = self._states[sequence].cache
-        return self._memory.reserve(cache, num_tokens + _num_extra(sequence))
+        cache.length = sequence.num_computed  # behind it lie continuations that are scored
+        return self._memory.reserve(cache, num_rows)
 
     @torch.inference_mode()
     def suspend(self, sequence: Sequence) -> None:
-        """Gives the sequence's room to others; admitting it again goes on where it was."""
+        """Frees the sequence's memory; `admit` computes or copies it again."""
         self._remember(sequence)
         self._memory.free(self._states[sequence].cache)
 
@@ -154,6 +179,7 @@ class ModelRunner:
 
     def rest(self) -> None:
         """Gives memory that nothing is in back to the system: there is no work for now."""
+        self._memory.rest()
         trim_heap()
 
     def _new_state(self, sequence: Sequence) -> _State:
@@ -178,66 +204,75 @@ class ModelRunner:
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
         cache = self._states[sequence].cache
-        # More only if a step failed behind its forward; what it wrote there is written again.
+        # Longer if continuations were scored behind the prompt, or if a step failed behind its
+        # forward; what is there is written again.
         cache.length = begin
         token_ids, positions = sequence.token_ids[begin:end], list(range(begin, end))
         layers = None
         if sequence.layers:
             # Before the last chunk no hidden states are needed; the segment only has to stop.
-            wanted = sequence.layers if chunk.is_last else ()
+            wanted = sequence.layers if chunk.is_prompt_complete and chunk.num_tokens else ()
             layers = tuple(sorted({*wanted, self._num_layers(sequence)}))
         segment = Segment(token_ids, positions, cache, sequence.is_decoding, layers=layers)
-        if not (chunk.is_last and _num_extra(sequence)):
-            return segment
-        return _with_continuations(segment, sequence.continuations)
+        branches = [ids[:-1] for ids in chunk.continuations if len(ids) > 1]
+        return _with_branches(segment, branches) if branches else segment
 
     def _num_layers(self, sequence: Sequence) -> int:
         return sequence.depth or self._model.config.num_layers
 
     def _result(
-        self, sequence: Sequence, states: list[Tensor], logits: tuple[Tensor, Tensor] | None
-    ) -> StepResult:
-        """states: of the end of the prompt, (T, C) after each layer. logits: as `_logits` has them.
+        self, chunk: ScheduledChunk, states: list[Tensor], logits: Tensor | None,
+        logprobs: list[float],
+    ) -> StepResult | None:  # fmt: skip
+        """What the sequence got out of the step; None if it goes on without.
+
+        states: the chunk's hidden states, (T, C) after each of its layers.
+        logits, logprobs: as `_logits` has them.
 
         Raises:
             ValueError: the logits or hidden states were not numbers.
         """
-        sampler = self._states[sequence].sampler
-        if sampler is not None:
-            assert logits is not None
-            return sampler.sample(logits[0])
+        sequence, state = chunk.sequence, self._states[chunk.sequence]
+        if chunk.is_prompt_complete and chunk.num_tokens:
+            if state.sampler is not None:
+                assert logits is not None
+                return state.sampler.sample(logits)
+            if sequence.layers:
+                rows = [each[chunk.num_tokens - 1] for each in states[: len(sequence.layers)]]
+                state.hidden_states = torch.stack(rows).numpy()
+            if logits is not None:
+                firsts = torch.tensor([ids[0] for ids in sequence.continuations])
+                state.logprobs = logits.log_softmax(-1)[firsts].tolist()
+        parts = iter(logprobs)
+        for i, ids in enumerate(chunk.continuations, start=sequence.num_scored):
+            state.logprobs[i] += sum(islice(parts, len(ids) - 1))
+        if not chunk.is_last:
+            return None
         if not sequence.is_scored:
             return PrefilledEvent()
-        logprobs: list[float] = []
-        if logits is not None:
-            first, others = logits
-            logprobs = _score(first.log_softmax(-1), others.tolist(), sequence.continuations)
-        if not sequence.layers:
-            return ScoredEvent(logprobs)
-        hidden_states = torch.stack([each[0] for each in states[: len(sequence.layers)]]).numpy()
-        if not np.isfinite(hidden_states).all():
+        if not all(map(math.isfinite, state.logprobs)):
+            raise ValueError("the model's logits are not finite")
+        if state.hidden_states is not None and not np.isfinite(state.hidden_states).all():
             raise ValueError("the model's hidden states are not finite")
-        return ScoredEvent(logprobs, hidden_states)
+        return ScoredEvent(state.logprobs, state.hidden_states)
 
 
-def _num_extra(sequence: Sequence) -> int:
-    """Tokens that are computed behind the prompt in its last step."""
-    return sum(len(continuation) - 1 for continuation in sequence.continuations)
+def _needs_logits(sequence: Sequence) -> bool:
+    return sequence.params is not None or bool(sequence.continuations)
 
 
-def _with_continuations(prompt: Segment, continuations: list[list[int]]) -> Segment:
-    """The end of a prompt and, behind it, all continuations but their last tokens.
+def _with_branches(prompt: Segment, branches: list[list[int]]) -> Segment:
+    """The end of a prompt and, behind it, continuations without their last tokens.
 
-    Each continuation sees the prompt and itself only, so one forward scores them all.
+    Each branch sees the prompt and itself only, so one forward computes them all.
     """
     num_prompt, num_cached = len(prompt.token_ids), prompt.cache.length
-    branches = [continuation[:-1] for continuation in continuations]
     total = num_prompt + sum(map(len, branches))
     mask = torch.zeros(total, num_cached + total, dtype=torch.bool)
     mask[:, : num_cached + num_prompt] = True
     mask[:num_prompt] = torch.ones(num_prompt, num_cached + total).bool().tril(num_cached)
     token_ids, positions = list(prompt.token_ids), list(prompt.positions)
-    next_position = positions[-1] + 1
+    next_position = num_cached + num_prompt
     for branch in branches:
         begin, length = len(token_ids), len(branch)
         columns = slice(num_cached + begin, num_cached + begin + length)
@@ -245,22 +280,3 @@ def _with_continuations(prompt: Segment, continuations: list[list[int]]) -> Segm
         token_ids += branch
         positions += range(next_position, next_position + length)
     return replace(prompt, token_ids=token_ids, positions=positions, mask=mask)
-
-
-def _score(first: Tensor, others: list[float], continuations: list[list[int]]) -> list[float]:
-    """Summed log-probability of each continuation.
-
-    first: (V,) of its first token. others: of all its others, one continuation behind the other.
-
-    Raises:
-        ValueError: the logits were not numbers.
-    """
-    scores, begin = [], 0
-    for continuation in continuations:
-        end = begin + len(continuation) - 1
-        score = first[continuation[0]].item() + sum(others[begin:end])
-        begin = end
-        if not math.isfinite(score):
-            raise ValueError("the model's logits are not finite")
-        scores.append(score)
-    return scores

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.core.engine.engine import StepResult
+from server.core.engine.model.arena import Arena
 from server.core.engine.model.config import read_model_config
-from server.core.engine.model.kv_cache import KVMemory
 from server.core.engine.model.qwen import load_qwen
 from server.core.engine.model.runner import ModelRunner
+from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk, Scheduler
 from server.core.engine.sequence import (
     PrefilledEvent,
@@ -51,7 +51,7 @@ class Memory:
 
     def suspend(self, sequence: Sequence) -> None:
         self._runner.suspend(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_scored = 0
         self.num_suspended += 1
 
 
@@ -80,11 +80,11 @@ def to_measure(
 
 
 def run_all(
-    runner: ModelRunner, sequences: list[Sequence], max_prefill_tokens: int = 1000,
+    runner: ModelRunner, sequences: list[Sequence], max_rows: int = 1000,
     memory: Memory | None = None,
 ) -> dict[Sequence, list[StepResult]]:  # fmt: skip
     """Steps until every sequence has its scores or twelve tokens."""
-    scheduler = Scheduler(16, max_prefill_tokens, memory or Memory(runner))
+    scheduler = Scheduler(16, max_rows, memory or Memory(runner))
     for sequence in sequences:
         scheduler.add(sequence)
     results: dict[Sequence, list[StepResult]] = {sequence: [] for sequence in sequences}
@@ -92,7 +92,7 @@ def run_all(
         chunks = scheduler.schedule()
         done = runner.step(chunks)
         for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
+            chunk.advance()
         for sequence, result in done.items():
             assert not isinstance(result, Exception), result
             results[sequence].append(result)
@@ -113,18 +113,18 @@ def expected_score(oracle: PreTrainedModel, prompt: list[int], continuation: lis
 
 
 @pytest.mark.parametrize("logits_rows", [128, 3])
-@pytest.mark.parametrize("max_prefill_tokens", [1000, 6])
+@pytest.mark.parametrize("max_rows", [1000, 6])
 def test_scores_are_the_summed_logprobs_of_each_continuation(
     runner: ModelRunner,
     oracle: PreTrainedModel,
-    max_prefill_tokens: int,
+    max_rows: int,
     logits_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.core.engine.model.runner.LOGITS_ROWS", logits_rows)
     prompts = [random_ids(20), random_ids(9, seed=1)]
     sequences = [to_score(prompt) for prompt in prompts]
-    results = run_all(runner, sequences, max_prefill_tokens)
+    results = run_all(runner, sequences, max_rows)
     for prompt, sequence in zip(prompts, sequences, strict=True):
         theirs = [expected_score(oracle, prompt, c) for c in CONTINUATIONS]
         assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
@@ -136,7 +136,7 @@ def test_continuations_of_one_token_are_scored_wherever_the_last_chunk_begins(
 ) -> None:
     prompt = random_ids(20)
     sequence = Sequence(prompt, None, [[7], [8]], lambda event: None)
-    results = run_all(runner, [sequence], max_prefill_tokens=20 - num_last)
+    results = run_all(runner, [sequence], max_rows=20 - num_last)
     theirs = [expected_score(oracle, prompt, c) for c in ([7], [8])]
     assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
 
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(runner: ModelR
     run_all(runner, [alone])
     again = to_generate(random_ids(10), seed=5, temperature=0.9)
     others = [to_generate(random_ids(n, seed=n), seed=n) for n in (3, 30)]
-    run_all(runner, [others[0], again, others[1], to_score(random_ids(8))], max_prefill_tokens=9)
+    run_all(runner, [others[0], again, others[1], to_score(random_ids(8))], max_rows=9)
     assert again.completion_ids == alone.completion_ids
 
 
@@ -254,9 +254,9 @@ def assert_close(ours: NDArray[np.float32], theirs: NDArray[np.float32] | Tensor
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [1000, 6, 1])
+@pytest.mark.parametrize("max_rows", [1000, 6, 2])
 def test_hidden_states_are_those_of_the_last_prompt_token_however_it_is_cut(
-    runner: ModelRunner, oracle: PreTrainedModel, max_prefill_tokens: int
+    runner: ModelRunner, oracle: PreTrainedModel, max_rows: int
 ) -> None:
     num_layers = runner._model.config.num_layers
     prompts = [random_ids(n, seed=n) for n in (20, 9, 1, 13)]
@@ -264,15 +264,15 @@ def test_hidden_states_are_those_of_the_last_prompt_token_however_it_is_cut(
     sequences = [
         to_measure(prompt, *layers) for prompt, layers in zip(prompts, wanted, strict=True)
     ]
-    results = run_all(runner, sequences, max_prefill_tokens)
+    results = run_all(runner, sequences, max_rows)
     for prompt, layers, sequence in zip(prompts, wanted, sequences, strict=True):
         assert_close(states_of(results[sequence]), expected_states(oracle, prompt, layers))
         assert results[sequence][0].logprobs == []
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [1000, 6])
+@pytest.mark.parametrize("max_rows", [1000, 6])
 def test_scores_and_hidden_states_come_together(
-    runner: ModelRunner, oracle: PreTrainedModel, max_prefill_tokens: int
+    runner: ModelRunner, oracle: PreTrainedModel, max_rows: int
 ) -> None:
     num_layers = runner._model.config.num_layers
     prompts = [random_ids(n, seed=n) for n in (20, 9, 13)]
@@ -282,7 +282,7 @@ def test_scores_and_hidden_states_come_together(
         to_measure(prompt, *layers, continuations=continuations)
         for prompt, (layers, continuations) in zip(prompts, cases, strict=True)
     ]
-    results = run_all(runner, sequences, max_prefill_tokens)
+    results = run_all(runner, sequences, max_rows)
     for prompt, (layers, continuations), sequence in zip(prompts, cases, sequences, strict=True):
         assert_close(states_of(results[sequence]), expected_states(oracle, prompt, layers))
         theirs = [expected_score(oracle, prompt, c) for c in continuations]
@@ -315,17 +315,17 @@ def copy_of(sequence: Sequence) -> Sequence:
     )
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [1000, 7])
+@pytest.mark.parametrize("max_rows", [1000, 7])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mix_of_sequences_equals_each_of_them_alone(
-    runner: ModelRunner, seed: int, max_prefill_tokens: int
+    runner: ModelRunner, seed: int, max_rows: int
 ) -> None:
     rng = random.Random(seed)
     instruction, num_layers = random_ids(17, seed=seed), runner._model.config.num_layers
     sequences = [random_sequence(rng, instruction, num_layers) for _ in range(20)]
     # More than run at once, so that slots and prefixes of the first serve the last.
     together = new_runner(runner, max_prefix_bytes=2**20)
-    results = run_all(together, sequences, max_prefill_tokens)
+    results = run_all(together, sequences, max_rows)
     assert together.num_sequences == together.num_kv_tokens == 0
     for sequence in sequences:
         alone = copy_of(sequence)
@@ -401,13 +401,13 @@ def test_the_rest_of_a_conversation_is_not_built_on_what_an_early_leaver_knew(
 @pytest.fixture
 def poisoned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory for keys is full of what would win every softmax that sees it."""
-    allocate = KVMemory._allocate
+    slots = Arena.slots
 
-    def poisoned(self: KVMemory, num_slots: int, capacity: int) -> tuple[Tensor, Tensor]:
-        keys, values = allocate(self, num_slots, capacity)
+    def poisoned(self: Arena, capacity: int, first_token: int) -> tuple[Tensor, Tensor]:
+        keys, values = slots(self, capacity, first_token)
         return keys.fill_(1e6), values
 
-    monkeypatch.setattr(KVMemory, "_allocate", poisoned)
+    monkeypatch.setattr(Arena, "slots", poisoned)
 
 
 @pytest.mark.usefixtures("poisoned_keys")
@@ -424,7 +424,7 @@ def test_the_slot_of_an_early_leaver_does_the_next_sequence_no_harm(
         chunks = scheduler.schedule()
         results.update(runner.step(chunks))
         for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
+            chunk.advance()
             result = results[chunk.sequence]
             if isinstance(result, TokenEvent):
                 chunk.sequence.completion_ids.append(result.token_id)
@@ -467,7 +467,7 @@ def test_measured_sequences_that_had_to_wait_get_the_same_states(
     prompts = [random_ids(n, seed=n) for n in (120, 200, 122)]
     sequences = [to_measure(prompt, 2, num_shared=60) for prompt in prompts]
     generated = to_generate(random_ids(120), temperature=0.0)
-    results = run_all(tight, [generated, *sequences], max_prefill_tokens=50)
+    results = run_all(tight, [generated, *sequences], max_rows=50)
     for prompt, sequence in zip(prompts, sequences, strict=True):
         assert_close(states_of(results[sequence]), expected_states(oracle, prompt, (2,)))
     assert tight.num_sequences == tight.num_kv_tokens == 0
@@ -489,7 +489,7 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
         to_measure([*random_ids(40), token], 2),
         to_measure([token, *random_ids(40)], 1, continuations=CONTINUATIONS),
     ]
-    scheduler = Scheduler(16, 1000, Memory(runner))
+    scheduler = Scheduler(16, 4000, Memory(runner))
     for sequence in (prefilled, healthy, scored, generated, *broken):
         scheduler.add(sequence)
     results = runner.step(scheduler.schedule())

@@ -1,0 +1,58 @@
+"""What the engine needs of a model runner, and what a step gives back. No tensors in here."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from server.core.engine.scheduler import ScheduledChunk
+from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence, TokenEvent
+
+# What one sequence got out of a step: a sampled token, the scores it asked for, or only
+# the news that its prompt is computed.
+StepResult = TokenEvent | ScoredEvent | PrefilledEvent
+
+
+class StepInterruptedError(Exception):
+    """A step was given up between two layers; nothing of it counts."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a model runner."""
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the memory in use has room for."""
+
+    def step(
+        self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool]
+    ) -> dict[Sequence, StepResult | Exception]:
+        """Computes the chunks; a result, or what went wrong, for each that is its sequence's last.
+
+        A step that raises has sampled nothing: its chunks may be tried again.
+
+        Raises:
+            StepInterruptedError: `should_stop`, which is asked between layers, said so.
+        """
+
+    def admit(self, sequence: Sequence) -> int | None:
+        """Makes room for the sequence; returns how many of its tokens are known already.
+
+        None: there is no room now.
+        """
+
+    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
+        """Makes room for an admitted sequence's next rows, if there is any."""
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Frees the sequence's memory; `admit` computes or copies it again."""
+
+    def release(self, sequence: Sequence, *, is_sound: bool) -> None:
+        """Frees what the sequence held; what it computed may be reused if it is sound.
+
+        Harmless if it held nothing.
+        """
+
+    def is_kept(self, num_tokens: int) -> bool:
+        """Whether a prompt of that length, once computed, is kept for others. Any thread."""
+
+    def rest(self) -> None:
+        """Gives memory that nothing is in back to the system: there is no work for now."""
