@@ -14,21 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.config import Settings
-from server.errors import (
-    APIError,
-    InvalidRequestError,
-    MethodNotAllowedError,
-    NotFoundError,
-)
+from server.errors import APIError, InvalidRequestError, MethodNotAllowedError, NotFoundError
 from server.gate import Gate
+from server.guards import ApiKeyMiddleware, HostMiddleware, is_loopback
 from server.metrics import StateCollector
 from server.middleware import (
     AdmissionMiddleware,
-    ApiKeyMiddleware,
     BodyMiddleware,
     FailureMiddleware,
     RequestIdMiddleware,
-    TimingsMiddleware,
+    WorkMiddleware,
     error_response,
 )
 from server.routes import ROUTES
@@ -60,7 +55,12 @@ def create_app(settings: Settings, services: Services) -> Starlette:
                 metrics=metrics,
                 routes={route.path for route in ROUTES if "{" not in route.path},
             ),
-            Middleware(TimingsMiddleware),
+            Middleware(WorkMiddleware),
+            *(
+                [Middleware(HostMiddleware, names=(settings.host, *settings.allowed_host))]
+                if is_loopback(settings.host) and not settings.keys
+                else []
+            ),
             *([Middleware(page.middleware, page=page)] if page is not None else []),
             # Before the key: a browser sends none when it asks whether it may.
             Middleware(
@@ -79,7 +79,7 @@ def create_app(settings: Settings, services: Services) -> Starlette:
         exception_handlers={
             APIError: _api_error,
             HTTPException: _http_exception,
-            ClientDisconnect: _left,
+            ClientDisconnect: _client_closed_request,
         },
     )
     app.state.services, app.state.page = services, page
@@ -119,5 +119,5 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     return error_response(InvalidRequestError(str(error.detail)))
 
 
-async def _left(request: Request, error: Exception) -> Response:
+async def _client_closed_request(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # as nginx logs it; there is nobody to read it

@@ -59,6 +59,13 @@ class AuthenticationError(APIError):
         return {"www-authenticate": "Bearer"}
 
 
+class PermissionDeniedError(APIError):
+    """The server does not answer requests of this kind."""
+
+    status = 403
+    type = "invalid_request_error"
+
+
 class NotFoundError(APIError):
     """No such route or model."""
 

@@ -1,27 +1,25 @@
-"""What every request passes on its way in: an id, a clock, a key, a body, a place inside."""
+"""What every request passes on its way in: an id, a clock, a body, a place inside."""
 
 import asyncio
 import json
 import logging
 import re
-import secrets
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from urllib.parse import quote
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.core.engine.timings import Timings, timings
+from server.core.engine.work import Work
 from server.errors import (
     APIError,
-    AuthenticationError,
     BodyTimeoutError,
     InternalError,
+    OverloadedError,
     RequestTooLargeError,
 )
 from server.gate import Gate
@@ -31,8 +29,11 @@ from server.metrics import Metrics
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
-OPEN_PATHS = ("/health",)
 BODY_TIMEOUT_S = 60
+# What may be held of all bodies together, in bodies of the largest size.
+MAX_BODIES = 16
+# A body up to this size is read whatever is held of others: uvicorn has it in memory already.
+SMALL_BODY_BYTES = 64 * 1024
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -81,8 +82,11 @@ class RequestIdMiddleware:
             self._metrics.request_answered(route, status, seconds)
 
 
-class TimingsMiddleware:
-    """Tells in the head of every response how long its parts took, as far as they are over."""
+class WorkMiddleware:
+    """Gives every request its unit of work in the engine.
+
+    Tells in the head of the response how long the request's parts took, as far as they are over.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -91,55 +95,31 @@ class TimingsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        own = Timings()
-        timings.set(own)
+        work = scope["work"] = Work()
 
         async def send_with_timings(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["server-timing"] = _server_timing(own)
+                MutableHeaders(scope=message)["server-timing"] = _server_timing(work)
             await send(message)
 
         await self._app(scope, receive, send_with_timings)
 
 
-def _server_timing(own: Timings) -> str:
+def _server_timing(work: Work) -> str:
     """In milliseconds, as browsers read it: https://www.w3.org/TR/server-timing/."""
-    parts = {"queue": own.queue_s, "sentiment": own.sentiment_s, "total": own.total_s}
+    parts = {"queue": work.queue_s, "sentiment": work.sentiment_s, "total": work.total_s}
     return ", ".join(
         f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items() if seconds is not None
     )
-
-
-class ApiKeyMiddleware:
-    """Asks every request but those for OPEN_PATHS for one of the keys, if there are any."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
-        self._app = app
-        self._keys = [key.get_secret_value().encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
-        if self._keys and is_guarded and not self._is_known(dict(scope["headers"])):
-            error = AuthenticationError(
-                "Missing or wrong API key; send it as 'Authorization: Bearer <key>'.",
-                code="invalid_api_key",
-            )
-            await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_known(self, headers: dict[bytes, bytes]) -> bool:
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # All keys are compared, in constant time each, so that timing tells nothing.
-        matches = [secrets.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
 
 
 class BodyMiddleware:
     """Reads the body before anything else is spent on the request, within the limits."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        """max_bytes: of one body. All that are read or being answered share MAX_BODIES times it."""
         self._app, self._max_bytes = app, max_bytes
+        self._num_held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -148,28 +128,25 @@ class BodyMiddleware:
         try:
             body = await self._read(Headers(scope=scope), receive)
         except APIError as error:
+            # What still comes of the body is thrown away by uvicorn. If the connection were closed,
+            # clients would see that in place of the answer.
             await error_response(error)(scope, receive, send)
             return
         except ClientDisconnect:
             return
-        is_read = False
-
-        async def receive_again() -> Message:
-            nonlocal is_read
-            if is_read:
-                return await receive()
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, receive_again, send)
+        try:
+            await self._app(scope, _before(receive, body), send)
+        finally:
+            self._num_held_bytes -= len(body)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        error = RequestTooLargeError(
+        """The body, which counts as held. If it cannot be read, nothing of it is."""
+        too_large = RequestTooLargeError(
             f"The request body is larger than {self._max_bytes} bytes; send less."
         )
         # The HTTP parser has seen to it that this is a number.
         if int(headers.get("content-length", 0)) > self._max_bytes:
-            raise error
+            raise too_large
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
@@ -177,15 +154,40 @@ class BodyMiddleware:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientDisconnect
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    body += part
+                    self._num_held_bytes += len(part)
                     if len(body) > self._max_bytes:
-                        raise error
+                        raise too_large
+                    is_full = self._num_held_bytes > MAX_BODIES * self._max_bytes
+                    if is_full and len(body) > SMALL_BODY_BYTES:
+                        raise OverloadedError(
+                            "The server is busy with other requests, whose bodies are as large as "
+                            "it can hold; try again shortly."
+                        )
                     more = message.get("more_body", False)
-        except TimeoutError:
-            raise BodyTimeoutError(
-                f"The request body did not come within {BODY_TIMEOUT_S} s."
-            ) from None
-        return bytes(body)
+            return bytes(body)
+        except BaseException as error:
+            self._num_held_bytes -= len(body)
+            if isinstance(error, TimeoutError):
+                raise BodyTimeoutError(
+                    f"The request body did not come within {BODY_TIMEOUT_S} s."
+                ) from None
+            raise
+
+
+def _before(receive: Receive, body: bytes) -> Receive:
+    """Gives the body, then what is received."""
+    is_given = False
+
+    async def receive_body_first() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_body_first
 
 
 class AdmissionMiddleware:
@@ -205,7 +207,7 @@ class AdmissionMiddleware:
             await error_response(error)(scope, receive, send)
             return
         try:
-            scope["deadline"] = asyncio.get_running_loop().time() + self._timeout_s
+            scope["work"].deadline = time.perf_counter() + self._timeout_s
             await self._app(scope, receive, send)
         finally:
             self._gate.leave()

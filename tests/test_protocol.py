@@ -14,6 +14,7 @@ from server.core.engine.sequence import TokenEvent
 from server.core.roles.classifier import Classification
 from server.core.roles.tasks import Label
 from server.errors import InvalidRequestError
+from server.protocol import completions
 from server.protocol.base import Request, classification, new_id, usage
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.classify import MAX_INPUTS, ClassifyRequest
@@ -137,6 +138,19 @@ def test_values_within_their_range_are_kept(name: str, value: Any) -> None:
         (DetokenizeRequest, "tokens", [-1] * 1000),
         (ClassifyRequest, "input", [1] * 1000),
         (ResponsesRequest, "include", [1] * 1000),
+        (ResponsesRequest, "metadata", dict.fromkeys(range(1000), 1)),
+        (ResponsesRequest, "input", [{"role": "user", "content": [1] * 1000}]),
+        (ResponsesRequest, "input", [1] * 1000),
+        (
+            ChatCompletionRequest,
+            "tool_choice",
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [1] * 1000}},
+        ),
+        (
+            DecisionsRequest,
+            "questions",
+            [{"type": "choice", "instructions": "x", "choices": [1] * 200}] * 200,
+        ),
         (ChatCompletionRequest, "messages", [1] * 3000),
         (ChatCompletionRequest, "logit_bias", dict.fromkeys(range(5000), "x")),
         (CompletionRequest, "prompt", [1.5] * 5000),
@@ -187,7 +201,7 @@ def test_null_counts_as_absent_inside_the_text_options_of_a_response() -> None:
     assert ResponsesRequest.parse(with_nulls).text == TextOptions()
 
 
-@pytest.mark.parametrize("value", [0, "", [], {}, False, "x", [1, {"a": None}], float("nan")])
+@pytest.mark.parametrize("value", [0, "", [], {}, False, "x", [1, {"a": None}]])
 @pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "something_new", "__class__", "", "模型"])
 def test_parameters_without_effect_and_unknown_ones_are_accepted_whatever_they_say(
     name: str, value: Any
@@ -209,7 +223,7 @@ def test_an_unsupported_parameter_is_accepted_at_its_neutral_value(name: str, va
 
 def not_neutral(name: str) -> list[Any]:
     # False == 0 and True == 1 in Python, not for a client.
-    candidates = [7, -0.5, True, False, 0, 1, "x", ["x"], {"type": "x"}, float("nan")]
+    candidates = [7, -0.5, True, False, 0, 1, "x", ["x"], {"type": "x"}]
     neutral = [(type(x) is bool, x) for x in UNSUPPORTED[name]]
     return [x for x in candidates if (type(x) is bool, x) not in neutral]
 
@@ -360,7 +374,7 @@ def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
@@ -460,7 +474,35 @@ def test_a_call_and_its_result_reach_the_template() -> None:
 # --- messages -------------------------------------------------------------------------
 
 
-def call(name: str, arguments: str) -> dict[str, Any]:
+@pytest.mark.parametrize(
+    ("arguments", "meaning"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        (' {"a": [null]} ', {"a": [None]}),
+        ("", {}),
+        (" \n", {}),
+        ('{"city": "Par', '{"city": "Par'),
+        ('{"a": Infinity}', '{"a": Infinity}'),
+        ('{"a": -1e999}', '{"a": -1e999}'),
+        (r'"\ud800"', r'"\ud800"'),
+        ("[" * 500 + "]" * 500, "[" * 500 + "]" * 500),
+        ("[[],[]," * 100_000, "[[],[]," * 100_000),
+        ("5", 5),
+    ],
+    ids=range(11),
+)
+def test_arguments_of_an_earlier_call_are_json_or_the_string_they_are(
+    arguments: str, meaning: Any
+) -> None:
+    given = {"role": "assistant", "tool_calls": [call("f", arguments)]}
+    (in_chat,) = parse_chat(messages=[given]).messages
+    item = {"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}
+    (as_item,) = ResponsesRequest.parse(_json({"model": "m", "input": [item]})).messages()
+    for message in (in_chat.for_template(), as_item):
+        assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": meaning}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
     function = {"name": name, "arguments": arguments}
     return {"id": "call_1", "type": "function", "function": function}
 
@@ -576,20 +618,9 @@ def test_further_fields_of_a_message_are_ignored(name: str) -> None:
             "required",
         ),
         (
-            {"role": "assistant", "tool_calls": [call("f", "{")]},
+            {"role": "assistant", "tool_calls": [call("f", {})]},
             "messages[1].tool_calls[0].function.arguments",
-            "JSON",
-        ),
-        (
-            # A lone surrogate, which is no character.
-            {"role": "assistant", "tool_calls": [call("f", r'"\ud800"')]},
-            "messages[1].tool_calls[0].function.arguments",
-            "JSON",
-        ),
-        (
-            {"role": "assistant", "tool_calls": [call("f", "[" * 500 + "]" * 500)]},
-            "messages[1].tool_calls[0].function.arguments",
-            "recursion",
+            "string",
         ),
         ({"role": "user", "content": "a", "tool_calls": [call("f", "{}")]}, "messages[1]", "only"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1]", "'tool_calls'"),
@@ -633,9 +664,11 @@ def test_the_first_of_several_mistakes_is_named() -> None:
         b"\xff\xfe\x00",
         b'{"model": "\xff"}',
         b'{"seed": ' + b"1" * 5000 + b"}",
+        b'{"model": "\xed\xa0\x80"}',
         b"[" * 100_000,
-        b'{"a":' * 100_000,
+        b'{"a":' * 50_000,
         b'{"model": "m", "messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"model": "m", "messages": ' + b"[" * 201 + b"]" * 201 + b"}",
     ],
     ids=lambda body: repr(body[:20]) if isinstance(body, bytes) else None,
 )
@@ -662,7 +695,6 @@ def test_a_body_that_is_no_object_is_refused_as_such(kind: type[Request], body: 
         rb'{"model": "\ud800", "messages": [{"role": "user", "content": "Hi"}]}',
         rb'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "\ud800": 1}',
         rb'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "x": ["\ud800"]}',
-        b'{"model": "m", "messages": [{"role": "user", "content": "\xed\xa0\x80"}]}',
         rb'{"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stop": "\ud800"}',
     ],
 )
@@ -680,9 +712,9 @@ def test_a_pair_of_surrogates_is_a_character() -> None:
     assert ChatCompletionRequest.parse(body).messages[0].content == "😀"
 
 
-def test_deep_nesting_below_pythons_limit_is_no_accident_either() -> None:
+def test_deep_nesting_below_the_limit_is_no_accident_either() -> None:
     deep: Any = "x"
-    for _ in range(300):
+    for _ in range(190):
         deep = [deep]
     assert parse_chat(something_new=deep).messages == parse_chat().messages
     assert refused_chat(messages=deep).param == "messages[0]"
@@ -691,12 +723,35 @@ def test_deep_nesting_below_pythons_limit_is_no_accident_either() -> None:
     assert refused_classify(input=deep).param == "input[0]"
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("name", ["temperature", "top_p"])
-def test_what_is_no_finite_number_is_refused_with_the_field(name: str, number: str) -> None:
-    body = f'{{"model": "m", "messages": [{{"role": "user", "content": ""}}], "{name}": {number}}}'
-    error = refused(ChatCompletionRequest, body.encode())
-    assert error.param == name
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "2" * 400 + ".0"]
+)
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"temperature": N', "temperature"),
+        ('"metadata": N', "metadata"),
+        ('"no_such_parameter": {"a": [0, 1.5, [N]]}', "no_such_parameter.a[2][0]"),
+        (
+            '"tools": [{"type": "function", "name": "f", "parameters": {"maximum": N}}]',
+            "tools[0].parameters.maximum",
+        ),
+        ('"text": {"format": {"x": [{"y": N}]}}', "text.format.x[0].y"),
+    ],
+    ids=range(5),
+)
+@pytest.mark.parametrize("kind", LEAST)
+def test_a_number_that_is_not_finite_is_refused_with_its_place(
+    kind: type[Request], field: str, param: str, number: str
+) -> None:  # fmt: skip
+    error = refused(kind, f"{{{field.replace('N', number)}}}".encode())
+    assert error.message == f"'{param}': must be a finite number."
+    assert error.param == param
+
+
+def test_the_largest_numbers_are_finite() -> None:
+    body = b'{"model": "m", "input": "a", "x": [1e308, -1e308, 5e-324, 1e-999, N]}'
+    ResponsesRequest.parse(body.replace(b"N", b"9" * 4000))
 
 
 # --- combinations ---------------------------------------------------------------------
@@ -893,6 +948,20 @@ def test_what_is_no_prompt_is_refused_with_its_place(prompt: Any, param: str) ->
     error = refused_completion(prompt=prompt)
     assert error.param == param
     assert f"'{param}'" in error.message
+
+
+@pytest.mark.parametrize("prompts", [["a"] * 100_000, [[5]] * 50_000, ["a", [5]] * 200])
+def test_too_many_prompts_are_refused_before_they_are_built(
+    monkeypatch: pytest.MonkeyPatch, prompts: Any
+) -> None:
+    checked: list[Any] = []
+    is_prompt = completions._is_prompt
+    monkeypatch.setattr(
+        completions, "_is_prompt", lambda prompt: checked.append(prompt) or is_prompt(prompt)
+    )
+    error = refused_completion(prompt=prompts)
+    assert error.message == f"'prompt': must have 256 items or fewer, not {len(prompts)}."
+    assert len(checked) <= MAX_TOTAL_CHOICES + 2
 
 
 def test_the_choices_of_all_prompts_are_bounded_together() -> None:

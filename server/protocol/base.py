@@ -4,12 +4,11 @@ Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond O
 (`sentiment`, `context_length`) are top-level, where the openai client keeps them.
 """
 
-import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
 from pydantic import (
@@ -24,6 +23,7 @@ from pydantic import (
 
 from server.core.roles.classifier import Classification
 from server.errors import InvalidRequestError
+from server.protocol.json_body import path_to_not_finite, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +38,19 @@ _REASONS = {
 }
 
 
-def _to_float(value: Any) -> float:
-    # bool is an int to Python, but not to JSON.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("must be a number")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError("is too large") from error
-
-
 # For lists of any length: a message per item, for a million items, takes seconds and gigabytes.
 FIRST_ERROR = Field(fail_fast=True)
 
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_to_float)]
+
+def at_most(number: int) -> BeforeValidator:
+    """Refuses a larger dict before any of its items is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > number:
+            raise ValueError(f"must have {number} items or fewer, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Options(BaseModel):
@@ -65,7 +64,7 @@ class Options(BaseModel):
         return data
 
 
-class Request(BaseModel):
+class Request(Options):
     """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -73,59 +72,51 @@ class Request(BaseModel):
     # Parameters that are no fields, but known: refused, or without effect.
     known: ClassVar[frozenset[str]] = frozenset()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError("the request body must be a JSON object")
-        return {key: value for key, value in data.items() if value is not None}
-
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Reads a JSON body.
+        """Reads a JSON body. May take a tenth of a second for one of megabytes.
 
         Raises:
             InvalidRequestError: it is no JSON, or a field is wrong; names the field.
         """
+        data = read_json(body)
+        if not isinstance(data, dict):
+            raise InvalidRequestError("The request body must be a JSON object.")
+        if (path := path_to_not_finite(data)) is not None:
+            raise _invalid(path, "must be a finite number")
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
+        if unknown := data.keys() - fields - cls.known:
+            logger.debug("%s: unknown parameters are ignored: %s", cls.__name__, unknown)
+        given = {name: value for name, value in data.items() if name not in unknown}
         try:
-            data = json.loads(body)
-            # A lone surrogate survives JSON's escapes but is no character.
-            json.dumps(data, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The request holds a lone surrogate, {error.object[error.start]!a}, "
-                "which is no character; send whole characters."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
-        try:
-            request = cls.model_validate(data)
+            return cls.model_validate(given)
         except ValidationError as error:
             raise _as_invalid_request(error) from error
-        if unknown := sorted(set(request.model_extra or ()) - cls.known):
-            logger.debug("%s: unknown parameters are ignored: %s", cls.__name__, unknown)
-        return request
-
-
-class Usage(BaseModel):
-    """Token counts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
 
 
 def usage(
     num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int
 ) -> dict[str, Any]:
     """The usage object of a response."""
-    return Usage(
-        prompt_tokens=num_prompt_tokens,
-        completion_tokens=num_completion_tokens,
-        total_tokens=num_prompt_tokens + num_completion_tokens,
-        prompt_tokens_details={"cached_tokens": num_cached_tokens},
-    ).model_dump()
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_completion_tokens,
+        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }
+
+
+def input_usage(
+    num_input: int, *, num_cached: int, num_kept: int, num_output: int
+) -> dict[str, Any]:
+    """The usage object of the newer routes. num_kept: what was computed and kept for others."""
+    return {
+        "input_tokens": num_input,
+        "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": num_kept},
+        "output_tokens": num_output,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": num_input + num_output,
+    }
 
 
 def classification(result: Classification | None) -> dict[str, Any] | None:
@@ -191,18 +182,23 @@ def of_type(
 
 def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
     """The first thing wrong with a request, as a sentence that names the field."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] in _REASONS:
+        reason = _REASONS[first["type"]].format(**first.get("ctx", {}))
+    return _invalid(first["loc"], reason)
+
+
+def _invalid(path: Sequence[str | int], reason: str) -> InvalidRequestError:
+    """path: of the field. reason: what is wrong with its value, without an end."""
     param = ""
-    for part in first["loc"]:
+    for part in path:
         if isinstance(part, int):
             param += f"[{part}]"
         elif part in ("str", "list[str]", "float", "int") or "[" in str(part):
             break  # a branch of a union, not a field
         elif part != branch(part[1:-1]):
             param += f".{part}" if param else str(part)
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["type"] in _REASONS:
-        reason = _REASONS[first["type"]].format(**first.get("ctx", {}))
     if not param:
         return InvalidRequestError(f"{reason[0].upper()}{reason[1:]}.")
     return InvalidRequestError(f"'{param}': {reason}.", param=param)

@@ -9,7 +9,7 @@ from server.core.text.grammar import OutputFormat
 from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
-from server.protocol.messages import MAX_MESSAGES, Message
+from server.protocol.messages import MAX_MESSAGES, ChatMessage
 from server.protocol.sampling import MAX_TOP_LOGPROBS, ChoicesRequest
 from server.protocol.tools import (
     MAX_TOOLS,
@@ -33,16 +33,9 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 # Known parameters that cannot change the text of a reply.
 WITHOUT_EFFECT = (
-    "metadata",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "user",
-)
+    "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "user",
+)  # fmt: skip
 
 
 class ChatCompletionRequest(ChoicesRequest):
@@ -50,7 +43,7 @@ class ChatCompletionRequest(ChoicesRequest):
 
     known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
@@ -61,17 +54,9 @@ class ChatCompletionRequest(ChoicesRequest):
     sentiment: StrictBool = True
 
     def output(self) -> OutputFormat:
-        """What the answer must look like.
-
-        Raises:
-            InvalidRequestError: tools and their choice do not go together.
-        """
-        choice = self.tool_choice
+        """What the answer must look like. Raises what `output_format` does."""
         return output_format(
-            self.response_format.output_schema if self.response_format else None,
-            [tool.function.tool() for tool in self.tools],
-            choice if isinstance(choice, str) else choice.subset(),
-            self.parallel_tool_calls,
+            self.response_format, self.tools, self.tool_choice, self.parallel_tool_calls
         )
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import Field, PlainValidator, StrictBool, StrictInt, model_validator
 
 from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
@@ -26,14 +26,15 @@ WITHOUT_EFFECT = ("user",)
 
 def _is_prompt(value: Any) -> bool:
     # bool is an int to Python, but not to JSON.
-    is_token_ids = isinstance(value, list) and all(type(token_id) is int for token_id in value)
-    return isinstance(value, str) or is_token_ids
+    return isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) <= {int})
 
 
-def _by_place(prompt: Any) -> Any:
+def _by_place(prompt: Any) -> dict[str, str | list[int]]:
     if _is_prompt(prompt):
         return {"prompt": prompt}
-    if isinstance(prompt, list) and all(_is_prompt(one) for one in prompt):
+    if isinstance(prompt, list) and all(map(_is_prompt, prompt[: MAX_TOTAL_CHOICES + 1])):
+        if len(prompt) > MAX_TOTAL_CHOICES:
+            raise ValueError(f"must have {MAX_TOTAL_CHOICES} items or fewer, not {len(prompt)}")
         return {f"prompt[{i}]": one for i, one in enumerate(prompt)}
     raise ValueError("must be a string, a list of token ids, or a list of either kind")
 
@@ -46,9 +47,7 @@ class CompletionRequest(ChoicesRequest):
 
     known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
 
-    prompts: Annotated[
-        dict[str, StrictStr | list[StrictInt]], Field(alias="prompt"), BeforeValidator(_by_place)
-    ]
+    prompts: Annotated[dict[str, str | list[int]], Field(alias="prompt"), PlainValidator(_by_place)]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = DEFAULT_MAX_TOKENS
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -4,20 +4,13 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictStr,
-    Tag,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, Tag, field_validator
 
 from server.core.roles import questions
 from server.core.roles.classifier import Classification
 from server.core.roles.questions import Option
 from server.core.roles.tasks import Task
-from server.protocol.base import Request, branch, of_type
+from server.protocol.base import FIRST_ERROR, Request, branch, input_usage, of_type
 from server.protocol.items import Content, Items, Part, conversation, text_of
 
 MAX_QUESTIONS = 400
@@ -25,17 +18,15 @@ MAX_CHOICES = 255
 MAX_LEVELS = 10
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
 # --- questions ------------------------------------------------------------------------
 
 
-class _Question(_Frozen):
+class _Strict(BaseModel):
     # A field that belongs to another type of question would change nothing, unnoticed.
     model_config = ConfigDict(extra="forbid")
 
+
+class _Question(_Strict):
     name: StrictStr | None = None
     instructions: Content
 
@@ -47,7 +38,7 @@ class _Question(_Frozen):
         return instructions
 
 
-class Predicate(_Question):
+class PredicateQuestion(_Question):
     """Is a statement about the input true?"""
 
     type: Literal["predicate"]
@@ -60,10 +51,8 @@ class Predicate(_Question):
         return {"type": "predicate", "name": self.name, "probability": round(yes, 6)}
 
 
-class ChoiceOption(_Frozen):
+class ChoiceOption(_Strict):
     """One value that may be chosen; a string and a boolean of the same text are two."""
-
-    model_config = ConfigDict(extra="forbid")
 
     value: str | bool
     description: StrictStr | None = None
@@ -76,11 +65,11 @@ class ChoiceOption(_Frozen):
         return value
 
 
-class Choice(_Question):
+class ChoiceQuestion(_Question):
     """Which of the values fits the input?"""
 
     type: Literal["choice"]
-    choices: Annotated[list[ChoiceOption], Field(min_length=2, max_length=MAX_CHOICES)]
+    choices: Annotated[list[ChoiceOption], FIRST_ERROR, Field(min_length=2, max_length=MAX_CHOICES)]
 
     @field_validator("choices")
     @classmethod
@@ -112,20 +101,18 @@ class Choice(_Question):
         }
 
 
-class Level(_Frozen):
+class Level(_Strict):
     """One level of a scale."""
-
-    model_config = ConfigDict(extra="forbid")
 
     label: Annotated[StrictStr, Field(min_length=1)]
     description: StrictStr | None = None
 
 
-class Score(_Question):
+class ScoreQuestion(_Question):
     """How high is the input on a scale, whose lowest level comes first?"""
 
     type: Literal["score"]
-    levels: Annotated[list[Level], Field(min_length=2, max_length=MAX_LEVELS)]
+    levels: Annotated[list[Level], FIRST_ERROR, Field(min_length=2, max_length=MAX_LEVELS)]
 
     @field_validator("levels")
     @classmethod
@@ -152,9 +139,9 @@ class Score(_Question):
 
 
 Question = Annotated[
-    Annotated[Predicate, Tag(branch("predicate"))]
-    | Annotated[Choice, Tag(branch("choice"))]
-    | Annotated[Score, Tag(branch("score"))],
+    Annotated[PredicateQuestion, Tag(branch("predicate"))]
+    | Annotated[ChoiceQuestion, Tag(branch("choice"))]
+    | Annotated[ScoreQuestion, Tag(branch("score"))],
     of_type("predicate", "choice", "score"),
 ]
 
@@ -167,7 +154,7 @@ class DecisionsRequest(Request):
 
     model: StrictStr
     input: Items
-    questions: Annotated[list[Question], Field(min_length=1, max_length=MAX_QUESTIONS)]
+    questions: Annotated[list[Question], FIRST_ERROR, Field(min_length=1, max_length=MAX_QUESTIONS)]
 
     def conversation(self) -> list[dict[str, Any]]:
         """What the model is shown before a question, as chat templates know it."""
@@ -180,22 +167,15 @@ def decision_usage(results: Sequence[Classification]) -> dict[str, Any]:
 
     Nothing is generated, for answers are scored.
     """
-    num_prompt_tokens = sum(result.num_prompt_tokens for result in results)
-    return {
-        "input_tokens": num_prompt_tokens,
-        "input_tokens_details": {
-            "cached_tokens": sum(
-                result.num_prompt_tokens if result.is_cached else result.num_cached_tokens
-                for result in results
-            ),
-            "cache_write_tokens": sum(
-                result.num_kept_tokens for result in results if not result.is_cached
-            ),
-        },
-        "output_tokens": 0,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": num_prompt_tokens,
-    }
+    return input_usage(
+        sum(result.num_prompt_tokens for result in results),
+        num_cached=sum(
+            result.num_prompt_tokens if result.is_cached else result.num_cached_tokens
+            for result in results
+        ),
+        num_kept=sum(result.num_kept_tokens for result in results if not result.is_cached),
+        num_output=0,
+    )
 
 
 def _plain(value: str | bool) -> str:

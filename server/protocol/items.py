@@ -4,69 +4,37 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Json,
-    StrictStr,
-    Tag,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictStr, Tag
 
-from server.protocol.base import branch, of_type
-from server.protocol.messages import MAX_MESSAGES
+from server.protocol.base import FIRST_ERROR, branch, of_type
+from server.protocol.messages import MAX_MESSAGES, Arguments
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
+class TextPart(BaseModel):
+    """Text that somebody wrote; `output_text` is an assistant's."""
 
-
-class TextPart(_Frozen):
-    """Text that a user, the developer or a tool wrote."""
-
-    type: Literal["input_text"]
+    type: Literal["input_text", "output_text"]
     text: StrictStr
 
-    def as_text(self) -> str:
-        return self.text
 
-
-class JSONPart(_Frozen):
+class JSONPart(BaseModel):
     """An object, or several, which the model reads as JSON."""
 
     type: Literal["input_json"]
     data: dict[str, Any] | list[dict[str, Any]]
 
-    def as_text(self) -> str:
-        return json.dumps(self.data, ensure_ascii=False)
 
-
-class OutputTextPart(_Frozen):
-    """Text that an assistant wrote."""
-
-    type: Literal["output_text"]
-    text: StrictStr
-
-    def as_text(self) -> str:
-        return self.text
-
-
-class RefusalPart(_Frozen):
+class RefusalPart(BaseModel):
     """What an assistant said in place of an answer."""
 
     type: Literal["refusal"]
     refusal: StrictStr
 
-    def as_text(self) -> str:
-        return self.refusal
-
 
 Part = Annotated[
     Annotated[TextPart, Tag(branch("input_text"))]
     | Annotated[JSONPart, Tag(branch("input_json"))]
-    | Annotated[OutputTextPart, Tag(branch("output_text"))]
+    | Annotated[TextPart, Tag(branch("output_text"))]
     | Annotated[RefusalPart, Tag(branch("refusal"))],
     of_type(
         "input_text", "input_json", "output_text", "refusal", hint="; this model reads text only"
@@ -82,15 +50,21 @@ def _as_parts(content: Any) -> Any:
     return content
 
 
-Content = Annotated[list[Part], BeforeValidator(_as_parts)]
+Content = Annotated[list[Part], FIRST_ERROR, BeforeValidator(_as_parts)]
 
 
 def text_of(content: Sequence[Part]) -> str:
     """The parts as one text."""
-    return "\n".join(part.as_text() for part in content)
+
+    def text(part: Part) -> str:
+        if isinstance(part, JSONPart):
+            return json.dumps(part.data, ensure_ascii=False)
+        return part.refusal if isinstance(part, RefusalPart) else part.text
+
+    return "\n".join(map(text, content))
 
 
-class Message(_Frozen):
+class InputMessage(BaseModel):
     """What somebody said."""
 
     type: Literal["message"] = "message"
@@ -102,19 +76,19 @@ class Message(_Frozen):
         return {"role": role, "content": text_of(self.content)}
 
 
-class FunctionCall(_Frozen):
+class FunctionCall(BaseModel):
     """An assistant's call of a function."""
 
     type: Literal["function_call"]
     call_id: StrictStr
     name: StrictStr
-    arguments: Json[Any]
+    arguments: Arguments
 
     def for_template(self) -> dict[str, Any]:
         return _call(self.name, self.arguments)
 
 
-class CustomToolCall(_Frozen):
+class CustomToolCall(BaseModel):
     """An assistant's call of a tool that takes plain text."""
 
     type: Literal["custom_tool_call"]
@@ -126,7 +100,7 @@ class CustomToolCall(_Frozen):
         return _call(self.name, {"input": self.input})
 
 
-class CallOutput(_Frozen):
+class CallOutput(BaseModel):
     """What a function or tool returned."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
@@ -144,7 +118,7 @@ def _call(name: str, arguments: Any) -> dict[str, Any]:
 
 
 Item = Annotated[
-    Annotated[Message, Tag(branch("message"))]
+    Annotated[InputMessage, Tag(branch("message"))]
     | Annotated[FunctionCall, Tag(branch("function_call"))]
     | Annotated[CustomToolCall, Tag(branch("custom_tool_call"))]
     | Annotated[CallOutput, Tag(branch("function_call_output"))]
@@ -169,7 +143,7 @@ def _as_items(value: Any) -> Any:
 
 
 def _check_not_empty(items: list[Item]) -> list[Item]:
-    if all(isinstance(item, Message) and not text_of(item.content).strip() for item in items):
+    if all(isinstance(item, InputMessage) and not text_of(item.content).strip() for item in items):
         raise ValueError("is empty")
     return items
 
@@ -183,7 +157,7 @@ def _check_calls(items: list[Item]) -> list[Item]:
                 raise ValueError(
                     f"there is no {kind} {item.call_id!r} before the output that names it"
                 )
-        elif not isinstance(item, Message):
+        elif not isinstance(item, InputMessage):
             called.add((item.type, item.call_id))
     return items
 
@@ -191,6 +165,7 @@ def _check_calls(items: list[Item]) -> list[Item]:
 # A string, which the user said, or a conversation.
 Items = Annotated[
     list[Item],
+    FIRST_ERROR,
     Field(min_length=1, max_length=MAX_MESSAGES),
     BeforeValidator(_as_items),
     AfterValidator(_check_not_empty),

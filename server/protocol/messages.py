@@ -1,5 +1,6 @@
 """Messages of a conversation on the wire, and as chat templates know them."""
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -7,13 +8,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    Json,
     StrictStr,
     ValidationInfo,
     model_validator,
 )
 
-from server.protocol.base import Options
+from server.errors import InvalidRequestError
+from server.protocol.base import FIRST_ERROR, Options
+from server.protocol.json_body import path_to_not_finite, read_json
 
 
 def _joined(content: Any, info: ValidationInfo) -> Any:
@@ -25,17 +27,29 @@ def _joined(content: Any, info: ValidationInfo) -> Any:
     return content
 
 
+def _as_value(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        raise ValueError("must be a string")
+    try:
+        value = read_json(arguments.strip().encode() or b"{}")
+    except InvalidRequestError:
+        return arguments
+    return arguments if path_to_not_finite(value) else value
+
+
 MAX_MESSAGES = 2048
 
 # A string or text parts, which are joined. What an assistant said in refusal is text of its own.
 Text = Annotated[str, BeforeValidator(_joined)]
+# What the JSON in a string says. What is no JSON, as of a call that was cut off, stays a string.
+Arguments = Annotated[Any, BeforeValidator(_as_value)]
 
 
 class CalledFunction(BaseModel):
     """Which function an earlier answer called, and with what."""
 
     name: Annotated[StrictStr, Field(min_length=1)]
-    arguments: Json[Any]
+    arguments: Arguments
 
 
 class CalledTool(Options):
@@ -46,18 +60,18 @@ class CalledTool(Options):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """The call as chat templates know it: the arguments are an object there."""
+        """The call as chat templates know it: the arguments are an object there, if they can be."""
         return {"id": self.id, "type": "function", "function": self.function.model_dump()}
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """One message of the conversation, its content joined to one string."""
 
     model_config = ConfigDict(frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text = ""
-    tool_calls: list[CalledTool] = Field(default_factory=list)
+    tool_calls: Annotated[list[CalledTool], FIRST_ERROR, Field(default_factory=list)]
 
     @model_validator(mode="before")
     @classmethod
@@ -91,7 +105,9 @@ class Message(BaseModel):
 def _text_of(part: Any, kinds: tuple[str, ...]) -> str:
     kind = part.get("type") if isinstance(part, dict) else part
     if not isinstance(part, dict) or kind not in kinds:
-        raise ValueError(f"content part {kind!r} is not supported: this model reads text only")
+        raise ValueError(
+            f"content part {reprlib.repr(kind)} is not supported: this model reads text only"
+        )
     text = part.get(kind)
     if not isinstance(text, str):
         raise ValueError(f"a {kind} part needs a string {kind!r}")

@@ -3,23 +3,22 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, Tag, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
-from server.protocol.base import FIRST_ERROR, Options, branch, of_type, refuse_unsupported
+from server.protocol.base import FIRST_ERROR, Options, at_most, refuse_unsupported
 from server.protocol.items import Items, conversation
 from server.protocol.sampling import MAX_TOP_LOGPROBS, SamplingRequest
 from server.protocol.tools import (
-    ANY_OBJECT,
     MAX_TOOLS,
-    TOOL_MODES,
-    FunctionDefinition,
-    FunctionName,
-    Name,
-    ToolMode,
-    ToolSubset,
+    ResponseFormat,
+    TextFormat,
+    ToolChoice,
+    ToolDefinition,
+    flat,
+    nested,
     output_format,
 )
 
@@ -34,114 +33,21 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "reasoning": ({}, {"effort": "none"}),
     "truncation": ("disabled",),
 }
+# `max_tool_calls` is of tools that run at the server, of which there are none.
 WITHOUT_EFFECT = (
-    "access_programs",
-    "max_tool_calls",  # of tools that run at the server, of which there are none
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "stream_options",
+    "access_programs", "max_tool_calls", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream_options",
     "user",
-)
+)  # fmt: skip
 LOGPROBS = "message.output_text.logprobs"
-
-
-# --- output ---------------------------------------------------------------------------
-
-
-class TextFormat(BaseModel):
-    """Any text."""
-
-    type: Literal["text"] = "text"
-
-    @property
-    def output_schema(self) -> Mapping[str, Any] | None:
-        """What the text must fit; None for any."""
-        return None
-
-
-class JsonObjectFormat(BaseModel):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-    @property
-    def output_schema(self) -> Mapping[str, Any] | None:
-        """What the text must fit."""
-        return ANY_OBJECT
-
-
-class JsonSchemaFormat(BaseModel):
-    """JSON of a schema. It always fits, whether or not `strict` is said."""
-
-    type: Literal["json_schema"]
-    name: Name
-    schema_: dict[str, Any] = Field(alias="schema")
-    description: StrictStr | None = None
-    strict: StrictBool | None = None
-
-    @property
-    def output_schema(self) -> Mapping[str, Any] | None:
-        """What the text must fit."""
-        return self.schema_
+MAX_METADATA = 16  # as at OpenAI
 
 
 class TextOptions(Options):
     """How the text is written."""
 
-    format: Annotated[
-        Annotated[TextFormat, Tag(branch("text"))]
-        | Annotated[JsonObjectFormat, Tag(branch("json_object"))]
-        | Annotated[JsonSchemaFormat, Tag(branch("json_schema"))],
-        of_type("text", "json_object", "json_schema"),
-    ] = TextFormat()
+    format: Annotated[ResponseFormat, BeforeValidator(nested)] = TextFormat()
     verbosity: Literal["medium"] | None = None
-
-
-class FunctionTool(FunctionDefinition):
-    """A function the model may call."""
-
-    type: Literal["function"]
-
-
-Tool = Annotated[Annotated[FunctionTool, Tag(branch("function"))], of_type("function")]
-
-
-class NamedFunction(FunctionName):
-    """A function by name; as a choice the one that must be called."""
-
-    type: Literal["function"]
-
-    def subset(self) -> ToolSubset:
-        """The choice in the words of all routes."""
-        return ToolSubset([self.name], is_required=True)
-
-
-class AllowedToolsChoice(BaseModel):
-    """Leaves some of the functions to choose from."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1)]
-
-    def subset(self) -> ToolSubset:
-        """The choice in the words of all routes."""
-        names = [tool.name for tool in self.tools]
-        return ToolSubset(names, is_required=self.mode == "required")
-
-
-ToolChoice = Annotated[
-    Annotated[ToolMode, Tag(branch("word"))]
-    | Annotated[NamedFunction, Tag(branch("function"))]
-    | Annotated[AllowedToolsChoice, Tag(branch("allowed_tools"))],
-    of_type("function", "allowed_tools", words=TOOL_MODES),
-]
-
-
-# --- the request ----------------------------------------------------------------------
 
 
 class ResponsesRequest(SamplingRequest):
@@ -153,13 +59,16 @@ class ResponsesRequest(SamplingRequest):
     instructions: StrictStr | None = None
     max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     text: TextOptions = TextOptions()
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, default_factory=list)]
-    tool_choice: ToolChoice = "auto"
+    tools: Annotated[
+        list[Annotated[ToolDefinition, BeforeValidator(nested)]],
+        Field(max_length=MAX_TOOLS, default_factory=list),
+    ]
+    tool_choice: Annotated[ToolChoice, BeforeValidator(nested)] = "auto"
     parallel_tool_calls: StrictBool = True
     # Nothing but log-probabilities: there is never more to include.
     include: Annotated[list[StrictStr], FIRST_ERROR, Field(default_factory=list)]
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict)]
+    metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict), at_most(MAX_METADATA)]
     previous_response_id: StrictStr | None = None
     sentiment: StrictBool = True
 
@@ -169,18 +78,20 @@ class ResponsesRequest(SamplingRequest):
         return LOGPROBS in self.include
 
     def output(self) -> OutputFormat:
-        """What the answer must look like.
-
-        Raises:
-            InvalidRequestError: tools and their choice do not go together.
-        """
-        choice = self.tool_choice
+        """What the answer must look like. Raises what `output_format` does."""
         return output_format(
-            self.text.format.output_schema,
-            [tool.tool() for tool in self.tools],
-            choice if isinstance(choice, str) else choice.subset(),
-            self.parallel_tool_calls,
+            self.text.format, self.tools, self.tool_choice, self.parallel_tool_calls
         )
+
+    def formats(self) -> dict[str, Any]:
+        """`text`, `tools` and `tool_choice`, as they are repeated in the response."""
+        names = {"text", "tools", "tool_choice"}
+        given = self.model_dump(include=names, by_alias=True, exclude_none=True)
+        return {
+            "text": {**given["text"], "format": flat(given["text"]["format"])},
+            "tools": [flat(tool) for tool in given["tools"]],
+            "tool_choice": flat(given["tool_choice"]),
+        }
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as chat templates know it."""
@@ -227,17 +138,4 @@ def call_item(item_id: str, status: str, call: ToolCall, arguments: str) -> dict
     return {
         "id": item_id, "type": "function_call", "status": status, "call_id": call.id,
         "name": call.name, "arguments": arguments,
-    }  # fmt: skip
-
-
-def response_usage(num_input: int, num_cached: int, num_output: int) -> dict[str, Any]:
-    """Token counts. What is computed is kept for later prompts, so the rest was written."""
-    return {
-        "input_tokens": num_input,
-        "input_tokens_details": {
-            "cached_tokens": num_cached, "cache_write_tokens": num_input - num_cached
-        },
-        "output_tokens": num_output,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": num_input + num_output,
     }  # fmt: skip

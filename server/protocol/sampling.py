@@ -8,6 +8,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     StrictBool,
+    StrictFloat,
     StrictInt,
     StrictStr,
     field_validator,
@@ -16,7 +17,7 @@ from pydantic import (
 
 from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
-from server.protocol.base import Number, Options, Request
+from server.protocol.base import Options, Request, at_most
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 16
@@ -38,30 +39,23 @@ def _stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-def _not_too_many(biases: Any) -> Any:
-    # Before any of them is looked at: a message per bias, for a million, takes seconds.
-    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
-        raise ValueError(f"must have {MAX_BIASES} items or fewer, not {len(biases)}")
-    return biases
-
-
 class SamplingRequest(Request):
     """Fields of all routes that generate text; None leaves the value to the checkpoint."""
 
     model: StrictStr
     stream: StrictBool = False
-    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[StrictFloat, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    min_p: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
+    frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
     # Logits are divided by it; by less, they would no longer be finite.
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=2)] | None = None
+    repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=2)] | None = None
     logit_bias: Annotated[
-        dict[str, Annotated[Number, Field(ge=-100, le=100)]],
+        dict[str, Annotated[StrictFloat, Field(ge=-100, le=100)]],
         Field(default_factory=dict),
-        BeforeValidator(_not_too_many),
+        at_most(MAX_BIASES),
     ]
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[

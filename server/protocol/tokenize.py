@@ -7,7 +7,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
 from server.protocol.base import FIRST_ERROR, Request, refuse_unsupported
-from server.protocol.messages import MAX_MESSAGES, Message
+from server.protocol.messages import MAX_MESSAGES, ChatMessage
 from server.protocol.tools import MAX_TOOLS, ToolDefinition
 
 # Parameters of vLLM's that would change the tokens, with the values that leave them alone.
@@ -27,9 +27,13 @@ class TokenizeRequest(Request):
     what /v1/chat/completions makes of it.
     """
 
+    known = frozenset(UNSUPPORTED)
+
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: StrictBool = True  # Qwen's tokenizers have none to add
     return_token_strs: StrictBool = False

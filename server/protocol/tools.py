@@ -1,22 +1,49 @@
-"""Tools and output formats on the wire."""
+"""Tools and output formats on the wire, in the shape they have in chats."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, StrictBool, StrictStr, Tag, field_validator
+from pydantic import AliasChoices, BaseModel, Field, StrictBool, StrictStr, Tag
 
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import Tool
 from server.errors import InvalidRequestError
-from server.protocol.base import branch, of_type
+from server.protocol.base import FIRST_ERROR, branch, of_type
 
 MAX_TOOLS = 128
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 # OpenAI's rule for the names of functions and schemas.
 Name = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+def _nested(kind: str) -> Any:
+    """The field `kind`. Under its second name, which `nested` gives it, errors do not show it."""
+    return Field(validation_alias=AliasChoices(kind, branch(kind)))
+
+
+def nested(value: Any) -> Any:
+    """A tool, choice or format of /v1/responses, `{"type": T, **fields}`, in the shape of chats.
+
+    There it is `{"type": T, T: fields}`. Any other value stays as it is.
+    """
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in ("function", "allowed_tools", "json_schema"):
+        return value
+    fields = {name: field for name, field in value.items() if name != "type"}
+    if kind == "allowed_tools" and isinstance(fields.get("tools"), list):
+        fields["tools"] = [nested(tool) for tool in fields["tools"]]
+    return {"type": kind, branch(kind): fields}
+
+
+def flat(value: Any) -> Any:
+    """The inverse of `nested`, of what is dumped."""
+    if not isinstance(value, dict):
+        return value
+    fields = value.get(value["type"], {})
+    if value["type"] == "allowed_tools":
+        fields["tools"] = [flat(tool) for tool in fields["tools"]]
+    return {"type": value["type"], **fields}
 
 
 class FunctionDefinition(BaseModel):
@@ -27,26 +54,20 @@ class FunctionDefinition(BaseModel):
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None
 
-    @field_validator("parameters")
-    @classmethod
-    def _check_numbers(cls, parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-        # Python reads NaN and 1e999, but neither template nor response could write them.
-        try:
-            json.dumps(parameters, allow_nan=False)
-        except ValueError as error:
-            raise ValueError("holds a number that is not finite") from error
-        return parameters
-
     def tool(self) -> Tool:
-        """What the model is told."""
+        """What the model reads of it."""
         return Tool(self.name, {**ANY_OBJECT, **(self.parameters or {})}, self.description)
 
 
-class ToolDefinition(BaseModel):
-    """A tool; functions are the only ones there are."""
+class FunctionTool(BaseModel):
+    """A function as a tool."""
 
     type: Literal["function"]
-    function: FunctionDefinition
+    function: FunctionDefinition = _nested("function")
+
+
+# Functions are the only tools there are.
+ToolDefinition = Annotated[Annotated[FunctionTool, Tag(branch("function"))], of_type("function")]
 
 
 class FunctionName(BaseModel):
@@ -59,43 +80,25 @@ ToolMode = Literal["none", "auto", "required"]
 TOOL_MODES: tuple[str, ...] = get_args(ToolMode)
 
 
-@dataclass(frozen=True)
-class ToolSubset:
-    """Names of the tools that may be called, and whether one of them must be."""
-
-    names: Sequence[str]
-    is_required: bool
-
-
 class NamedTool(BaseModel):
     """A tool by name; as a choice the one that must be called."""
 
     type: Literal["function"]
-    function: FunctionName
-
-    def subset(self) -> ToolSubset:
-        """The choice in the words of all routes."""
-        return ToolSubset([self.function.name], is_required=True)
+    function: FunctionName = _nested("function")
 
 
 class AllowedTools(BaseModel):
     """Some of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1)]
+    tools: Annotated[list[NamedTool], FIRST_ERROR, Field(min_length=1)]
 
 
 class AllowedToolsChoice(BaseModel):
     """Leaves some of the tools to choose from."""
 
     type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
-
-    def subset(self) -> ToolSubset:
-        """The choice in the words of all routes."""
-        allowed = self.allowed_tools
-        names = [tool.function.name for tool in allowed.tools]
-        return ToolSubset(names, is_required=allowed.mode == "required")
+    allowed_tools: AllowedTools = _nested("allowed_tools")
 
 
 ToolChoice = Annotated[
@@ -118,12 +121,7 @@ class JsonSchema(BaseModel):
 class TextFormat(BaseModel):
     """Any text."""
 
-    type: Literal["text"]
-
-    @property
-    def output_schema(self) -> Mapping[str, Any] | None:
-        """What the answer must fit; None for any text."""
-        return None
+    type: Literal["text"] = "text"
 
 
 class JsonObjectFormat(BaseModel):
@@ -131,22 +129,12 @@ class JsonObjectFormat(BaseModel):
 
     type: Literal["json_object"]
 
-    @property
-    def output_schema(self) -> Mapping[str, Any] | None:
-        """What the answer must fit."""
-        return ANY_OBJECT
-
 
 class JsonSchemaFormat(BaseModel):
     """JSON of a schema."""
 
     type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-    @property
-    def output_schema(self) -> Mapping[str, Any] | None:
-        """What the answer must fit."""
-        return self.json_schema.schema_
+    json_schema: JsonSchema = _nested("json_schema")
 
 
 ResponseFormat = Annotated[
@@ -158,9 +146,9 @@ ResponseFormat = Annotated[
 
 
 def output_format(
-    schema: Mapping[str, Any] | None,
-    tools: Sequence[Tool],
-    choice: ToolMode | ToolSubset,
+    form: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+    definitions: Sequence[FunctionTool],
+    choice: ToolMode | NamedTool | AllowedToolsChoice,
     is_parallel: bool,
 ) -> OutputFormat:
     """What the answer must look like.
@@ -168,21 +156,29 @@ def output_format(
     Raises:
         InvalidRequestError: two tools have one name, or the choice names none of them.
     """
-    names = {tool.name for tool in tools}
-    if len(names) < len(tools):
+    tools = {one.function.name: one.function.tool() for one in definitions}
+    if len(tools) < len(definitions):
         raise InvalidRequestError("'tools' must differ in their names.", param="tools")
-    if isinstance(choice, ToolSubset):
-        if unknown := [name for name in choice.names if name not in names]:
-            raise InvalidRequestError(
-                f"'tool_choice' names {unknown[0]!r}, which is not among 'tools'.",
-                param="tool_choice",
-            )
-        tools = [tool for tool in tools if tool.name in choice.names]
-        return OutputFormat(schema, tools, choice.is_required, is_parallel)
-    if choice == "required" and not tools:
+    match choice:
+        case NamedTool():
+            names, is_required = [choice.function.name], True
+        case AllowedToolsChoice():
+            names = [tool.function.name for tool in choice.allowed_tools.tools]
+            is_required = choice.allowed_tools.mode == "required"
+        case _:
+            names, is_required = [] if choice == "none" else list(tools), choice == "required"
+    if unknown := [name for name in names if name not in tools]:
+        raise InvalidRequestError(
+            f"'tool_choice' names {unknown[0]!r}, which is not among 'tools'.", param="tool_choice"
+        )
+    if is_required and not names:
         raise InvalidRequestError(
             "'tool_choice' is 'required', but there are no 'tools'.", param="tool_choice"
         )
-    return OutputFormat(
-        schema, [] if choice == "none" else tools, choice == "required", is_parallel
-    )
+    schema: Mapping[str, Any] | None = None
+    if isinstance(form, JsonSchemaFormat):
+        schema = form.json_schema.schema_
+    elif isinstance(form, JsonObjectFormat):
+        schema = ANY_OBJECT
+    allowed = [tool for name, tool in tools.items() if name in names]
+    return OutputFormat(schema, allowed, is_required, is_parallel)

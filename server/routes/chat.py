@@ -7,14 +7,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.engine.generation_config import or_default
 from server.core.engine.sequence import TokenEvent
 from server.core.roles.reply import Reply
 from server.core.text.tools import Answer, CallDelta, Delta, TextDelta
 from server.protocol.base import classification, new_id, now, sentiment_headers, usage
 from server.protocol.chat import ChatCompletionRequest, message
 from server.protocol.sampling import logprobs_content
-from server.routes.common import check_model, services_of, unless_disconnected
+from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
 from server.routes.sampling import compile_grammar, sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -23,7 +22,7 @@ from server.services import Services
 async def chat_completions(request: Request) -> Response:
     """Judges the mood of the last user message, then answers."""
     services = services_of(request)
-    body = ChatCompletionRequest.parse(await request.body())
+    body = await parse(request, ChatCompletionRequest)
     is_plain = check_model(services, body.model)
     output = body.output()
 
@@ -34,7 +33,7 @@ async def chat_completions(request: Request) -> Response:
         params = sampling_params(
             body,
             services,
-            max_tokens=or_default(body.max_completion_tokens, body.max_tokens),
+            max_tokens=body.max_completion_tokens or body.max_tokens,
             num_logprobs=body.top_logprobs if body.logprobs else None,
             grammar=grammar,
         )
@@ -43,6 +42,7 @@ async def chat_completions(request: Request) -> Response:
             params,
             # An answer of calls alone has no text to end.
             () if output.is_call_required else body.stop,
+            work=work_of(request),
             with_sentiment=body.sentiment and not is_plain,
             tools=output.tools,
             num_choices=body.n,
@@ -72,8 +72,8 @@ class _Chat:
     async def whole(self) -> Response:
         """The response, once all choices are complete."""
         tokens: list[list[TokenEvent]] = [[] for _ in self._answers]
-        async for index, _, told in self._deltas():
-            tokens[index] += told
+        async for index, _, new_tokens in self._deltas():
+            tokens[index] += new_tokens
         content = {
             "id": new_id("chatcmpl"),
             "object": "chat.completion",
@@ -125,17 +125,17 @@ class _Chat:
 
     async def _deltas(self) -> AsyncIterator[tuple[int, Delta | None, list[TokenEvent]]]:
         """What is new in which choice, and the tokens it came from; None: that one is done."""
-        untold: list[list[TokenEvent]] = [[] for _ in self._answers]
+        pending_tokens: list[list[TokenEvent]] = [[] for _ in self._answers]
         async for index, piece in self.reply.pieces():
             answer = self._answers[index]
             deltas = answer.end() if piece is None else answer.add(piece.text)
             if piece is not None:
-                untold[index] += piece.tokens
+                pending_tokens[index] += piece.tokens
             for delta in deltas:
-                yield index, delta, untold[index]
-                untold[index] = []
+                yield index, delta, pending_tokens[index]
+                pending_tokens[index] = []
             if piece is None:
-                yield index, None, untold[index]
+                yield index, None, pending_tokens[index]
 
     def _delta(self, index: int, delta: Delta) -> dict[str, Any]:
         match delta:

@@ -1,36 +1,34 @@
 """POST /v1/classify: the judgement alone."""
 
+import asyncio
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.concurrency import all_of
 from server.core.roles.classifier import Classification
 from server.core.roles.tasks import Task, inline_task
-from server.errors import ContextLengthError, InvalidRequestError
+from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest
-from server.routes.common import check_model, services_of, unless_disconnected
+from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
 from server.services import Services
 
 
 async def classify(request: Request) -> Response:
     """Labels one text or several, which are computed as a batch."""
     services = services_of(request)
-    body = ClassifyRequest.parse(await request.body())
+    body = await parse(request, ClassifyRequest)
     if body.model is not None:
         check_model(services, body.model)
     task = _task_of(body, services)
 
-    async def judge(index: int, text: str) -> Classification:
-        try:
-            return await services.classifier.classify(task, text)
-        except ContextLengthError as error:
-            raise ContextLengthError(
-                error.num_prompt_tokens, error.max_context, body.param(index)
-            ) from error
+    async def judge() -> list[Classification]:
+        prepared = await asyncio.to_thread(
+            services.classifier.prepare, task, body.texts, body.param
+        )
+        return await services.classifier.judge(prepared, work_of(request))
 
-    passes = (judge(index, text) for index, text in enumerate(body.texts))
-    results = await unless_disconnected(request, all_of(passes))
+    results = await unless_disconnected(request, judge())
     computed = [result for result in results if not result.is_cached]
     return JSONResponse(
         {

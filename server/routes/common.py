@@ -6,16 +6,30 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from server.core.engine.work import Work
 from server.errors import NotFoundError, RequestTimeoutError
+from server.protocol import base
 from server.services import PLAIN_SUFFIX, Services
 
 T = TypeVar("T")
+R = TypeVar("R", bound=base.Request)
+
+# What takes a few milliseconds to parse, whatever it holds.
+MAX_INLINE_BYTES = 32 * 1024
 
 
 def services_of(request: Request) -> Services:
     """The services this application was made with."""
     services: Services = request.app.state.services
     return services
+
+
+async def parse(request: Request, kind: type[R]) -> R:
+    """What the body says, or what is wrong with it; a long one is read off the event loop."""
+    body = await request.body()
+    if len(body) <= MAX_INLINE_BYTES:
+        return kind.parse(body)
+    return await asyncio.to_thread(kind.parse, body)
 
 
 def check_model(services: Services, model: str) -> bool:
@@ -46,7 +60,9 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
     watcher = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait(
-            (task, watcher), timeout=time_left(request), return_when=asyncio.FIRST_COMPLETED
+            (task, watcher),
+            timeout=work_of(request).seconds_left,
+            return_when=asyncio.FIRST_COMPLETED,
         )
         if not task.done():
             raise ClientDisconnect if watcher.done() else timed_out()
@@ -65,10 +81,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def time_left(request: Request) -> float:
-    """Seconds to the request's deadline."""
-    deadline: float = request.scope["deadline"]
-    return deadline - asyncio.get_running_loop().time()
+def work_of(request: Request) -> Work:
+    """The request's unit of work in the engine."""
+    work: Work = request.scope["work"]
+    return work
 
 
 def timed_out() -> RequestTimeoutError:

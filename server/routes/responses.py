@@ -7,20 +7,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.engine.generation_config import or_default
 from server.core.engine.sequence import TokenEvent
 from server.core.roles.reply import Reply
 from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
-from server.protocol.base import classification, new_id, now, sentiment_headers
-from server.protocol.responses import (
-    ResponsesRequest,
-    call_item,
-    message_item,
-    response_usage,
-    text_part,
-)
+from server.protocol.base import classification, input_usage, new_id, now, sentiment_headers
+from server.protocol.responses import ResponsesRequest, call_item, message_item, text_part
 from server.protocol.sampling import logprobs_content
-from server.routes.common import check_model, services_of, unless_disconnected
+from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
 from server.routes.sampling import compile_grammar, sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -31,7 +24,7 @@ Event = dict[str, Any]
 async def responses(request: Request) -> Response:
     """Judges the mood of the last user message, then answers in items."""
     services = services_of(request)
-    body = ResponsesRequest.parse(await request.body())
+    body = await parse(request, ResponsesRequest)
     is_plain = check_model(services, body.model)
     output = body.output()
 
@@ -51,6 +44,7 @@ async def responses(request: Request) -> Response:
             params,
             # An answer of calls alone has no text to end.
             () if output.is_call_required else body.stop,
+            work=work_of(request),
             with_sentiment=body.sentiment and not is_plain,
             tools=output.tools,
         )
@@ -84,7 +78,7 @@ class _Response:
         # Of the item that is being written.
         self._item_id: str | None = None
         self._text, self._logprobs = "", list[dict[str, Any]]()
-        self._untold: list[TokenEvent] = []
+        self._pending_tokens: list[TokenEvent] = []
         self._call: ToolCall | None = None
         self.headers = sentiment_headers(reply.sentiment)
 
@@ -94,7 +88,7 @@ class _Response:
         yield self._event("response.in_progress", response=self._response("in_progress"))
         [choice] = self.reply.choices
         async for piece in choice.pieces():
-            self._untold += piece.tokens
+            self._pending_tokens += piece.tokens
             for delta in self._answer.add(piece.text):
                 for event in self._written(delta):
                     yield event
@@ -110,18 +104,18 @@ class _Response:
         yield self._event(f"response.{status}", response=self._response(status))
 
     def _written(self, delta: Delta) -> Iterator[Event]:
-        told = self._tell_logprobs()
+        logprobs = self._take_logprobs()
         match delta:
             case TextDelta(text):
                 if self._item_id is None:
                     yield from self._begin_message()
                 self._text += text
-                self._logprobs += told
+                self._logprobs += logprobs
                 yield self._item_event(
                     "response.output_text.delta",
                     content_index=0,
                     delta=text,
-                    logprobs=_without_bytes(told),
+                    logprobs=_without_bytes(logprobs),
                 )
             case CallDelta(index, str(), _):
                 yield from self._end_item("completed")
@@ -151,7 +145,7 @@ class _Response:
             yield self._item_event("response.function_call_arguments.done", arguments=arguments)
         else:
             # The last tokens may have no text.
-            self._logprobs += self._tell_logprobs()
+            self._logprobs += self._take_logprobs()
             part = text_part(self._text, self._logprobs)
             item = message_item(self._item_id, status, [part])
             yield self._item_event(
@@ -165,11 +159,11 @@ class _Response:
         self._items.append(item)
         self._item_id = self._call = None
 
-    def _tell_logprobs(self) -> list[dict[str, Any]]:
+    def _take_logprobs(self) -> list[dict[str, Any]]:
         """Those of the tokens that came since the last time."""
-        told = logprobs_content(self._untold, self._services.tokenizer.token_bytes)
-        self._untold = []
-        return told
+        logprobs = logprobs_content(self._pending_tokens, self._services.tokenizer.token_bytes)
+        self._pending_tokens = []
+        return logprobs
 
     def _item_event(self, kind: str, **fields: Any) -> Event:
         return self._event(kind, item_id=self._item_id, output_index=len(self._items), **fields)
@@ -198,19 +192,17 @@ class _Response:
             "output": list(self._items),
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
-            "temperature": or_default(body.temperature, defaults.temperature),
-            "text": body.text.model_dump(by_alias=True, exclude_none=True),
-            "tool_choice": (
-                body.tool_choice
-                if isinstance(body.tool_choice, str)
-                else body.tool_choice.model_dump()
-            ),
-            "tools": [tool.model_dump(exclude_none=True) for tool in body.tools],
-            "top_p": or_default(body.top_p, defaults.top_p),
+            "temperature": (defaults.temperature if body.temperature is None else body.temperature),
+            **body.formats(),
+            "top_p": defaults.top_p if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": (
-                response_usage(
-                    reply.num_prompt_tokens, reply.num_cached_tokens, reply.num_completion_tokens
+                input_usage(
+                    reply.num_prompt_tokens,
+                    num_cached=reply.num_cached_tokens,
+                    # Whatever is computed is kept for later prompts.
+                    num_kept=reply.num_prompt_tokens - reply.num_cached_tokens,
+                    num_output=reply.num_completion_tokens,
                 )
                 if is_done
                 else None

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from server.core.engine.generation_config import or_default
 from server.core.engine.sequence import Grammar, SamplingParams
 from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
 from server.errors import InvalidRequestError
@@ -19,21 +18,24 @@ def sampling_params(
     Raises:
         InvalidRequestError: a token id is beyond the model's vocabulary.
     """
-    defaults = services.defaults
+    own = services.defaults
+    asked = body.model_dump(
+        include={"temperature", "top_p", "top_k", "repetition_penalty"}, exclude_none=True
+    )
     return SamplingParams(
-        max_tokens=or_default(max_tokens, services.max_context),
-        temperature=float(or_default(body.temperature, defaults.temperature)),
-        top_p=float(or_default(body.top_p, defaults.top_p)),
-        top_k=max(0, or_default(body.top_k, defaults.top_k)),
-        min_p=float(or_default(body.min_p, 0.0)),
-        repetition_penalty=float(or_default(body.repetition_penalty, defaults.repetition_penalty)),
-        frequency_penalty=float(or_default(body.frequency_penalty, 0.0)),
-        presence_penalty=float(or_default(body.presence_penalty, 0.0)),
+        max_tokens=max_tokens or services.max_context,
+        temperature=asked.get("temperature", own.temperature),
+        top_p=asked.get("top_p", own.top_p),
+        top_k=max(0, asked.get("top_k", own.top_k)),
+        min_p=body.min_p,
+        repetition_penalty=asked.get("repetition_penalty", own.repetition_penalty),
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
         logit_bias=_logit_bias(body.logit_bias, services.tokenizer.vocab_size),
         seed=body.seed,
         num_logprobs=num_logprobs,
         grammar=grammar,
-        stop_token_ids=defaults.eos_token_ids,
+        stop_token_ids=own.eos_token_ids,
     )
 
 

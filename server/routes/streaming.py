@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.types import Message as ASGIMessage
 
 from server.errors import APIError, InternalError
-from server.routes.common import time_left, timed_out
+from server.routes.common import timed_out, work_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ async def _next(
 ) -> Mapping[str, Any] | None:
     """The next content; None behind the last. A deadline that passes ends them all."""
     try:
-        return await asyncio.wait_for(anext(contents, None), time_left(request))
+        return await asyncio.wait_for(anext(contents, None), work_of(request).seconds_left)
     except TimeoutError:
         raise timed_out() from None
 

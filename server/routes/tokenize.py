@@ -8,13 +8,13 @@ from starlette.responses import JSONResponse, Response
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import InvalidRequestError
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from server.routes.common import check_model, services_of
+from server.routes.common import check_model, parse, services_of
 
 
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a conversation, however long it is."""
     services = services_of(request)
-    body = TokenizeRequest.parse(await request.body())
+    body = await parse(request, TokenizeRequest)
     if body.model is not None:
         check_model(services, body.model)
     # Not on the event loop: megabytes take a second.
@@ -33,7 +33,7 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens included."""
     services = services_of(request)
-    body = DetokenizeRequest.parse(await request.body())
+    body = await parse(request, DetokenizeRequest)
     if body.model is not None:
         check_model(services, body.model)
     vocab_size = services.tokenizer.vocab_size

@@ -171,6 +171,43 @@ def test_calls_and_their_results_may_be_sent_back(tiny: LiveServer) -> None:
     assert response["output"]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text": AS_PERSON},
+        {"text": {"format": {"type": "json_object"}, "verbosity": "medium"}},
+        {"text": {"format": {"type": "text"}}},
+        {"tools": [CLOCK, {"type": "function", "name": "f", "description": "d", "strict": True}]},
+        {"tools": [CLOCK], "tool_choice": {"type": "function", "name": "clock"}},
+        {"tools": [CLOCK], "tool_choice": ALLOWED_CLOCK},
+        {"tools": [CLOCK], "tool_choice": "none"},
+    ],
+)
+def test_tools_and_formats_are_repeated_as_they_were_sent(
+    tiny: LiveServer, changes: dict[str, Any]
+) -> None:
+    response = respond(tiny, **changes, max_output_tokens=16)
+    assert {name: response[name] for name in changes} == changes
+
+
+def test_a_call_that_was_cut_may_be_sent_back(tiny: LiveServer) -> None:
+    needs_name = {**CLOCK, "parameters": PERSON}
+    for max_output_tokens in range(16, 60):
+        first = respond(
+            tiny, **{**CALL_CLOCK, "tools": [needs_name]}, max_output_tokens=max_output_tokens
+        )
+        [call] = first["output"]
+        if call.get("arguments", "") not in ("", "{"):  # it has begun
+            break
+    assert first["status"] == call["status"] == "incomplete"
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call["arguments"])
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "cut"}
+    for arguments in (call["arguments"], ""):
+        said = [{"role": "user", "content": "?"}, {**call, "arguments": arguments}, result]
+        assert respond(tiny, input=said, tools=[needs_name])["output"]
+
+
 # --- what is refused ------------------------------------------------------------------
 
 
@@ -196,6 +233,18 @@ def test_calls_and_their_results_may_be_sent_back(tiny: LiveServer) -> None:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [CLOCK, {**CLOCK, "name": "a b"}]}, "tools[1].name"),
+        ({"tools": [{**CLOCK, "parameters": []}]}, "tools[0].parameters"),
+        ({"tools": [CLOCK], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+        ({"tools": [CLOCK], "tool_choice": {**ALLOWED_CLOCK, "mode": "?"}}, "tool_choice.mode"),
+        (
+            {"tools": [CLOCK], "tool_choice": {**ALLOWED_CLOCK, "tools": [{"type": "function"}]}},
+            "tool_choice.tools[0].name",
+        ),
+        ({"tool_choice": {**ALLOWED_CLOCK, "tools": [5]}}, "tool_choice.tools[0]"),
+        ({"tool_choice": {"type": []}}, "tool_choice"),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
@@ -208,6 +257,7 @@ def test_calls_and_their_results_may_be_sent_back(tiny: LiveServer) -> None:
         ),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),
         ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"temperature": 3}, "temperature"),
     ],
 )

@@ -1,5 +1,6 @@
 """Who gets in: keys on every route, pages of named origins, ids in and out."""
 
+import dataclasses
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -11,8 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from server.__main__ import _exposure
+from server.app import create_app
 from server.config import Settings
-from server.middleware import OPEN_PATHS
+from server.guards import OPEN_PATHS, HostMiddleware
+from server.metrics import Metrics
 from server.routes import ROUTES
 from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
@@ -103,8 +106,106 @@ def test_a_body_is_not_read_for_a_wrong_key(guarded: LiveServer) -> None:
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         # The body that is announced never comes.
-        connection.sendall(b"POST /v1/classify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n")
+        connection.sendall(
+            b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n"
+        )
         assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 401 ")
+
+
+# --- names of the server --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def proxied(
+    tiny_checkpoint: Path, serve: Callable[[Settings], AbstractContextManager[LiveServer]]
+) -> Iterator[LiveServer]:
+    settings = Settings(model=str(tiny_checkpoint), allowed_host="chat.example, Mood.example")  # type: ignore[arg-type]
+    with serve(settings) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "192.168.1.2",
+        "[::2]:80",
+        "0.0.0.0",
+        "localhost:80:80",
+        "chat.example",
+        "::1 evil.example",
+    ],
+)
+def test_a_name_that_leads_here_by_rebinding_is_refused_everywhere(
+    tiny: LiveServer, host: str
+) -> None:  # fmt: skip
+    with httpx.Client(base_url=tiny.url, headers={"host": host}) as client:
+        for method, path in [*every_route(), ("GET", "/"), ("POST", "/gradio_api/queue/join")]:
+            response = client.request(method, path)
+            assert response.status_code == 403, (method, path)
+            if method != "HEAD":
+                said = assert_error(
+                    response, 403, "invalid_request_error", None, "host_not_allowed"
+                )
+                assert "'Host: " in said and "--allowed-host" in said and "--api-key" in said
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:9", "127.0.0.1", "127.9.9.9:80", "[::1]", "[::1]:8000"],
+)
+def test_this_machine_by_any_of_its_names_is_answered(tiny: LiveServer, host: str) -> None:
+    for path in ("/health", "/", "/v1/models"):
+        assert httpx.get(tiny.url + path, headers={"host": host}).status_code == 200
+
+
+def test_a_request_without_a_host_comes_from_no_browser(tiny: LiveServer) -> None:
+    host, port = tiny.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("chat.example", 200), ("mood.EXAMPLE:443", 200), ("127.0.0.1", 200), ("a.chat.example", 403)],
+)
+def test_a_proxy_on_this_machine_may_use_the_names_it_was_given(
+    proxied: LiveServer, host: str, status: int
+) -> None:
+    assert httpx.get(f"{proxied.url}/health", headers={"host": host}).status_code == status
+
+
+def test_where_a_key_is_needed_any_name_will_do(guarded: LiveServer) -> None:
+    headers = {"host": "evil.example", "authorization": f"Bearer {KEY}"}
+    assert httpx.get(f"{guarded.base_url}/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "is_checked"),
+    [
+        ("127.0.0.1", "", True),
+        ("localhost", "", True),
+        ("::1", "", True),
+        ("0.0.0.0", "", False),
+        ("::", "", False),
+        ("127.0.0.1", KEY, False),
+    ],
+)
+def test_only_a_server_for_this_machine_that_has_no_key_looks_at_names(
+    tiny: LiveServer, host: str, keys: str, is_checked: bool
+) -> None:
+    settings = Settings(host=host, api_key=keys or (), ui=False)  # type: ignore[arg-type]
+    services = dataclasses.replace(tiny.services, metrics=Metrics())
+    app = create_app(settings, services)
+    assert (HostMiddleware in [each.cls for each in app.user_middleware]) == is_checked
+
+
+# --- pages of other origins -----------------------------------------------------------
 
 
 def preflight(server: LiveServer, origin: str) -> httpx.Response:

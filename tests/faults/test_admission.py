@@ -1,7 +1,9 @@
 """More requests than there is room for: each gets an answer or a clear refusal, in time."""
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -11,7 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from server import middleware
 from server.config import Settings
+from server.middleware import MAX_BODIES, BodyMiddleware
 from tests.conftest import LiveServer
 from tests.faults.conftest import (
     BOUND_S,
@@ -22,6 +26,7 @@ from tests.faults.conftest import (
     text_of,
     until_inside,
 )
+from tests.faults.test_hostile import connected
 from tests.live.test_clients_at_once import is_idle, until
 from tests.live.test_errors import assert_error
 from tests.processes import Footprint, environment, started
@@ -200,3 +205,109 @@ async def test_the_deadline_ends_a_stream_with_an_error_and_done(
                 assert end == "[DONE]"
             assert await num_inside(client, hasty) == 0
     await until(lambda: is_idle(hasty.services.engine))
+
+
+# --- bodies ---------------------------------------------------------------------------
+
+MAX_BODY_BYTES = 100_000
+
+
+@pytest.fixture
+def held_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """What is held of all bodies. The page has a middleware of its own, which gets none."""
+    readers: list[BodyMiddleware] = []
+    init = BodyMiddleware.__init__
+
+    def spy(self: BodyMiddleware, *args: Any, **options: Any) -> None:
+        readers.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(BodyMiddleware, "__init__", spy)
+    return lambda: sum(reader._num_held_bytes for reader in readers)
+
+
+@pytest.fixture
+def small_bodied(
+    held_bytes: Callable[[], int], tiny_checkpoint: Path, serve: Serve
+) -> Iterator[LiveServer]:
+    with serve(Settings(model=str(tiny_checkpoint), max_body_bytes=MAX_BODY_BYTES)) as server:
+        yield server
+
+
+def large(server: LiveServer, **changes: Any) -> bytes:
+    """A chat whose body has nearly the largest size there may be."""
+    body = json.dumps(endless(server, **changes))
+    return body[:-1].encode() + b', "user": "%s"}' % (b"a" * (MAX_BODY_BYTES - 1000))
+
+
+async def begun(server: LiveServer, body: bytes) -> socket.socket:
+    """A connection over which all of the body but its end has come."""
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}"
+    return await connected(server, head.encode() + b"\r\n\r\n" + body[:-1])
+
+
+async def test_bodies_share_a_budget_before_they_are_let_in(
+    client: httpx.AsyncClient, small_bodied: LiveServer, held_bytes: Callable[[], int]
+) -> None:
+    body = large(small_bodied, max_tokens=1)
+    with contextlib.ExitStack() as stack:
+        held_open = [
+            stack.enter_context(await begun(small_bodied, body)) for _ in range(MAX_BODIES)
+        ]
+        await until(lambda: held_bytes() > MAX_BODIES * (len(body) - 10))
+        # Nobody is inside, and there is room for the start of one more body only.
+        assert await num_inside(client, small_bodied) == 0
+        with await begun(small_bodied, body) as refused:
+            async with asyncio.timeout(BOUND_S):
+                answer = await asyncio.get_running_loop().sock_recv(refused, 4096)
+        assert answer.startswith(b"HTTP/1.1 429 ") and b"\r\nretry-after: " in answer
+        # Whoever sends all of it sees the answer, too.
+        response = await client.post(url_of(small_bodied), content=body)
+        message = assert_error(response, 429, "rate_limit_error", None, "queue_full")
+        assert "bodies" in message
+        # A short request is not in the way of anybody's memory.
+        short = endless(small_bodied, max_tokens=1)
+        assert (await client.post(url_of(small_bodied), json=short)).status_code == 200
+        # Whoever ends a body is answered, and makes room.
+        held_open[0].send(body[-1:])
+        async with asyncio.timeout(BOUND_S):
+            assert (await asyncio.get_running_loop().sock_recv(held_open[0], 20))[9:12] == b"200"
+        await until(lambda: held_bytes() < MAX_BODIES * (len(body) - 10))
+        assert (await client.post(url_of(small_bodied), content=body)).status_code == 200
+    # Whoever hangs up makes room as well.
+    await until(lambda: held_bytes() == 0)
+
+
+async def test_a_body_counts_until_it_is_answered(
+    client: httpx.AsyncClient, small_bodied: LiveServer, held_bytes: Callable[[], int]
+) -> None:
+    body = large(small_bodied, max_tokens=1)
+    with held(small_bodied.services):
+        running = [
+            asyncio.create_task(client.post(url_of(small_bodied), content=body))
+            for _ in range(MAX_BODIES)
+        ]
+        await until_inside(client, small_bodied, MAX_BODIES)
+        response = await client.post(url_of(small_bodied), content=body)
+        assert_error(response, 429, "rate_limit_error", None, "queue_full")
+    assert [response.status_code for response in await asyncio.gather(*running)] == [200] * 16
+    assert (await client.post(url_of(small_bodied), content=body)).status_code == 200
+    await until(lambda: held_bytes() == 0)
+
+
+@pytest.mark.parametrize("rest", ["too long", "late", "left"])
+async def test_a_body_that_fails_does_not_count(
+    small_bodied: LiveServer, held_bytes: Callable[[], int], monkeypatch: pytest.MonkeyPatch,
+    rest: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_S", 0.2 if rest == "late" else 60)
+    head = b"POST /v1/classify HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    size = MAX_BODY_BYTES + 1 if rest == "too long" else MAX_BODY_BYTES // 2
+    with await connected(small_bodied, head + b"%x\r\n%s" % (size, b"a" * size)) as connection:
+        if rest == "left":
+            await until(lambda: held_bytes() == size)
+        else:
+            async with asyncio.timeout(BOUND_S):
+                answer = await asyncio.get_running_loop().sock_recv(connection, 20)
+            assert answer[9:12] == (b"413" if rest == "too long" else b"408")
+    await until(lambda: held_bytes() == 0)

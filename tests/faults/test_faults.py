@@ -9,10 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
-from server.core.engine.engine import Engine, TokenStream
+from server.core.engine.engine import Engine
 from server.core.engine.model.runner import ModelRunner
 from server.core.engine.model.sampler import Sampler
 from server.core.engine.sequence import SamplingParams, Sequence
+from server.core.engine.stream import TokenStream
+from server.core.engine.work import Work
 from server.core.text import choices, grammar
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, events_of, held, text_of
@@ -138,9 +140,11 @@ async def ask_together(
     url, engine = f"{server.base_url}/chat/completions", server.services.engine
     submitted = []
 
-    def submit(prompt_ids: list[int], params: SamplingParams) -> TokenStream:
+    def submit(
+        prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+    ) -> TokenStream:
         submitted.append(params)
-        return Engine.submit(engine, prompt_ids, params)
+        return Engine.submit(engine, prompt_ids, params, work=work)
 
     def have_begun() -> bool:
         # One may fail before it is submitted.

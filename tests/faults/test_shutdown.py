@@ -1,6 +1,8 @@
 """How the server stops: asked to, told twice, killed, or because its engine has broken down."""
 
 import asyncio
+import dataclasses
+import gc
 import json
 import signal
 import socket
@@ -11,11 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
-from server.__main__ import EXIT_BROKEN, EXIT_FORCED, _bind, _serve
+from server.__main__ import EXIT_BROKEN, EXIT_FORCED, Server, _bind, _serve
+from server.app import create_app
 from server.config import Settings
 from server.core.engine.engine import Engine
 from server.loading import load_services
+from server.metrics import Metrics
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, endless, events_of, held, until_inside
 from tests.live.test_errors import assert_error
@@ -227,3 +232,23 @@ def assert_clean(server: Running) -> None:
     output = "".join(server.output)
     assert "Application shutdown complete" in output
     assert "Traceback" not in output
+
+
+# --- the start ------------------------------------------------------------------------
+
+
+async def test_what_is_loaded_is_left_alone_by_the_garbage_collector(
+    monkeypatch: pytest.MonkeyPatch, tiny: LiveServer
+) -> None:
+    """A collection over it would hold the event loop for a quarter of a second."""
+    order: list[str] = []
+
+    async def startup(self: uvicorn.Server, sockets: Any = None) -> None:
+        order.append("started")
+
+    monkeypatch.setattr(uvicorn.Server, "startup", startup)
+    monkeypatch.setattr(gc, "collect", lambda: order.append("collected"))
+    monkeypatch.setattr(gc, "freeze", lambda: order.append("frozen"))
+    app = create_app(Settings(ui=False), dataclasses.replace(tiny.services, metrics=Metrics()))
+    await Server(uvicorn.Config(app), app, tiny.services.engine, 1.0).startup()
+    assert order == ["started", "collected", "frozen"]

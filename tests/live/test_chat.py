@@ -238,9 +238,9 @@ def test_markers_in_user_text_change_neither_role(mini: LiveServer) -> None:
     engine = mini.services.engine
     submit, score = engine.submit, engine.score
 
-    def spy_submit(prompt_ids: list[int], params: Any) -> Any:
+    def spy_submit(prompt_ids: list[int], *args: Any, **options: Any) -> Any:
         prompts.append(prompt_ids)
-        return submit(prompt_ids, params)
+        return submit(prompt_ids, *args, **options)
 
     async def spy_score(prompt_ids: list[int], *args: Any, **options: Any) -> Any:
         prompts.append(prompt_ids)

@@ -211,11 +211,11 @@ def test_an_exception_in_a_stream_is_an_error_event_and_done(
     runner = tiny.services.engine._runner
     step, calls = runner.step, []
 
-    def explode_later(chunks: Any) -> Any:
-        calls.append(chunks)
+    def explode_later(*args: Any) -> Any:
+        calls.append(args)
         if len(calls) == 4:
             raise RuntimeError("broken on purpose")
-        return step(chunks)
+        return step(*args)
 
     monkeypatch.setattr(runner, "step", explode_later)
     *_, error = streamed(tiny, logit_bias={"0": -100, "2": -100})
@@ -326,9 +326,9 @@ def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
     step = tiny.services.engine._runner.step
     sampling_params = completions.sampling_params
 
-    def slow_step(chunks: Any) -> Any:
+    def slow_step(*args: Any) -> Any:
         time.sleep(0.002)
-        return step(chunks)
+        return step(*args)
 
     def never_ending(*args: Any, **options: Any) -> SamplingParams:
         return dataclasses.replace(sampling_params(*args, **options), stop_token_ids=frozenset())
@@ -357,7 +357,7 @@ async def test_hanging_up_frees_every_slot(endless: LiveServer, stream: bool, n:
     content = json.dumps(request).encode()
     host, port = endless.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}"
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}"
         connection.sendall(head.encode() + b"\r\n\r\n" + content)
         await until(lambda: len(engine._scheduler.running) == 2 * n)
         sequences = list(engine._scheduler.running)

@@ -322,7 +322,7 @@ OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "x"}
             "input[0].content[1]",
         ),
         ({"input": message({"type": "input_json", "data": 3})}, "input[0].content[0].data"),
-        ({"input": [{**CALL, "arguments": "{"}]}, "input[0].arguments"),
+        ({"input": [{**CALL, "arguments": {}}]}, "input[0].arguments"),
         ({"input": [OUTPUT]}, "input"),
         ({"input": [OUTPUT, CALL]}, "input"),
         ({"input": [CALL, {**OUTPUT, "type": "custom_tool_call_output"}]}, "input"),

@@ -3,6 +3,8 @@
 import codecs
 from collections.abc import Sequence
 
+from server.core.text.markers import find_marker
+
 
 class Detokenizer:
     """Joins token bytes to text and holds back what might become a stop string.
@@ -30,13 +32,11 @@ class Detokenizer:
         if self.is_stopped:
             return ""
         self._held += self._decoder.decode(self.token_bytes[token_id])
-        markers = [*self._stop, *self._stop_until]
-        found = [(at + len(one), at) for one in markers if (at := self._held.find(one)) >= 0]
-        if not found:
-            return self._release(len(self._held) - num_held_back(self._held, markers))
-        # The one that is complete first, so that token borders do not matter.
-        end, begin = min(found)
-        if self._held[begin:end] in self._stop_until:
+        # The marker that is complete first, so that token borders do not matter.
+        begin, marker = find_marker(self._held, [*self._stop, *self._stop_until])
+        if not marker:
+            return self._release(begin)
+        if marker in self._stop_until:
             self._stop, self._stop_until = [], []
             return self._release(len(self._held))
         self.is_stopped = True
@@ -50,12 +50,3 @@ class Detokenizer:
         piece, rest = self._held[:length], self._held[length:]
         self._held = "" if forget_rest else rest
         return piece
-
-
-def num_held_back(text: str, markers: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of the markers, but is none yet."""
-    longest = max((len(marker) for marker in markers), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(marker.startswith(text[-length:]) for marker in markers):
-            return length
-    return 0

@@ -9,8 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
+from cachetools import LRUCache, cachedmethod
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from server.core.text.tokenizer import ChatTokenizer
@@ -19,6 +21,9 @@ from server.errors import InvalidRequestError
 
 # As json.dumps writes it, and as the models have read it most often.
 _WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# Compiled grammars that are kept, and the length of their texts; a character takes 70 bytes.
+MAX_KEPT, MAX_KEPT_CHARS = 64, 2**20
 
 
 class GrammarError(Exception):
@@ -86,6 +91,7 @@ class Grammar:
     """A compiled grammar; any number of completions may follow it at once."""
 
     matcher: LLMatcher
+    num_chars: int = 0  # of its text
 
     def begin(self) -> GrammarState:
         """The state before the first token."""
@@ -93,12 +99,19 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars for the tokens of one checkpoint."""
+    """Compiles grammars for the tokens of one checkpoint, on any thread.
+
+    Those used last are kept: an agent sends the same tools with every turn.
+    """
 
     def __init__(self, tokenizer: ChatTokenizer, eos_token_ids: Sequence[int]) -> None:
         """eos_token_ids: what may end a complete text."""
         self._chat_tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
+        self._kept: LRUCache[str, Grammar] = LRUCache(
+            MAX_KEPT_CHARS, lambda grammar: max(grammar.num_chars, MAX_KEPT_CHARS // MAX_KEPT)
+        )
+        self._lock = Lock()
 
     def compile(self, output: OutputFormat) -> Grammar | None:
         """The grammar of the format; None where any text will do. May take a second.
@@ -178,11 +191,13 @@ class GrammarCompiler:
         vocabulary = _Vocabulary(self._chat_tokenizer, self._eos_token_ids[0])
         return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
 
-    def _compile(self, grammar: str) -> Grammar:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+    # One that fails, or is too long, is not kept.
+    @cachedmethod(lambda self: self._kept, lock=lambda self: self._lock)
+    def _compile(self, text: str) -> Grammar:
+        matcher = LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
-        return Grammar(matcher)
+        return Grammar(matcher, len(text))
 
 
 class _Vocabulary:

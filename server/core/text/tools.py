@@ -1,4 +1,4 @@
-"""Tools a model may call: how it is told of them, and how its calls are read.
+"""Tools a model may call: how they are described to it, and how its calls are read.
 
 The format is the one of Qwen2.5's and Qwen3's chat templates, for every checkpoint alike: a
 call is the text `<tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>`. Where a checkpoint's
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.core.text.detokenizer import num_held_back
+from server.core.text.markers import find_marker
 
 CALL_BEGIN = "<tool_call>"
 # A line break cannot stand in JSON, so this ends a call wherever it is seen.
@@ -114,57 +114,6 @@ class CallDelta:
 Delta = TextDelta | CallDelta
 
 
-class CallParser:
-    """Tells calls from text in an answer that comes in pieces.
-
-    Expects what the grammar for tool calls lets through: where a call has begun, nothing but
-    calls follows.
-    """
-
-    def __init__(self) -> None:
-        self.num_calls = 0  # that have begun
-        self._held = ""
-        self._is_in_arguments = False
-
-    def push(self, text: str) -> list[Delta]:
-        """What became certain."""
-        self._held += text
-        deltas: list[Delta] = []
-        while True:
-            marker = CALL_END if self._is_in_arguments else CALL_OPENING
-            at = self._held.find(marker)
-            end = at if at >= 0 else len(self._held) - num_held_back(self._held, [marker])
-            if end:
-                deltas += self._more(self._held[:end])
-                self._held = self._held[end:]
-            if at < 0:
-                return deltas
-            if self._is_in_arguments:
-                self._held = self._held[len(CALL_END) :]
-                self._is_in_arguments = False
-            elif (head := _HEAD.match(self._held)) is not None:
-                self._held = self._held[head.end() :]
-                self._is_in_arguments = True
-                deltas.append(CallDelta(self.num_calls, head["name"], ""))
-                self.num_calls += 1
-            else:
-                return deltas
-
-    def flush(self) -> list[Delta]:
-        """What was held back, when the answer is over. A call cut before its name is none."""
-        held, self._held = self._held, ""
-        # What might be the end of a call is untold, so that arguments never go beyond their JSON.
-        if not held or self._is_in_arguments or held.startswith(CALL_BEGIN):
-            return []
-        return self._more(held)
-
-    def _more(self, text: str) -> list[Delta]:
-        if self._is_in_arguments:
-            return [CallDelta(self.num_calls - 1, None, text)]
-        # Between calls stands a line break.
-        return [] if self.num_calls else [TextDelta(text)]
-
-
 @dataclass
 class ToolCall:
     """A call in an answer; its arguments are JSON once the answer is complete."""
@@ -175,30 +124,56 @@ class ToolCall:
 
 
 class Answer:
-    """An answer that comes in pieces: its text, and its calls if it may have some."""
+    """An answer that comes in pieces: its text, and its calls if it may have some.
+
+    Expects what the grammar for tool calls lets through: where a call has begun, nothing but
+    calls follows.
+    """
 
     def __init__(self, *, has_tools: bool) -> None:
         self.text = ""
-        self.calls: list[ToolCall] = []
-        self._parser = CallParser() if has_tools else None
+        self.calls: list[ToolCall] = []  # that have begun
+        self._has_tools = has_tools
+        self._unread = ""
+        self._is_in_arguments = False
 
     def add(self, text: str) -> list[Delta]:
         """Reads on; returns what became certain."""
-        if self._parser is not None:
-            return self._keep(self._parser.push(text))
-        return self._keep([TextDelta(text)] if text else [])
+        if not self._has_tools:
+            return self._append(text)
+        self._unread += text
+        deltas: list[Delta] = []
+        while True:
+            marker = CALL_END if self._is_in_arguments else CALL_OPENING
+            end, found = find_marker(self._unread, [marker])
+            deltas += self._append(self._unread[:end])
+            self._unread = self._unread[end:]
+            if not found:
+                return deltas
+            if self._is_in_arguments:
+                self._unread = self._unread[len(CALL_END) :]
+            elif (head := _HEAD.match(self._unread)) is not None:
+                self._unread = self._unread[head.end() :]
+                deltas.append(CallDelta(len(self.calls), head["name"], ""))
+                self.calls.append(ToolCall(f"call_{uuid.uuid4().hex}", head["name"]))
+            else:
+                return deltas
+            self._is_in_arguments = not self._is_in_arguments
 
     def end(self) -> list[Delta]:
-        """What was still uncertain, when nothing more comes."""
-        return self._keep(self._parser.flush()) if self._parser is not None else []
+        """What was still uncertain, when nothing more comes. A call cut before its name is none."""
+        rest, self._unread = self._unread, ""
+        # What may be the end of a call is dropped, so that arguments never go beyond their JSON.
+        is_part_of_call = self._is_in_arguments or rest.startswith(CALL_BEGIN)
+        return [] if is_part_of_call else self._append(rest)
 
-    def _keep(self, deltas: list[Delta]) -> list[Delta]:
-        for delta in deltas:
-            match delta:
-                case TextDelta(text):
-                    self.text += text
-                case CallDelta(_, str(name), _):
-                    self.calls.append(ToolCall(f"call_{uuid.uuid4().hex}", name))
-                case CallDelta(index, None, arguments):
-                    self.calls[index].arguments += arguments
-        return deltas
+    def _append(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        if self._is_in_arguments:
+            self.calls[-1].arguments += text
+            return [CallDelta(len(self.calls) - 1, None, text)]
+        if self.calls:
+            return []  # the line break between calls
+        self.text += text
+        return [TextDelta(text)]

@@ -1,0 +1,75 @@
+"""Who may use the server: those who have a key or, where there is none, who names this machine."""
+
+import ipaddress
+import re
+import secrets
+from collections.abc import Collection, Sequence
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import AuthenticationError, PermissionDeniedError
+from server.middleware import error_response
+
+OPEN_PATHS = ("/health",)
+
+
+class ApiKeyMiddleware:
+    """Asks every request but those for OPEN_PATHS for one of the keys, if there are any."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
+        self._app = app
+        self._keys = [key.get_secret_value().encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
+        if self._keys and is_guarded and not self._is_known(dict(scope["headers"])):
+            error = AuthenticationError(
+                "Missing or wrong API key; send it as 'Authorization: Bearer <key>'.",
+                code="invalid_api_key",
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_known(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        # All keys are compared, in constant time each, so that timing tells nothing.
+        matches = [secrets.compare_digest(given.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine, whoever asks."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class HostMiddleware:
+    """Refuses requests for another host, as a web page makes them whose name leads here.
+
+    That is DNS rebinding: to the browser such a page and this server are one origin.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        """names: hosts that are answered, beside loopback addresses."""
+        self._app, self._names = app, {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._app
+        for host in Headers(scope=scope).getlist("host") if scope["type"] == "http" else ():
+            # Without the port; an IPv6 address stands in brackets.
+            name = re.sub(r":\d*$", "", host.strip().lower()).strip("[]")
+            if not (is_loopback(name) or name in self._names):
+                answer = error_response(
+                    PermissionDeniedError(
+                        f"The header 'Host: {host[:100]}' names another server than this one, "
+                        "which has no API key and answers its own machine only; start it with "
+                        f"--allowed-host {name[:100]}, or with an --api-key.",
+                        code="host_not_allowed",
+                    )
+                )
+        await answer(scope, receive, send)
