@@ -93,7 +93,7 @@ async def subject(server: Server) -> AsyncIterator[Subject]:
         writer = Writer(model["id"], {str((await tokens_of(" the"))[0]): 100})
         per_sentence = len(await tokens_of(writer.text(200))) / 200
         num_context = model["context_length"]
-        num_tokens = min(MAX_PROMPT_TOKENS, int(num_context * 0.97) - RESERVED_TOKENS)
+        num_tokens = min(MAX_PROMPT_TOKENS, int(num_context * 0.95) - RESERVED_TOKENS)
         num_timed = min(NUM_TIMED_PROMPT_TOKENS, num_tokens)
 
         def long_prompt() -> Request:

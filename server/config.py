@@ -56,7 +56,9 @@ class Settings(BaseSettings):
         None, description="CPU threads of the model; default: the physical cores"
     )
     max_context: PositiveInt | None = Field(
-        None, description="context length in tokens; default: what the model and --max-kv-mib allow"
+        None,
+        description="context length in tokens; default: the model's, at most three quarters of "
+        "--max-kv-mib",
     )
     max_num_seqs: PositiveInt = Field(
         16, description="requests computed together, and sequences that decode in one step"

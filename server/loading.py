@@ -67,8 +67,9 @@ def _find_model(settings: Settings) -> _Model:
         )
     defaults = read_generation_defaults(checkpoint.folder)
     max_kv_tokens = settings.max_kv_mib * 2**20 // config.kv_bytes_per_token
-    # Not set: as long as the model and the memory allow.
-    max_context = min(settings.max_context or max_kv_tokens, config.max_position_embeddings)
+    # Not set: as long as the model allows and leaves a quarter of the memory to other requests.
+    max_context = settings.max_context or max_kv_tokens * 3 // 4
+    max_context = min(max_context, config.max_position_embeddings)
     if max_context > max_kv_tokens:
         raise CheckpointError(
             f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "

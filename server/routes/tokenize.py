@@ -9,6 +9,7 @@ from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import InvalidRequestError
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.routes.common import check_model, parse, services_of
+from server.services import Services
 
 
 async def tokenize(request: Request) -> Response:
@@ -18,7 +19,20 @@ async def tokenize(request: Request) -> Response:
     if body.model is not None:
         check_model(services, body.model)
     # Not on the event loop: megabytes take a second.
-    token_ids = await asyncio.to_thread(_token_ids, body, services.tokenizer)
+    return await asyncio.to_thread(_tokenized, body, services)
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of token ids, special tokens included."""
+    services = services_of(request)
+    body = await parse(request, DetokenizeRequest)
+    if body.model is not None:
+        check_model(services, body.model)
+    return await asyncio.to_thread(_detokenized, body, services.tokenizer)
+
+
+def _tokenized(body: TokenizeRequest, services: Services) -> Response:
+    token_ids = _token_ids(body, services.tokenizer)
     token_strs = services.tokenizer.token_strs(token_ids) if body.return_token_strs else None
     return JSONResponse(
         {
@@ -30,20 +44,15 @@ async def tokenize(request: Request) -> Response:
     )
 
 
-async def detokenize(request: Request) -> Response:
-    """The text of token ids, special tokens included."""
-    services = services_of(request)
-    body = await parse(request, DetokenizeRequest)
-    if body.model is not None:
-        check_model(services, body.model)
-    vocab_size = services.tokenizer.vocab_size
+def _detokenized(body: DetokenizeRequest, tokenizer: ChatTokenizer) -> Response:
+    vocab_size = tokenizer.vocab_size
     for i, token_id in enumerate(body.tokens):
         if token_id >= vocab_size:
             raise InvalidRequestError(
                 f"'tokens[{i}]': the model has no token {token_id}, only 0 to {vocab_size - 1}.",
                 param=f"tokens[{i}]",
             )
-    return JSONResponse({"prompt": services.tokenizer.decode(body.tokens)})
+    return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
 
 
 def _token_ids(body: TokenizeRequest, tokenizer: ChatTokenizer) -> list[int]:

@@ -75,6 +75,7 @@ class Engine:
         self._scheduler = Scheduler(max_num_seqs, max_rows, RunnerMemory(runner, self._end))
         # The only request in the step that is computed now, if the step may be interrupted.
         self._interruptible: Work | None = None
+        self._interrupted: Work | None = None  # the request whose last long step was given up
         # A sequence to add, a sequence to abort, or None to close.
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # no sequence may slip in behind the closing command
@@ -262,10 +263,10 @@ class Engine:
     def _step(self) -> None:
         chunks = self._scheduler.schedule()
         if not chunks:
-            return  # whoever was to run has failed
+            return  # every scheduled sequence has failed
         works = {chunk.sequence.work for chunk in chunks}
         is_short = sum(chunk.num_rows for chunk in chunks) <= self._scheduler.max_shared_rows
-        if len(works) > 1 or is_short:
+        if len(works) > 1 or is_short or self._interrupted in works:
             results = self._compute(chunks, lambda: False)
         else:
             # A long step of one request does not make the next request wait for its end.
@@ -275,9 +276,13 @@ class Engine:
                     return  # the next request came while this step was scheduled
                 results = self._compute(chunks, lambda: self._interruptible is None)
             except StepInterruptedError:
+                # Not twice in a row, or requests that keep coming would end it for ever.
+                self._interrupted = chunks[0].sequence.work
                 return
             finally:
                 self._interruptible = None
+        if not is_short and self._interrupted in works:
+            self._interrupted = None
         for chunk in chunks:
             chunk.advance()
         for sequence, result in results.items():

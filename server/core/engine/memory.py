@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from server.core.engine.runner import Runner
 from server.core.engine.sequence import Event, FailedEvent, Sequence
@@ -31,6 +31,9 @@ class RunnerMemory:
         if sequence.work.queue_s is None:
             sequence.work.queue_s = time.perf_counter() - sequence.last_event_at
         return True
+
+    def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
+        return self._runner.fits(sequence, without)
 
     def reserve(self, sequence: Sequence, num_rows: int) -> bool:
         try:

@@ -1,6 +1,6 @@
 """What the engine needs of a model runner, and what a step gives back. No tensors in here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from server.core.engine.scheduler import ScheduledChunk
@@ -38,6 +38,9 @@ class Runner(Protocol):
 
         None: there is no room now.
         """
+
+    def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
+        """Whether the sequence could be admitted if the others were suspended."""
 
     def reserve(self, sequence: Sequence, num_rows: int) -> bool:
         """Makes room for an admitted sequence's next rows, if there is any."""

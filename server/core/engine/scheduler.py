@@ -1,6 +1,7 @@
 """Decides which sequences run in the next step. Knows token counts, not tensors or text."""
 
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,12 +12,16 @@ from server.core.engine.work import Work
 # its next step. Fewer rows cost each of them more: 1.8 instead of 1.4 ms at 32 instead of 256 rows
 # of a 0.5B model.
 SHARED_PART = 8
-# The rest of such a step that prompts may always use, however many sequences decode.
-MIN_PROMPT_PART = 4
-# A request's first rows go before those of requests that had more; then it takes turns with them.
+# What prompts may always use in such a step, however many sequences decode, in parts of it.
+MIN_PROMPT_SHARE = 0.75
+# Requests go in the order of the turns they have had, so many rows each, then of their arrival.
 ROWS_PER_TURN = 64
-# In one of so many steps the request goes first that has waited longest for a row.
+# One step of so many begins with the request that has gone longest without a row.
 LONGEST_WAIT_STRIDE = 4
+# However deep in a prompt, a step of one request alone has so many rows of it.
+MIN_ROWS_ALONE = 64
+# Steps for which sequences that came later are admitted before one that does not fit.
+MAX_STEPS_PASSED_BY = 500
 # Attention to this many positions takes as long as the rest of a row's forward (0.5B, int8).
 POSITIONS_PER_ROW = 2048
 
@@ -64,6 +69,9 @@ class Memory(Protocol):
 
     def admit(self, sequence: Sequence) -> bool:
         """Takes in a sequence with all its tokens; False: not now."""
+
+    def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
+        """Whether the sequence could be admitted if the others were suspended."""
 
     def reserve(self, sequence: Sequence, num_rows: int) -> bool:
         """Makes room for more rows; never False for a sequence that is alone."""
@@ -122,18 +130,20 @@ class Scheduler:
             if self._make_room(sequence, 1):
                 chunks.append(ScheduledChunk(sequence, 1))
         is_shared = len({sequence.work for sequence in self.running}) > 1
-        rows_left = float(self._num_prompt_rows(len(chunks), is_shared))
+        max_rows = self._num_prompt_rows(len(chunks), is_shared)
+        least = 1 if is_shared else min(max_rows, MIN_ROWS_ALONE)  # for the first prompt
+        rows_left = float(max_rows)
         for sequence in self._prefilling():
-            # A row costs more the more positions it attends to. A step that need not be short
-            # counts rows alone.
-            cost = 1 + is_shared * sequence.num_computed / POSITIONS_PER_ROW
-            num_rows = round(rows_left / cost)
-            if num_rows < 1 and chunks:
-                break
-            chunk = _chunk(sequence, max(num_rows, 1))
+            # A row costs more the more positions it attends to.
+            cost = 1 + sequence.num_computed / POSITIONS_PER_ROW
+            num_rows = max(round(rows_left / cost), least)
+            if num_rows < 1:
+                continue
+            chunk = _chunk(sequence, num_rows)
             if self._make_room(sequence, chunk.num_rows):
                 chunks.append(chunk)
                 rows_left -= chunk.num_rows * cost
+                least = 0
         for chunk in chunks:
             chunk.sequence.last_step = chunk.sequence.work.last_step = self._num_steps
         # To make room for one, another may have been suspended that was scheduled before it.
@@ -148,16 +158,16 @@ class Scheduler:
         if len(decoding) <= limit:
             return decoding
         decoding.sort(key=lambda sequence: (sequence.last_step, len(sequence.completion_ids)))
-        places, counts = {}, Counter[Work]()
+        rank_in_work, counts = {}, Counter[Work]()
         for sequence in decoding:
-            places[sequence] = counts[sequence.work]
+            rank_in_work[sequence] = counts[sequence.work]
             counts[sequence.work] += 1
-        return sorted(decoding, key=places.__getitem__)[:limit]
+        return sorted(decoding, key=rank_in_work.__getitem__)[:limit]
 
     def _num_prompt_rows(self, num_decoding: int, is_shared: bool) -> int:
         if not is_shared:
             return self._max_rows - num_decoding
-        least = max(1, self.max_shared_rows // MIN_PROMPT_PART)
+        least = max(1, int(self.max_shared_rows * MIN_PROMPT_SHARE))
         return min(max(self.max_shared_rows - num_decoding, least), self._max_rows - num_decoding)
 
     def _prefilling(self) -> list[Sequence]:
@@ -172,29 +182,50 @@ class Scheduler:
     # --- who has memory ---------------------------------------------------------------
 
     def _admit_waiting(self) -> None:
-        while (sequence := self._next_waiting()) is not None:
+        too_large: set[Work] = set()  # what does not fit now; smaller ones may
+        while (sequence := self._next_waiting(too_large)) is not None:
             self._take_from_waiting(sequence)
             self.running.append(sequence)
             # Admission may fail the sequence, which is then in neither place.
             if self._memory.admit(sequence) or sequence not in self.running:
                 # A new request waits for its first row from now on.
                 sequence.work.last_step = sequence.work.last_step or self._num_steps
+                sequence.work.refused_at = None
                 continue
             self._put_back(sequence)
-            num_running = self._num_running()
-            if not self.running or (
-                num_running[(last := self._last_of_most()).work] <= num_running[sequence.work] + 1
-            ):
+            if victims := self._victims_for(sequence):
+                for victim in victims:
+                    self._suspend(victim)
+                continue
+            work = sequence.work
+            work.refused_at = self._num_steps if work.refused_at is None else work.refused_at
+            if self._num_steps - work.refused_at > MAX_STEPS_PASSED_BY:
                 return
-            self._suspend(last)
+            too_large.add(work)
 
-    def _next_waiting(self) -> Sequence | None:
+    def _victims_for(self, sequence: Sequence) -> list[Sequence]:
+        """Sequences of requests that have more, without which this one fits; none if it never does."""
+        num_running = self._num_running()
+        num_own, victims = num_running[sequence.work], list[Sequence]()
+        newest_first = self.running[::-1]
+        for running in sorted(newest_first, key=lambda s: -num_running[s.work]):
+            if num_running[running.work] <= num_own + 1:
+                continue
+            num_running[running.work] -= 1
+            victims.append(running)
+            if self._memory.fits(sequence, victims):
+                return victims
+        return []
+
+    def _next_waiting(self, excluded: Collection[Work]) -> Sequence | None:
         """A sequence of the request that has the fewest running; None if all must wait."""
         num_running = self._num_running()
         num_works = len({*self._waiting, *num_running})
         fair_share = max(1, self._max_num_seqs // max(1, num_works))
 
         def may_run(work: Work) -> bool:
+            if work in excluded:
+                return False
             # A request that was taken up does not wait again for its next sequences.
             if work.queue_s is None and len(num_running) >= self._max_num_seqs:
                 return False
@@ -216,7 +247,7 @@ class Scheduler:
         return False
 
     def _last_of_most(self) -> Sequence:
-        """The last sequence of the request that has most; of equal ones, of the last to come."""
+        """The newest sequence of the request with the most running; on a tie, of the newest one."""
         num_running = self._num_running()
         work = max(num_running, key=lambda work: (num_running[work], work.arrived_at))
         return next(s for s in reversed(self.running) if s.work is work)

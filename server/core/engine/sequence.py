@@ -156,9 +156,20 @@ class Sequence:
         return self.prompt_ids + self.completion_ids
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and completion so far."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Token ids of these positions."""
+        split = len(self.prompt_ids)
+        of_completion = self.completion_ids[max(begin - split, 0) : max(end - split, 0)]
+        return self.prompt_ids[begin:end] + of_completion
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens the model has not seen yet: 1 in decode, more in prefill."""
-        return len(self.prompt_ids) + len(self.completion_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def is_decoding(self) -> bool:

@@ -19,6 +19,7 @@ class Work:
     # Kept by the scheduler: rows computed for it, and the last step that computed any.
     num_rows: int = 0
     last_step: int = 0
+    refused_at: int | None = None  # the step since which a sequence of it has not fitted
 
     @property
     def total_s(self) -> float:

@@ -125,21 +125,23 @@ class Classifier:
         keys = [(task.name, task.version, normalise(text)) for text in texts]
         unknown = {key: i for i, key in enumerate(keys) if key not in self._results}
         prompts = self._prompts_of(task)
+        prompt_ids = {}
         try:
-            prompt_ids = {key: prompts.encode(key[-1]) for key in unknown}
+            for key, i in unknown.items():
+                ids = prompt_ids[key] = prompts.encode(key[-1])
+                # Before the next: an instruction of megabytes is encoded once for each text.
+                if len(ids) >= self._max_context:
+                    raise ContextLengthError(len(ids), self._max_context, param(i))
             num_shared = prompts.num_shared if unknown else 0
         except ChatTemplateError as error:
             raise _refused(error) from error
         longest = max(unknown, key=lambda key: len(prompt_ids[key]), default=None)
         label_ids: list[list[int]] = []
         if longest is not None:
-            where = param(unknown[longest])
-            num_tokens = len(prompt_ids[longest])
             judge = self._judges.get(task.version)
             if judge is None or judge.kind == "label_scores":
-                label_ids = prompts.labels(num_tokens, input_param=where)
-            elif num_tokens >= self._max_context:
-                raise ContextLengthError(num_tokens, self._max_context, where)
+                where = param(unknown[longest])
+                label_ids = prompts.labels(len(prompt_ids[longest]), input_param=where)
         return PreparedTexts(task, keys, prompt_ids, label_ids, num_shared)
 
     async def judge(self, prepared: PreparedTexts, work: Work) -> list[Classification]:
@@ -213,9 +215,8 @@ class Classifier:
             InvalidRequestError: the chat template refuses the conversation.
         """
         work = work or Work()
-        about = json.dumps(conversation)
         try:
-            shared_ids, endings = await asyncio.to_thread(
+            about, shared_ids, endings = await asyncio.to_thread(
                 self._encode_questions, questions, conversation
             )
         except ChatTemplateError as error:
@@ -240,8 +241,8 @@ class Classifier:
 
     def _encode_questions(
         self, questions: Sequence[Task], conversation: Sequence[Message]
-    ) -> tuple[list[int], list[tuple[list[int], list[list[int]]]]]:
-        """Ids of the conversation; of each question the rest of its prompt, and its labels."""
+    ) -> tuple[str, list[int], list[tuple[list[int], list[list[int]]]]]:
+        """The conversation as a key and as ids; the rest of each question's prompt, its labels."""
         endings = [{"role": "user", "content": question.instructions} for question in questions]
         # Before the conversation is rendered once for each ending.
         shortest = self._tokenizer.encode_chat([*conversation, {**endings[0], "content": ""}])
@@ -253,7 +254,7 @@ class Classifier:
             num_prompt_tokens = len(shared_ids) + len(ids)
             prompts = TaskPrompts(question, self._tokenizer, self._max_context)
             encoded.append((ids, prompts.labels(num_prompt_tokens, labels_param="questions")))
-        return shared_ids, encoded
+        return json.dumps(conversation), shared_ids, encoded
 
     async def warm_up(self, tasks: Iterable[Task]) -> None:
         """Computes the tasks' instructions before anybody waits for them."""

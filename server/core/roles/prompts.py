@@ -9,8 +9,8 @@ from server.core.roles.tasks import MIN_EXAMPLES, Example, Task
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 
-# Together; a single one is computed in one step.
-MAX_LABEL_TOKENS = 1024
+# Of all labels together, and of one, which is scored in one step.
+MAX_LABEL_TOKENS, MAX_TOKENS_PER_LABEL = 1024, 64
 # Everyday sentences of both languages and every mood, to learn what a model says of the labels
 # whatever the text is. An empty text would not do: it is truly neutral, so a neutral label would
 # lose what is its due (arXiv 2102.09690 and 2309.17249).
@@ -86,6 +86,13 @@ class TaskPrompts:
             raise InvalidRequestError(
                 f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
                 f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
+                param=labels_param,
+            )
+        longest = max(map(len, self._label_ids))
+        if longest > MAX_TOKENS_PER_LABEL:
+            raise InvalidRequestError(
+                f"'{labels_param}': a label to choose from has {longest} tokens, of "
+                f"{MAX_TOKENS_PER_LABEL} at most; use a shorter one.",
                 param=labels_param,
             )
         # All labels but their last tokens may be laid behind the prompt in one forward.

@@ -10,6 +10,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,7 +138,7 @@ class Task(_Frozen):
         """The labels as clients read them."""
         return [label.value for label in self.labels]
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Changes whenever anything that can change a result changes, except the examples."""
         dumped = self.model_dump_json(exclude={"labels": {"__all__": {"cue"}}})

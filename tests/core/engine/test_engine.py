@@ -5,7 +5,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from server.core.engine.engine import Engine, Scores
-from server.core.engine.runner import StepResult
+from server.core.engine.runner import StepInterruptedError, StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import (
     AbortedEvent,
@@ -70,6 +70,9 @@ class FakeRunner:
         return 0
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        return True
+
+    def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         return True
 
     def suspend(self, sequence: Sequence) -> None:
@@ -952,3 +955,68 @@ async def test_a_request_learns_how_long_it_waited_to_be_taken_up(runner: FakeRu
         await tokens_of(waiting[1])
         # The first one counts.
         assert (own.queue_s, other.queue_s) == (known, waited)
+
+
+# --- a long step and the next request -------------------------------------------------
+
+
+class LongSteps(FakeRunner):
+    """Its steps go on until they are told to stop, or a test has seen enough of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_interrupted = 0
+        self.has_begun = threading.Event()
+        self.is_over = threading.Event()
+
+    def step(
+        self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[Sequence, StepResult | Exception]:
+        if sum(chunk.num_rows for chunk in chunks) > 8:
+            self.has_begun.set()
+            while not self.is_over.wait(0.001):
+                if should_stop():
+                    self.num_interrupted += 1
+                    raise StepInterruptedError
+        return super().step(chunks, should_stop)
+
+
+async def test_a_long_step_of_one_request_is_given_up_when_another_comes() -> None:
+    runner = LongSteps()
+    async with running(runner, max_rows=64) as engine:
+        long = engine.submit([1] * 60, SamplingParams(max_tokens=1))
+        assert await asyncio.to_thread(runner.has_begun.wait, BOUND_S)
+        assert await tokens_of(engine.submit([2], SamplingParams(max_tokens=2))) == [100, 101]
+        assert runner.num_interrupted == 1
+        runner.is_over.set()
+        assert await tokens_of(long) == [100]
+
+
+async def test_a_step_that_was_given_up_is_not_given_up_again() -> None:
+    runner = LongSteps()
+    async with running(runner, max_rows=64) as engine:
+        long = engine.submit([1] * 60, SamplingParams(max_tokens=1))
+        for _ in range(3):
+            assert await asyncio.to_thread(runner.has_begun.wait, BOUND_S)
+            runner.has_begun.clear()
+            other = engine.submit([2], SamplingParams(max_tokens=1))
+            if runner.num_interrupted:
+                break
+            await tokens_of(other)
+        await asyncio.sleep(0.05)
+        assert runner.num_interrupted == 1
+        runner.is_over.set()
+        assert await tokens_of(long) == [100]
+        assert await tokens_of(other) == [100]
+
+
+async def test_more_of_the_same_request_ends_no_step() -> None:
+    runner, work = LongSteps(), Work()
+    async with running(runner, max_rows=64) as engine:
+        long = engine.submit([1] * 60, SamplingParams(max_tokens=1), work=work)
+        assert await asyncio.to_thread(runner.has_begun.wait, BOUND_S)
+        more = engine.submit([2], SamplingParams(max_tokens=1), work=work)
+        await asyncio.sleep(0.05)
+        assert runner.num_interrupted == 0
+        runner.is_over.set()
+        assert await tokens_of(long) == await tokens_of(more) == [100]

@@ -1,6 +1,7 @@
 """Who runs in a step, told by token counts alone: nothing here computes anything."""
 
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 from hypothesis import given
@@ -41,6 +42,10 @@ class FakeMemory:
     def reserve(self, sequence: Sequence, num_rows: int) -> bool:
         assert sequence in self.held, "not admitted"
         return self._take(sequence, sequence.num_computed + num_rows)
+
+    def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
+        held = sum(size for other, size in self.held.items() if other not in without)
+        return held + sequence.num_tokens <= self.num_tokens
 
     def suspend(self, sequence: Sequence) -> None:
         del self.held[sequence]
@@ -522,3 +527,37 @@ def test_a_request_with_many_sequences_gives_way_to_one_with_none() -> None:
         step(scheduler)
     assert chat.completion_ids
     assert len(scheduler.running) < 5
+
+
+def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.core.engine.scheduler.MAX_STEPS_PASSED_BY", 5)
+    runs, large = prompt(20, Work()), prompt(30, Work())
+    memory = FakeMemory(40)
+    scheduler = make(runs, large, memory=memory)
+    step(scheduler)
+    assert scheduler.waiting == [large]
+    small = prompt(2, Work())
+    assert steps_to_first_token(scheduler, small) == 1
+    scheduler.remove(small)
+    del memory.held[small]
+    for _ in range(6):
+        step(scheduler)
+    late = prompt(2, Work())
+    scheduler.add(late)
+    step(scheduler)
+    assert scheduler.waiting == [large, late]
+    scheduler.remove(runs)
+    del memory.held[runs]
+    step(scheduler)
+    assert scheduler.running == [large, late]
+
+
+def test_nobody_is_suspended_for_one_that_would_not_fit_all_the_same() -> None:
+    many, large = [prompt(4, ONE) for _ in range(4)], prompt(20, Work())
+    scheduler = make(*many, memory=FakeMemory(18))
+    step(scheduler)
+    scheduler.add(large)
+    scheduler.schedule()
+    assert len(scheduler.running) >= 3

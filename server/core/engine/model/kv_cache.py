@@ -5,6 +5,7 @@ for all of them in one call. All memory is reserved at the start; a move allocat
 one layer of one sequence.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -192,6 +193,12 @@ class KVMemory:
         else:
             self._replace(cache, pool)
         return True
+
+    def fits(self, num_tokens: int, freed: Collection[KVCache]) -> bool:
+        """Whether there would be room for another sequence if these were freed."""
+        capacity = next(p.capacity for p in self._rising if p.capacity >= num_tokens)
+        num_used = self.num_tokens - sum(cache.capacity for cache in freed)
+        return num_used + capacity <= self._max_tokens
 
     def fill(self, cache: KVCache, prefix: KVPrefix) -> None:
         """Starts an empty cache, which has room for it, with a copy of the prefix.

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -22,7 +22,7 @@ from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
 
 # Rows whose logits are held at once, beside one for each sequence.
-LOGITS_ROWS = 128
+LOGITS_ROWS = 64
 
 
 @dataclass
@@ -140,10 +140,12 @@ class ModelRunner:
 
         Returns how many tokens that are; None if memory is short.
         """
-        state = self._states.get(sequence) or self._new_state(sequence)
-        if not self._memory.reserve(state.cache, len(sequence.token_ids)):
+        state = self._states.get(sequence)
+        cache = KVCache() if state is None else state.cache
+        if not self._memory.reserve(cache, _num_admitted(sequence)):
             return None
-        self._states[sequence] = state
+        if state is None:
+            state = self._states[sequence] = _State(cache, self._new_sampler(sequence))
         prefix = self._prefixes.lookup(sequence.token_ids, self._num_layers(sequence))
         if prefix is not None:
             self._memory.fill(state.cache, prefix)
@@ -173,6 +175,11 @@ class ModelRunner:
         finally:
             self._memory.free(self._states.pop(sequence).cache, is_sound=is_sound)
 
+    def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
+        """Whether the sequence could be admitted if the others were suspended."""
+        freed = [self._states[other].cache for other in without]
+        return self._memory.fits(_num_admitted(sequence), freed)
+
     def is_kept(self, num_tokens: int) -> bool:
         """Whether a prompt of that length, once computed, is kept for others. Any thread."""
         return self._prefixes.has_room_for(num_tokens * self._model.config.kv_bytes_per_token)
@@ -182,11 +189,10 @@ class ModelRunner:
         self._memory.rest()
         trim_heap()
 
-    def _new_state(self, sequence: Sequence) -> _State:
-        sampler = None
-        if sequence.params is not None:
-            sampler = Sampler(sequence.params, sequence.prompt_ids, self._vocab_size)
-        return _State(KVCache(), sampler)
+    def _new_sampler(self, sequence: Sequence) -> Sampler | None:
+        if sequence.params is None:
+            return None
+        return Sampler(sequence.params, sequence.prompt_ids, self._vocab_size)
 
     def _remember(self, sequence: Sequence) -> None:
         bound = sequence.num_shared if sequence.is_scored else sys.maxsize
@@ -207,7 +213,7 @@ class ModelRunner:
         # Longer if continuations were scored behind the prompt, or if a step failed behind its
         # forward; what is there is written again.
         cache.length = begin
-        token_ids, positions = sequence.token_ids[begin:end], list(range(begin, end))
+        token_ids, positions = sequence.tokens(begin, end), list(range(begin, end))
         layers = None
         if sequence.layers:
             # Before the last chunk no hidden states are needed; the segment only has to stop.
@@ -255,6 +261,12 @@ class ModelRunner:
         if state.hidden_states is not None and not np.isfinite(state.hidden_states).all():
             raise ValueError("the model's hidden states are not finite")
         return ScoredEvent(state.logprobs, state.hidden_states)
+
+
+def _num_admitted(sequence: Sequence) -> int:
+    """Tokens there must be room for to begin: the prompt and the longest continuation."""
+    longest = max(map(len, sequence.continuations), default=1)
+    return sequence.num_tokens + longest - 1
 
 
 def _needs_logits(sequence: Sequence) -> bool:

@@ -41,7 +41,7 @@ class Memory:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
-        self.reserve = runner.reserve
+        self.reserve, self.fits = runner.reserve, runner.fits
         self.num_suspended = 0
 
     def admit(self, sequence: Sequence) -> bool:
