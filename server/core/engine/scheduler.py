@@ -12,8 +12,11 @@ from server.core.engine.work import Work
 # its next step. Fewer rows cost each of them more: 1.8 instead of 1.4 ms at 32 instead of 256 rows
 # of a 0.5B model.
 SHARED_PART = 8
-# What prompts may always use in such a step, however many sequences decode, in parts of it.
-MIN_PROMPT_SHARE = 0.75
+# While a prompt of another request is computed, so many parts of such a step are for tokens that
+# decode, but one for each request; at least half of the step is for prompts.
+DECODING_PART = 4
+# Fewer rows of a prompt are not worth a share of a step: copying its values takes as long.
+MIN_ROWS = 4
 # Requests go in the order of the turns they have had, so many rows each, then of their arrival.
 ROWS_PER_TURN = 64
 # One step of so many begins with the request that has gone longest without a row.
@@ -131,13 +134,15 @@ class Scheduler:
                 chunks.append(ScheduledChunk(sequence, 1))
         is_shared = len({sequence.work for sequence in self.running}) > 1
         max_rows = self._num_prompt_rows(len(chunks), is_shared)
-        least = 1 if is_shared else min(max_rows, MIN_ROWS_ALONE)  # for the first prompt
+        # For the first prompt; the others wait for a step with more room.
+        least = min(max_rows, MIN_ROWS if is_shared else MIN_ROWS_ALONE)
+        min_rows = least if is_shared else 1
         rows_left = float(max_rows)
         for sequence in self._prefilling():
             # A row costs more the more positions it attends to.
             cost = 1 + sequence.num_computed / POSITIONS_PER_ROW
             num_rows = max(round(rows_left / cost), least)
-            if num_rows < 1:
+            if num_rows < min(min_rows, max(sequence.num_uncomputed, 1)):
                 continue
             chunk = _chunk(sequence, num_rows)
             if self._make_room(sequence, chunk.num_rows):
@@ -155,6 +160,9 @@ class Scheduler:
         """The sequences that decode in this step: if not all, first one of each request."""
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
         limit = min(self._max_num_seqs, self._max_rows - (len(decoding) < len(self.running)))
+        works = {sequence.work for sequence in decoding}
+        if works != {sequence.work for sequence in self.running}:
+            limit = min(limit, max(len(works), self.max_shared_rows // DECODING_PART))
         if len(decoding) <= limit:
             return decoding
         decoding.sort(key=lambda sequence: (sequence.last_step, len(sequence.completion_ids)))
@@ -167,7 +175,7 @@ class Scheduler:
     def _num_prompt_rows(self, num_decoding: int, is_shared: bool) -> int:
         if not is_shared:
             return self._max_rows - num_decoding
-        least = max(1, int(self.max_shared_rows * MIN_PROMPT_SHARE))
+        least = max(1, self.max_shared_rows // 2)
         return min(max(self.max_shared_rows - num_decoding, least), self._max_rows - num_decoding)
 
     def _prefilling(self) -> list[Sequence]:
@@ -204,7 +212,7 @@ class Scheduler:
             too_large.add(work)
 
     def _victims_for(self, sequence: Sequence) -> list[Sequence]:
-        """Sequences of requests that have more, without which this one fits; none if it never does."""
+        """Sequences of requests that have more; without them this one fits. Empty: it does not."""
         num_running = self._num_running()
         num_own, victims = num_running[sequence.work], list[Sequence]()
         newest_first = self.running[::-1]
