@@ -88,7 +88,7 @@ def work_of(request: Request) -> Work:
 
 
 def timed_out() -> RequestTimeoutError:
-    """What is said when it has passed."""
+    """The error for a passed deadline."""
     return RequestTimeoutError(
         "The request took longer than this server allows (--request-timeout); ask for fewer "
         "tokens, or try again when it is less busy."

@@ -61,13 +61,13 @@ def break_forward(num_tokens: int, *, is_done: bool) -> Callable[[Any, ModelRunn
     def install(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
         forward = runner._model.forward
 
-        def broken(segments: Any) -> Any:
+        def broken(segments: Any, *args: Any) -> Any:
             hit = [state.cache for sequence, state in runner._states.items()
                    if is_hit(sequence) and len(sequence.completion_ids) == num_tokens]  # fmt: skip
             is_in_step = any(segment.cache in hit for segment in segments)
             if is_in_step and not is_done:
                 raise BrokenOnPurposeError
-            hidden = forward(segments)
+            hidden = forward(segments, *args)
             if is_in_step:
                 raise BrokenOnPurposeError
             return hidden

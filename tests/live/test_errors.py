@@ -160,9 +160,17 @@ def test_a_text_too_long_to_classify_is_refused_by_its_name(
 
 
 def test_labels_that_do_not_fit_behind_the_text_are_refused(tiny: LiveServer) -> None:
-    body = {"input": "x " * 200, "instructions": "which?", "labels": ["a " * 400, "b " * 400]}
+    labels = [f"{i} {'a ' * 25}" for i in range(15)]
+    body = {"input": "x " * 200, "instructions": "which?", "labels": labels}
     response = httpx.post(f"{tiny.base_url}/classify", json=body)
     assert_error(response, 400, "invalid_request_error", "input", "context_length_exceeded")
+
+
+def test_a_label_too_long_for_a_step_is_refused(tiny: LiveServer) -> None:
+    body = {"input": "x", "instructions": "which?", "labels": ["a " * 100, "b"]}
+    response = httpx.post(f"{tiny.base_url}/classify", json=body)
+    message = assert_error(response, 400, "invalid_request_error", "labels")
+    assert "64 at most" in message
 
 
 def test_a_text_of_every_private_use_character_is_no_500(tiny: LiveServer) -> None:

@@ -1,6 +1,6 @@
 """Keeps what the process holds at rest from growing with its load, where malloc is glibc's.
 
-KV slots and activations come in ever other sizes and leave gaps between what is kept. glibc gives
+Activations and kept prefixes have ever other sizes and leave gaps between what is kept. glibc gives
 a gap back only when it is told to, and the free end of a heap only if it is the first one's; by
 default every thread has a heap of its own. See mallopt(3) and malloc_trim(3).
 """

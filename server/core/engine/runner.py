@@ -58,4 +58,4 @@ class Runner(Protocol):
         """Whether a prompt of that length, once computed, is kept for others. Any thread."""
 
     def rest(self) -> None:
-        """Gives memory that nothing is in back to the system: there is no work for now."""
+        """Returns free memory to the system. Called when the engine is idle."""

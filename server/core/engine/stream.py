@@ -73,6 +73,6 @@ async def last_event(stream: TokenStream) -> Event:
 
 
 def as_error(event: Event) -> BaseException:
-    """What a reader raises at a terminal event that it did not hope for."""
+    """The exception for a terminal event that the reader did not expect."""
     assert not isinstance(event, TokenEvent)
     return event.error if isinstance(event, FailedEvent) else SequenceAbortedError()

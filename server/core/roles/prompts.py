@@ -9,7 +9,7 @@ from server.core.roles.tasks import MIN_EXAMPLES, Example, Task
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 
-# Of all labels together, and of one, which is scored in one step.
+# Limits on the tokens of all labels together, and of one label, which is scored in one step.
 MAX_LABEL_TOKENS, MAX_TOKENS_PER_LABEL = 1024, 64
 # Everyday sentences of both languages and every mood, to learn what a model says of the labels
 # whatever the text is. An empty text would not do: it is truly neutral, so a neutral label would

@@ -205,7 +205,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     return attended[0, :, :num_rows].transpose(0, 1).flatten(1)
 
 
-def _attend_few(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """The same for few rows, such as a text behind its instruction."""
     num_kv_heads, head_dim = len(keys), keys.shape[-1]
     group = len(queries) // num_kv_heads
@@ -285,8 +285,8 @@ def _prompt(row: int, segment: Segment) -> _Prompt:
     if mask is None:
         tiles.extend(_tiles(positions, cache.capacity))
     else:
-        # Nothing is drawn behind a prompt that is only scored: its last bit may be another one.
-        attend = _attend_few if mask.numel() <= _MAX_SCORES else _attend
+        # A scored prompt need not be the same to the last bit: nothing is drawn behind it.
+        attend = _attend_by_products if mask.numel() <= _MAX_SCORES else _attend
         tiles.append(_Tile(slice(num_tokens), positions.stop, _additive(mask), attend))
     return _Prompt(slice(row, row + num_tokens), cache.pool, cache.slot, positions, tiles)
 

@@ -185,7 +185,7 @@ class ModelRunner:
         return self._prefixes.has_room_for(num_tokens * self._model.config.kv_bytes_per_token)
 
     def rest(self) -> None:
-        """Gives memory that nothing is in back to the system: there is no work for now."""
+        """Returns free memory to the system. Called when the engine is idle."""
         self._memory.rest()
         trim_heap()
 

@@ -128,7 +128,7 @@ def test_a_decoded_token_in_int8_is_the_same_to_the_last_bit_alone_and_among_oth
         assert torch.equal(one, same)
 
 
-@pytest.mark.parametrize("sizes", [(1,), (3, 130), (100,), (127, 2), (13, 64, 7)])
+@pytest.mark.parametrize("sizes", [(1, 130), (13, 64, 7)])
 def test_a_prompt_in_int8_is_the_same_to_the_last_bit_however_it_is_divided(
     checkpoint: Path, memory: KVMemory, sizes: tuple[int, ...]
 ) -> None:
