@@ -291,7 +291,7 @@ class Engine:
     def _compute(
         self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool]
     ) -> dict[Sequence, StepResult | Exception]:
-        """One step of the runner; if it fails, one for each chunk, so that only the faulty fails."""
+        """One step of the runner; if it fails, one for each chunk: only the faulty one fails."""
         try:
             return self._runner.step(chunks, should_stop)
         except StepInterruptedError:
