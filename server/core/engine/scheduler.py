@@ -22,7 +22,7 @@ ROWS_PER_TURN = 64
 # One step of so many begins with the request that has gone longest without a row.
 LONGEST_WAIT_STRIDE = 4
 # However deep in a prompt, a step of one request alone has so many rows of it.
-MIN_ROWS_ALONE = 64
+MIN_ROWS_ALONE = 192
 # Steps for which sequences that came later are admitted before one that does not fit.
 MAX_STEPS_PASSED_BY = 500
 # Attention to this many positions takes as long as the rest of a row's forward (0.5B, int8).
