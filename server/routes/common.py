@@ -49,14 +49,14 @@ def check_model(services: Services, model: str) -> bool:
     )
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client leaves or the deadline passes.
+async def unless_disconnected(request: Request, handler: Coroutine[Any, Any, T]) -> T:
+    """The result of `handler`, which is cancelled if the client leaves or the deadline passes.
 
     Raises:
         ClientDisconnect: the client left.
         RequestTimeoutError: the deadline has passed.
     """
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(handler)
     watcher = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait(

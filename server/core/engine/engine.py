@@ -164,12 +164,12 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Sequences that are computed together now."""
+        """Sequences that hold memory. A step computes some or all of them."""
         return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for others to end."""
+        """Sequences that wait for memory, or for their request's turn."""
         return len(self._scheduler.waiting)
 
     @property
@@ -269,14 +269,14 @@ class Engine:
         if len(works) > 1 or is_short or self._interrupted in works:
             results = self._compute(chunks, lambda: False)
         else:
-            # A long step of one request does not make the next request wait for its end.
+            # Given up as soon as another request comes.
             [self._interruptible] = works
             try:
                 if not self._commands.empty():
                     return  # the next request came while this step was scheduled
                 results = self._compute(chunks, lambda: self._interruptible is None)
             except StepInterruptedError:
-                # Not twice in a row, or requests that keep coming would end it for ever.
+                # The next long step of this request is computed to its end, whoever comes.
                 self._interrupted = chunks[0].sequence.work
                 return
             finally:

@@ -8,22 +8,21 @@ from typing import Protocol
 from server.core.engine.sequence import Sequence
 from server.core.engine.work import Work
 
-# While several requests have work, a step has this part of its rows, so that none waits long for
-# its next step. Fewer rows cost each of them more: 1.8 instead of 1.4 ms at 32 instead of 256 rows
-# of a 0.5B model.
+# A step that several requests share has max_rows // SHARED_PART rows, so that its streams pause
+# briefly. A row then costs 1.8 ms in place of 1.4 (32 and 256 rows of a 0.5B model).
 SHARED_PART = 8
-# While a prompt of another request is computed, so many parts of such a step are for tokens that
-# decode, but one for each request; at least half of the step is for prompts.
+# While another request's prompt waits, a shared step decodes max_shared_rows // DECODING_PART
+# sequences, or one of each request if these are more.
 DECODING_PART = 4
-# Fewer rows of a prompt are not worth a share of a step: copying its values takes as long.
+# A shared step has at least this many rows of a prompt, or none: the values are copied in any case.
 MIN_ROWS = 4
-# Requests go in the order of the turns they have had, so many rows each, then of their arrival.
+# A request is ordered by num_rows // ROWS_PER_TURN, then by its arrival.
 ROWS_PER_TURN = 64
-# One step of so many begins with the request that has gone longest without a row.
+# Every 4th step begins with the request that has gone longest without a row.
 LONGEST_WAIT_STRIDE = 4
-# However deep in a prompt, a step of one request alone has so many rows of it.
+# Rows of a prompt in a step of one request alone, at least, however long the prompt is.
 MIN_ROWS_ALONE = 192
-# Steps for which sequences that came later are admitted before one that does not fit.
+# A sequence that does not fit lets later ones go first for this many steps.
 MAX_STEPS_PASSED_BY = 500
 # Attention to this many positions takes as long as the rest of a row's forward (0.5B, int8).
 POSITIONS_PER_ROW = 2048
@@ -87,8 +86,9 @@ class Scheduler:
     """Shares every step among the requests that have work; sequences join and leave at any step.
 
     A step has at most `max_rows` rows: a token of each decoding sequence, and tokens of prompts
-    and continuations. One request alone may use them all. When memory is short, a sequence of the
-    request that has most of them waits, and computes again what it had to give up.
+    and continuations. One request alone may use them all. A continuation longer than that is
+    computed in one step all the same. When memory is short, the request with the most running
+    sequences gives one up, which is computed again later.
     """
 
     def __init__(self, max_num_seqs: int, max_rows: int, memory: Memory) -> None:
@@ -251,10 +251,10 @@ class Scheduler:
                 return True
             # Reserving may also fail the sequence.
             if sequence in self.running:
-                self._suspend(self._last_of_most())
+                self._suspend(self._next_to_suspend())
         return False
 
-    def _last_of_most(self) -> Sequence:
+    def _next_to_suspend(self) -> Sequence:
         """The newest sequence of the request with the most running; on a tie, of the newest one."""
         num_running = self._num_running()
         work = max(num_running, key=lambda work: (num_running[work], work.arrived_at))

@@ -155,7 +155,7 @@ class ModelRunner:
     def reserve(self, sequence: Sequence, num_rows: int) -> bool:
         """Makes room for the sequence's next rows; False if memory is short."""
         cache = self._states[sequence].cache
-        cache.length = sequence.num_computed  # behind it lie continuations that are scored
+        cache.length = sequence.num_computed  # not those of continuations scored before
         return self._memory.reserve(cache, num_rows)
 
     @torch.inference_mode()
@@ -199,7 +199,7 @@ class ModelRunner:
         length = min(sequence.num_computed, bound)
         if length:
             self._prefixes.store(
-                sequence.token_ids[:length],
+                sequence.tokens(0, length),
                 self._states[sequence].cache,
                 self._num_layers(sequence),
                 is_pinned=sequence.is_pinned,
