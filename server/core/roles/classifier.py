@@ -1,7 +1,8 @@
 """The analyst: the probability of each label of a text, and an LRU of results.
 
 Labels are judged from what the model computed of the prompt, never generated and parsed: there
-is always a valid one, and the same text gives the same one.
+is always a valid one. In int8 a label's probability depends a little on how prompt and labels were
+divided into steps (0.075 and 0.059 for one of 40 labels of a real 0.5B); in float32 it does not.
 """
 
 import asyncio
