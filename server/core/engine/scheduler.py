@@ -145,7 +145,7 @@ class Scheduler:
             if num_rows < min(min_rows, max(sequence.num_uncomputed, 1)):
                 continue
             chunk = _chunk(sequence, num_rows)
-            if self._make_room(sequence, chunk.num_rows):
+            if self._make_room(sequence, chunk.num_tokens):
                 chunks.append(chunk)
                 rows_left -= chunk.num_rows * cost
                 least = 0

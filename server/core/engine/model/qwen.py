@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from server.core.engine.model.attention import Segment, StepAttention, step_order
+from server.core.engine.model.attention.segment import Segment, step_order
+from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.kv_cache import KVMemory
 from server.core.engine.model.linear import FloatLinear, Linear, LinearFactory, linear_factory
@@ -100,7 +101,7 @@ class QwenModel:
             if not num_staying:
                 break
         for segment in segments:
-            segment.cache.length += len(segment.token_ids)
+            segment.cache.length += segment.num_kept
         return states
 
     def _collect(

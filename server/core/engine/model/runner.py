@@ -3,8 +3,9 @@
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.core.engine.heap import trim_heap
-from server.core.engine.model.attention import Segment
+from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel
@@ -23,6 +24,17 @@ from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
 
 # Rows whose logits are held at once, beside one for each sequence.
 LOGITS_ROWS = 64
+
+
+class _States(NamedTuple):
+    """Hidden states of a chunk.
+
+    prompt: (T, C) after each of its layers. branches: (R, C), of its continuations; None if there
+    are none of several tokens.
+    """
+
+    prompt: list[Tensor]
+    branches: Tensor | None
 
 
 @dataclass
@@ -77,13 +89,19 @@ class ModelRunner:
         Raises:
             StepInterruptedError: `should_stop`, which is asked before each layer, said so.
         """
-        segments = [self._segment(chunk) for chunk in chunks]
-        hidden = self._model.forward(segments, should_stop)
-        states = dict(zip(chunks, hidden, strict=True))
+        segments = {chunk: self._segments(chunk) for chunk in chunks}
+        hidden = iter(self._model.forward(list(chain(*segments.values())), should_stop))
+        states = {
+            chunk: _States(
+                next(hidden) if chunk.num_tokens else [],
+                next(hidden)[-1] if len(parts) > bool(chunk.num_tokens) else None,
+            )
+            for chunk, parts in segments.items()
+        }
         logits, logprobs = self._logits(states)
         results: dict[Sequence, StepResult | Exception] = {}
         for chunk in chunks:
-            known = states[chunk], logits.get(chunk), logprobs.get(chunk, [])
+            known = states[chunk].prompt, logits.get(chunk), logprobs.get(chunk, [])
             try:
                 if (result := self._result(chunk, *known)) is not None:
                     results[chunk.sequence] = result
@@ -92,20 +110,22 @@ class ModelRunner:
         return results
 
     def _logits(
-        self, states: Mapping[ScheduledChunk, list[Tensor]]
+        self, states: Mapping[ScheduledChunk, _States]
     ) -> tuple[dict[ScheduledChunk, Tensor], dict[ScheduledChunk, list[float]]]:
         """Logits behind each complete prompt (V,), and log-probabilities within continuations.
 
         The latter are of the continuations' tokens but each one's first, in order.
-        states: the hidden states of each chunk, (T, C) after each of its layers.
         """
         prompts = {
-            chunk: rows[-1][chunk.num_tokens - 1]
-            for chunk, rows in states.items()
+            chunk: of_chunk.prompt[-1][-1]
+            for chunk, of_chunk in states.items()
             if chunk.is_prompt_complete and chunk.num_tokens and _needs_logits(chunk.sequence)
         }
-        scored = {chunk: rows[-1][chunk.num_tokens :] for chunk, rows in states.items()
-                  if chunk.num_rows > chunk.num_tokens}  # fmt: skip
+        scored = {
+            chunk: of_chunk.branches
+            for chunk, of_chunk in states.items()
+            if of_chunk.branches is not None
+        }
         if not prompts and not scored:
             return {}, {}
         rows = [*(row[None] for row in prompts.values()), *scored.values()]
@@ -142,7 +162,7 @@ class ModelRunner:
         """
         state = self._states.get(sequence)
         cache = KVCache() if state is None else state.cache
-        if not self._memory.reserve(cache, _num_admitted(sequence)):
+        if not self._memory.reserve(cache, sequence.num_tokens):
             return None
         if state is None:
             state = self._states[sequence] = _State(cache, self._new_sampler(sequence))
@@ -152,11 +172,9 @@ class ModelRunner:
         return state.cache.length
 
     @torch.inference_mode()
-    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
-        """Makes room for the sequence's next rows; False if memory is short."""
-        cache = self._states[sequence].cache
-        cache.length = sequence.num_computed  # not those of continuations scored before
-        return self._memory.reserve(cache, num_rows)
+    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Makes room for the sequence's next tokens; False if memory is short."""
+        return self._memory.reserve(self._states[sequence].cache, num_tokens)
 
     @torch.inference_mode()
     def suspend(self, sequence: Sequence) -> None:
@@ -178,7 +196,7 @@ class ModelRunner:
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         """Whether the sequence could be admitted if the others were suspended."""
         freed = [self._states[other].cache for other in without]
-        return self._memory.fits(_num_admitted(sequence), freed)
+        return self._memory.fits(sequence.num_tokens, freed)
 
     def is_kept(self, num_tokens: int) -> bool:
         """Whether a prompt of that length, once computed, is kept for others. Any thread."""
@@ -205,23 +223,29 @@ class ModelRunner:
                 is_pinned=sequence.is_pinned,
             )
 
-    def _segment(self, chunk: ScheduledChunk) -> Segment:
+    def _segments(self, chunk: ScheduledChunk) -> list[Segment]:
+        """Of the chunk's tokens, and of its continuations' without their last ones."""
         sequence = chunk.sequence
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
         cache = self._states[sequence].cache
-        # Longer if continuations were scored behind the prompt, or if a step failed behind its
-        # forward; what is there is written again.
+        # Longer if a step failed behind its forward; what is there is written again.
         cache.length = begin
-        token_ids, positions = sequence.tokens(begin, end), list(range(begin, end))
-        layers = None
-        if sequence.layers:
+        segments = []
+        # None: the model's last layer.
+        layers = (self._num_layers(sequence),) if sequence.layers else None
+        if chunk.num_tokens:
+            ids, positions = sequence.tokens(begin, end), range(begin, end)
             # Before the last chunk no hidden states are needed; the segment only has to stop.
-            wanted = sequence.layers if chunk.is_prompt_complete and chunk.num_tokens else ()
-            layers = tuple(sorted({*wanted, self._num_layers(sequence)}))
-        segment = Segment(token_ids, positions, cache, sequence.is_decoding, layers=layers)
-        branches = [ids[:-1] for ids in chunk.continuations if len(ids) > 1]
-        return _with_branches(segment, branches) if branches else segment
+            wanted = sequence.layers if chunk.is_prompt_complete else ()
+            of_prompt = layers and tuple(sorted({*wanted, *layers}))
+            segments.append(Segment(ids, positions, cache, sequence.is_decoding, layers=of_prompt))
+        if branches := [ids[:-1] for ids in chunk.continuations if len(ids) > 1]:
+            lengths = tuple(map(len, branches))
+            behind = [end + i for length in lengths for i in range(length)]
+            ids = list(chain(*branches))
+            segments.append(Segment(ids, behind, cache, branches=lengths, layers=layers))
+        return segments
 
     def _num_layers(self, sequence: Sequence) -> int:
         return sequence.depth or self._model.config.num_layers
@@ -263,32 +287,5 @@ class ModelRunner:
         return ScoredEvent(state.logprobs, state.hidden_states)
 
 
-def _num_admitted(sequence: Sequence) -> int:
-    """Tokens there must be room for to begin: the prompt and the longest continuation."""
-    longest = max(map(len, sequence.continuations), default=1)
-    return sequence.num_tokens + longest - 1
-
-
 def _needs_logits(sequence: Sequence) -> bool:
     return sequence.params is not None or bool(sequence.continuations)
-
-
-def _with_branches(prompt: Segment, branches: list[list[int]]) -> Segment:
-    """The end of a prompt and, behind it, continuations without their last tokens.
-
-    Each branch sees the prompt and itself only, so one forward computes them all.
-    """
-    num_prompt, num_cached = len(prompt.token_ids), prompt.cache.length
-    total = num_prompt + sum(map(len, branches))
-    mask = torch.zeros(total, num_cached + total, dtype=torch.bool)
-    mask[:, : num_cached + num_prompt] = True
-    mask[:num_prompt] = torch.ones(num_prompt, num_cached + total).bool().tril(num_cached)
-    token_ids, positions = list(prompt.token_ids), list(prompt.positions)
-    next_position = num_cached + num_prompt
-    for branch in branches:
-        begin, length = len(token_ids), len(branch)
-        columns = slice(num_cached + begin, num_cached + begin + length)
-        mask[begin : begin + length, columns] = torch.ones(length, length).bool().tril()
-        token_ids += branch
-        positions += range(next_position, next_position + length)
-    return replace(prompt, token_ids=token_ids, positions=positions, mask=mask)

@@ -19,7 +19,7 @@ from server.config import Settings
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.generation_config import read_generation_defaults
 from server.core.engine.model import load_runner
-from server.core.engine.model.attention import Segment
+from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.config import read_model_config
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.qwen import QwenModel, load_qwen

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.core.engine.model import prefix_cache
-from server.core.engine.model.attention import Segment
+from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.config import read_model_config
 from server.core.engine.model.kv_cache import KVCache, KVMemory, KVPrefix
 from server.core.engine.model.prefix_cache import PrefixCache

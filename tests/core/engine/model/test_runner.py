@@ -141,6 +141,31 @@ def test_continuations_of_one_token_are_scored_wherever_the_last_chunk_begins(
     assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
 
 
+def test_scores_in_int8_are_the_same_to_the_last_bit_however_they_are_divided(
+    checkpoint: Path,
+) -> None:
+    # Where activations are quantized, a difference in the last bit may change a label.
+    model = load_qwen(checkpoint, read_model_config(checkpoint), "int8")
+    lengths = [1, 2, 5, 6, 2, 17, 9, 40, 3]
+    labels = [random_ids(n, seed=n + i) for i, n in enumerate(lengths)]
+
+    def scored(max_rows: int, num_others: int) -> list[ScoredEvent]:
+        runner = ModelRunner(
+            model, vocab_size=model.config.vocab_size, max_kv_tokens=4096, max_context=256
+        )
+        prompts = [random_ids(n, seed=n) for n in (11, 127, 128, 150)]
+        sequences = [to_measure(ids, 1, continuations=labels) for ids in prompts]
+        others = [to_generate(random_ids(60 + i, seed=i)) for i in range(num_others)]
+        results = run_all(runner, [*others, *sequences], max_rows)
+        return [result for sequence in sequences for result in results[sequence]]  # type: ignore[misc]
+
+    alone = scored(1000, 0)
+    for max_rows, num_others in [(1000, 3), (64, 0), (64, 2), (13, 1)]:
+        for one, same in zip(alone, scored(max_rows, num_others), strict=True):
+            assert one.logprobs == same.logprobs
+            assert np.array_equal(one.hidden_states, same.hidden_states)
+
+
 def test_greedy_tokens_equal_those_of_transformers(
     runner: ModelRunner, oracle: PreTrainedModel
 ) -> None:

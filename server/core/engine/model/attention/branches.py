@@ -1,0 +1,81 @@
+"""Continuations that are scored behind one prompt."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.core.engine.model.attention.segment import ROWS, Segment, tile_end
+
+
+class _Grid(NamedTuple):
+    """B branches, computed as if each had P tokens; further ones repeat a branch's last."""
+
+    rows_of: Tensor  # (B, P), rows of the run
+    filled: Tensor  # (n,), the places in the flattened grid that are no repetitions
+    rows: Tensor  # (n,), the run's rows in these places
+
+
+class BranchRun:
+    """Branches behind S positions of a prompt, which are read in place.
+
+    One product of all rows with the prompt's keys and one of each branch with its own, a softmax
+    over both: as if each branch stood behind the prompt alone.
+    A branch's P is the least power of two, and 4 at least, that holds it. So all sums depend on
+    the branch and its prompt, and not on what it is computed with.
+    """
+
+    def __init__(self, row: int, segment: Segment) -> None:
+        """row: where the run begins among the step's tokens."""
+        self.rows = slice(row, row + len(segment.token_ids))
+        self._pool, self._slot = segment.pool, segment.cache.slot
+        self._num_prompt = segment.positions[0]
+        self._end = tile_end(self._num_prompt - 1, segment.cache.capacity)
+        self._grids = list(_grids(segment.branches))
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """queries: (T, H, D). keys, values: (T, H_kv, D). Returns (T, H D)."""
+        mixed = torch.empty(len(queries), queries[0].numel())
+        for grid in self._grids:
+            attended = self._attend(
+                layer, *(rows[grid.rows_of] for rows in (queries, keys, values))
+            )
+            mixed[grid.rows] = attended.flatten(0, 1)[grid.filled]
+        return mixed
+
+    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """queries: (B, P, H, D). keys, values: (B, P, H_kv, D). Returns (B, P, H D)."""
+        num, length, num_kv_heads, head_dim = keys.shape
+        prompt_keys = self._pool.keys[layer, self._slot, :, : self._end]
+        prompt_values = self._pool.values[layer, self._slot, ..., : self._end]
+        # G query heads share a key head; they are rows behind one another for each token.
+        grouped = queries.view(num, length, num_kv_heads, -1, head_dim)
+        rows = grouped.permute(2, 0, 1, 3, 4).contiguous()
+        own_keys, own_values = (
+            x.permute(2, 0, 1, 3).reshape(-1, length, head_dim) for x in (keys, values)
+        )
+        to_prompt = torch.bmm(rows.flatten(1, 3), prompt_keys.transpose(1, 2))
+        to_prompt[..., self._num_prompt :] = -torch.inf
+        to_own = torch.bmm(rows.flatten(0, 1).flatten(1, 2), own_keys.transpose(1, 2))
+        is_hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[:, None]
+        to_own.view(-1, *rows.shape[2:4], length).masked_fill_(is_hidden, -torch.inf)
+        weights = torch.cat((to_prompt, to_own.view(num_kv_heads, -1, length)), -1).softmax(-1)
+        mixed = torch.bmm(weights[..., : self._end], prompt_values.transpose(1, 2))
+        of_own = weights[..., self._end :].reshape(to_own.shape)
+        mixed += torch.bmm(of_own, own_values).view(mixed.shape)
+        return mixed.view(rows.shape).permute(1, 2, 0, 3, 4).reshape(num, length, -1)
+
+
+def _grids(lengths: tuple[int, ...]) -> Iterator[_Grid]:
+    by_padded = defaultdict[int, list[tuple[int, int]]](list)
+    for begin, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
+        by_padded[max(ROWS, 1 << (length - 1).bit_length())].append((begin, length))
+    for padded, branches in by_padded.items():
+        begins, lengths_of = torch.tensor(branches).T[:, :, None]
+        places = torch.arange(padded)
+        rows_of = begins + torch.minimum(places, lengths_of - 1)
+        filled = (places < lengths_of).flatten().nonzero()[:, 0]
+        yield _Grid(rows_of, filled, rows_of.flatten()[filled])
