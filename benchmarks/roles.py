@@ -27,7 +27,8 @@ from benchmarks import reply_quality as replies
 from benchmarks.label_quality import LABELS, Judgement
 from server.config import Settings
 from server.core.engine.checkpoint import CheckpointError
-from server.core.roles.classifier import Classification, Classifier
+from server.core.roles.classification import Classification
+from server.core.roles.classifier import Classifier
 from server.core.roles.judges import LabelJudge
 from server.core.roles.tasks import Task, inline_task
 from server.loading import load_services

@@ -11,7 +11,7 @@ from openai.types.responses import response_create_params as response_params
 from pydantic import ValidationError
 
 from server.core.engine.sequence import TokenEvent
-from server.core.roles.classifier import Classification
+from server.core.roles.classification import Classification
 from server.core.roles.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol import completions

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.core.roles.classifier import Classification
+from server.core.roles.classification import Classification
 from server.errors import InvalidRequestError
 from server.protocol.json_body import path_to_not_finite, read_json
 

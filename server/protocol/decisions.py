@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, Tag, field_validator
 
 from server.core.roles import questions
-from server.core.roles.classifier import Classification
+from server.core.roles.classification import Classification
 from server.core.roles.questions import Option
 from server.core.roles.tasks import Task
 from server.protocol.base import FIRST_ERROR, Request, branch, input_usage, of_type

@@ -5,7 +5,7 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.roles.classifier import Classification
+from server.core.roles.classification import Classification
 from server.core.roles.tasks import Task, inline_task
 from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage

@@ -1,13 +1,11 @@
 """The analyst: the probability of each label of a text, and an LRU of results.
 
 Labels are judged from what the model computed of the prompt, never generated and parsed: there
-is always a valid one. In int8 a label's probability depends a little on how prompt and labels were
-divided into steps (0.075 and 0.059 for one of 40 labels of a real 0.5B); in float32 it does not.
+is always a valid one.
 """
 
 import asyncio
 import json
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -17,36 +15,17 @@ from typing import Any
 from cachetools import LRUCache
 
 from server.core.concurrency import SingleFlight, all_of
-from server.core.engine.engine import Scores
 from server.core.engine.work import Work
+from server.core.roles.classification import Classification, decide
 from server.core.roles.fitting import measure_prior
 from server.core.roles.judges import Judge, LabelJudge, Scorer
 from server.core.roles.prompts import TaskPrompts, normalise
-from server.core.roles.tasks import Label, Task
+from server.core.roles.tasks import Task
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
 
 # Tasks that clients describe in their requests; the labels' prior of so many is kept.
 MAX_CLIENT_TASKS = 256
-
-
-@dataclass(frozen=True)
-class Classification:
-    """The label of one text. `probabilities` follow the task's labels and add up to 1.
-
-    score: the probability of the task's one pole minus that of the other, if it has poles.
-    Of the prompt's tokens, `num_cached_tokens` needed no computing, and `num_kept_tokens` were
-    computed for later prompts to begin with.
-    """
-
-    label: Label
-    confidence: float
-    probabilities: tuple[tuple[Label, float], ...]
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_kept_tokens: int = 0
-    score: float | None = None
-    is_cached: bool = False
 
 
 _Key = tuple[str, str, str]
@@ -284,36 +263,10 @@ class Classifier:
             work=work,
         )
         num_kept = max(0, num_shared - scores.num_cached)
-        return replace(_decide(task, judge, scores, len(prompt_ids)), num_kept_tokens=num_kept)
+        return replace(decide(task, judge, scores, len(prompt_ids)), num_kept_tokens=num_kept)
 
 
 def _refused(error: ChatTemplateError) -> InvalidRequestError:
     return InvalidRequestError(
         f"The model's chat template refuses this input: {error}.", param="input"
-    )
-
-
-def _decide(task: Task, judge: Judge, scores: Scores, num_prompt_tokens: int) -> Classification:
-    """The likeliest label; the fallback answers where the model is unsure.
-
-    A label's log-probability is summed over its tokens, so their exponentials add up to
-    the share of all possible answers that are labels at all (`min_label_mass`).
-    """
-    probabilities = judge.probabilities(scores)
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    label_mass = sum(map(math.exp, scores.logprobs)) if scores.logprobs else 1.0
-    is_unsure = label_mass < task.min_label_mass or probabilities[best] < task.min_confidence
-    if is_unsure and task.fallback is not None:
-        best = task.values.index(task.fallback)
-    score = None
-    if task.poles is not None:
-        positive, negative = (probabilities[task.values.index(pole)] for pole in task.poles)
-        score = positive - negative
-    return Classification(
-        label=task.labels[best],
-        confidence=probabilities[best],
-        probabilities=tuple(zip(task.labels, probabilities, strict=True)),
-        num_prompt_tokens=num_prompt_tokens,
-        num_cached_tokens=scores.num_cached,
-        score=score,
     )

@@ -5,7 +5,7 @@ Knows neither tokens nor the model.
 
 from collections.abc import Sequence
 
-from server.core.roles.classifier import Classification
+from server.core.roles.classification import Classification
 from server.core.roles.tasks import Label, Task
 
 # What the analyst is told before the conversation.

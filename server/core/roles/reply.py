@@ -9,7 +9,8 @@ from typing import Any
 from server.core.engine.sequence import SamplingParams
 from server.core.engine.stream import EngineClosedError
 from server.core.engine.work import Work
-from server.core.roles.classifier import Classification, Classifier, PreparedTexts
+from server.core.roles.classification import Classification
+from server.core.roles.classifier import Classifier, PreparedTexts
 from server.core.roles.language import language_of
 from server.core.roles.tasks import ReplyStyle, Task, text_in
 from server.core.text.choices import Choices, Generator, begin_choices

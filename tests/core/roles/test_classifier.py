@@ -11,7 +11,8 @@ import pytest
 
 from server.core.engine.engine import Scores
 from server.core.engine.work import Work
-from server.core.roles.classifier import Classification, Classifier
+from server.core.roles.classification import Classification
+from server.core.roles.classifier import Classifier
 from server.core.roles.heads import LinearHead
 from server.core.roles.judges import HeadJudge, Judge, LabelJudge
 from server.core.roles.prompts import MAX_LABEL_TOKENS, REFERENCE_TEXTS, normalise

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.core.roles.classifier import Classification
+from server.core.roles.classification import Classification
 from server.core.roles.questions import NO, YES, choice, expected_level, predicate, score
 from server.core.roles.tasks import Label, Task
 

@@ -22,7 +22,8 @@ from server.core.engine.sequence import (
 )
 from server.core.engine.stream import EngineClosedError, SequenceAbortedError, TokenStream
 from server.core.engine.work import Work
-from server.core.roles.classifier import Classification, Classifier, PreparedTexts
+from server.core.roles.classification import Classification
+from server.core.roles.classifier import Classifier, PreparedTexts
 from server.core.roles.judges import LabelJudge
 from server.core.roles.reply import Replier, Reply, with_cue
 from server.core.roles.tasks import FILE, Label, ReplyStyle, Task, read_prompts, text_in

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from server.core.engine.model.attention.segment import Segment, step_order
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
-from server.core.engine.model.kv_cache import KVMemory
+from server.core.engine.model.kv_memory import KVMemory
 from server.core.engine.model.linear import FloatLinear, Linear, LinearFactory, linear_factory
 from server.core.engine.model.weights import WeightReader
 from server.core.engine.runner import StepInterruptedError

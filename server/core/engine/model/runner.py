@@ -2,10 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,26 +14,13 @@ from torch import Tensor
 from server.core.engine.heap import trim_heap
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kv_cache import KVCache
+from server.core.engine.model.logits import States, read_logits
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel
 from server.core.engine.model.sampler import Sampler
 from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
-
-# Rows whose logits are held at once, beside one for each sequence.
-LOGITS_ROWS = 64
-
-
-class _States(NamedTuple):
-    """Hidden states of a chunk.
-
-    prompt: (T, C) after each of its layers. branches: (R, C), of its continuations; None if there
-    are none of several tokens.
-    """
-
-    prompt: list[Tensor]
-    branches: Tensor | None
 
 
 @dataclass
@@ -92,13 +78,13 @@ class ModelRunner:
         segments = {chunk: self._segments(chunk) for chunk in chunks}
         hidden = iter(self._model.forward(list(chain(*segments.values())), should_stop))
         states = {
-            chunk: _States(
+            chunk: States(
                 next(hidden) if chunk.num_tokens else [],
                 next(hidden)[-1] if len(parts) > bool(chunk.num_tokens) else None,
             )
             for chunk, parts in segments.items()
         }
-        logits, logprobs = self._logits(states)
+        logits, logprobs = read_logits(self._model, self._vocab_size, states)
         results: dict[Sequence, StepResult | Exception] = {}
         for chunk in chunks:
             known = states[chunk].prompt, logits.get(chunk), logprobs.get(chunk, [])
@@ -108,51 +94,6 @@ class ModelRunner:
             except Exception as error:
                 results[chunk.sequence] = error
         return results
-
-    def _logits(
-        self, states: Mapping[ScheduledChunk, _States]
-    ) -> tuple[dict[ScheduledChunk, Tensor], dict[ScheduledChunk, list[float]]]:
-        """Logits behind each complete prompt (V,), and log-probabilities within continuations.
-
-        The latter are of the continuations' tokens but each one's first, in order.
-        """
-        prompts = {
-            chunk: of_chunk.prompt[-1][-1]
-            for chunk, of_chunk in states.items()
-            if chunk.is_prompt_complete and chunk.num_tokens and _needs_logits(chunk.sequence)
-        }
-        scored = {
-            chunk: of_chunk.branches
-            for chunk, of_chunk in states.items()
-            if of_chunk.branches is not None
-        }
-        if not prompts and not scored:
-            return {}, {}
-        rows = [*(row[None] for row in prompts.values()), *scored.values()]
-        token_ids = torch.tensor(
-            [ids[i] for chunk in scored for ids in chunk.continuations for i in range(1, len(ids))],
-            dtype=torch.long,
-        )
-        # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
-        # goes with the prompts; in most steps there is no other.
-        hidden, num_prompts = torch.cat(rows), len(prompts)
-        first = self._model.logits(hidden[: num_prompts + LOGITS_ROWS])
-        logprobs = self._logprobs(first[num_prompts:], token_ids[:LOGITS_ROWS])
-        for begin in range(LOGITS_ROWS, len(token_ids), LOGITS_ROWS):
-            block = self._model.logits(hidden[num_prompts + begin :][:LOGITS_ROWS])
-            logprobs += self._logprobs(block, token_ids[begin : begin + LOGITS_ROWS])
-        logits = first[:num_prompts, : self._vocab_size]
-        parts = iter(logprobs)
-        return (
-            dict(zip(prompts, logits, strict=True)),
-            {chunk: list(islice(parts, len(rows))) for chunk, rows in scored.items()},
-        )
-
-    def _logprobs(self, logits: Tensor, token_ids: Tensor) -> list[float]:
-        """Of one token for each row of the logits (N, V)."""
-        logprobs = logits[:, : self._vocab_size].log_softmax(-1)
-        result: list[float] = logprobs.gather(1, token_ids[:, None])[:, 0].tolist()
-        return result
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:
@@ -257,7 +198,7 @@ class ModelRunner:
         """What the sequence got out of the step; None if it goes on without.
 
         states: the chunk's hidden states, (T, C) after each of its layers.
-        logits, logprobs: as `_logits` has them.
+        logits, logprobs: as `read_logits` has them.
 
         Raises:
             ValueError: the logits or hidden states were not numbers.
@@ -285,7 +226,3 @@ class ModelRunner:
         if state.hidden_states is not None and not np.isfinite(state.hidden_states).all():
             raise ValueError("the model's hidden states are not finite")
         return ScoredEvent(state.logprobs, state.hidden_states)
-
-
-def _needs_logits(sequence: Sequence) -> bool:
-    return sequence.params is not None or bool(sequence.continuations)

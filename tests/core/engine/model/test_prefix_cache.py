@@ -14,7 +14,8 @@ from torch import Tensor
 from server.core.engine.model import prefix_cache
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.config import read_model_config
-from server.core.engine.model.kv_cache import KVCache, KVMemory, KVPrefix
+from server.core.engine.model.kv_cache import KVCache, KVPrefix
+from server.core.engine.model.kv_memory import KVMemory
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel, load_qwen
 from server.core.engine.model.runner import ModelRunner

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import read_model_config
-from server.core.engine.model.kv_cache import KVCache, KVMemory
+from server.core.engine.model.kv_cache import KVCache
+from server.core.engine.model.kv_memory import KVMemory
 from server.core.engine.model.qwen import QwenModel, load_qwen
 
 TOLERANCE = 1e-4

@@ -121,7 +121,7 @@ def test_scores_are_the_summed_logprobs_of_each_continuation(
     logits_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.core.engine.model.runner.LOGITS_ROWS", logits_rows)
+    monkeypatch.setattr("server.core.engine.model.logits.LOGITS_ROWS", logits_rows)
     prompts = [random_ids(20), random_ids(9, seed=1)]
     sequences = [to_score(prompt) for prompt in prompts]
     results = run_all(runner, sequences, max_rows)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.core.engine.model import kv_cache
-from server.core.engine.model.kv_cache import KVCache, KVMemory, KVPrefix
+from server.core.engine.model import kv_memory
+from server.core.engine.model.kv_cache import KVCache, KVPrefix
+from server.core.engine.model.kv_memory import KVMemory
 
 LAYERS = 2
 SHAPE = {"num_layers": LAYERS, "num_kv_heads": 3, "head_dim": 4}
@@ -150,7 +151,7 @@ class Model:
 
     def __init__(self, num_kv_heads: int, max_tokens: int, max_context: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kv_cache, "MIN_CAPACITY", 4)
+            patch.setattr(kv_memory, "MIN_CAPACITY", 4)
             self.memory = KVMemory(
                 LAYERS, num_kv_heads, HEAD_DIM, max_tokens=max_tokens, max_context=max_context
             )
@@ -287,7 +288,8 @@ SCRIPT = """
 import contextlib, mmap, random, re, sys
 from pathlib import Path
 import torch
-from server.core.engine.model.kv_cache import KVCache, KVMemory
+from server.core.engine.model.kv_cache import KVCache
+from server.core.engine.model.kv_memory import KVMemory
 
 def resident_mib(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
