@@ -1,4 +1,6 @@
-"""Errors a client may see: HTTP status and OpenAI's type and code. Imports nothing."""
+"""Errors a client may see: HTTP status, OpenAI's type and code. Imports nothing of the server."""
+
+from collections.abc import Mapping
 
 
 class APIError(Exception):
@@ -6,6 +8,7 @@ class APIError(Exception):
 
     status = 500
     type = "server_error"
+    headers: Mapping[str, str] = {}  # beside those of every response
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -13,20 +16,10 @@ class APIError(Exception):
         self.param = param
         self.code = code
 
-    def headers(self) -> dict[str, str]:
-        """Extra response headers."""
-        return {}
-
     def body(self) -> dict[str, object]:
         """The JSON body, in the shape the openai client reads."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 class InvalidRequestError(APIError):
@@ -54,9 +47,7 @@ class AuthenticationError(APIError):
 
     status = 401
     type = "authentication_error"
-
-    def headers(self) -> dict[str, str]:
-        return {"www-authenticate": "Bearer"}
+    headers: Mapping[str, str] = {"www-authenticate": "Bearer"}
 
 
 class PermissionDeniedError(APIError):
@@ -85,9 +76,7 @@ class BodyTimeoutError(APIError):
 
     status = 408
     type = "invalid_request_error"
-
-    def headers(self) -> dict[str, str]:
-        return {"connection": "close"}
+    headers: Mapping[str, str] = {"connection": "close"}
 
 
 class RequestTooLargeError(APIError):
@@ -101,21 +90,17 @@ class InternalError(APIError):
     """Our fault; the log has the details. Asking again would fail the same way."""
 
     status = 500
-
-    def headers(self) -> dict[str, str]:
-        return {"x-should-retry": "false"}
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
 
 
 class UnavailableError(APIError):
     """The engine has stopped, or is about to."""
 
     status = 503
+    headers: Mapping[str, str] = {"retry-after": "5"}
 
     def __init__(self) -> None:
         super().__init__("The server is shutting down; try again shortly.")
-
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": "5"}
 
 
 class OverloadedError(APIError):
@@ -123,26 +108,17 @@ class OverloadedError(APIError):
 
     status = 429
     type = "rate_limit_error"
+    headers: Mapping[str, str] = {"retry-after": "2"}
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="queue_full")
-
-    def headers(self) -> dict[str, str]:
-        return {"retry-after": "2"}
 
 
 class RequestTimeoutError(APIError):
     """The request was not done in time. Asking again would load the server twice."""
 
     status = 504
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="request_timeout")
-
-    def headers(self) -> dict[str, str]:
-        return {"x-should-retry": "false"}
-
-
-def first_line(error: BaseException) -> str:
-    """What a library says, without the advice that follows."""
-    return (str(error).strip() or repr(error)).splitlines()[0]

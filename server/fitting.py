@@ -14,7 +14,7 @@ from server.core.roles.judges import Judge, Scorer
 from server.core.roles.prompts import TaskPrompts
 from server.core.roles.tasks import Task
 from server.core.text.tokenizer import ChatTokenizer
-from server.errors import first_line
+from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
 

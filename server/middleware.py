@@ -43,7 +43,7 @@ def error_response(error: APIError) -> Response:
     return Response(
         json.dumps(error.body(), ensure_ascii=False),
         status_code=error.status,
-        headers=error.headers(),
+        headers=error.headers,
         media_type="application/json",
     )
 

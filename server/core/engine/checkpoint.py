@@ -13,9 +13,8 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from pydantic import ValidationError
 
-from server.errors import first_line
+from server.reasons import first_line
 
 DEFAULT_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
 BUNDLED_MODEL = "qwen-mini"
@@ -33,12 +32,6 @@ HUB_TIMEOUT_S = 10
 
 class CheckpointError(Exception):
     """The checkpoint cannot be used; the message is one sentence for the console."""
-
-
-def first_wrong_field(error: ValidationError) -> str:
-    """The first field that does not fit, and why."""
-    first = error.errors()[0]
-    return f"{first['loc'][0]}: {first['msg']}"
 
 
 class HubUnreachableError(CheckpointError):

@@ -7,8 +7,8 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 from transformers import GenerationConfig
 
-from server.core.engine.checkpoint import CheckpointError, first_wrong_field
-from server.errors import first_line
+from server.core.engine.checkpoint import CheckpointError
+from server.reasons import first_line, first_wrong_field
 
 FILE = "generation_config.json"
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from server.core.roles.heads import LinearHead
 from server.core.roles.judges import CrossValidation, HeadJudge, Judge, LabelJudge
-from server.errors import first_line
+from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
 

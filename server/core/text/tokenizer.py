@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.core.engine.checkpoint import CheckpointError
 from server.core.text.tools import Tool, without_tools
-from server.errors import first_line
+from server.reasons import first_line
 
 Message = Mapping[str, Any]
 
