@@ -153,7 +153,7 @@ def test_the_core_consists_of_its_floors() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["engine", "scheduler", "sequence"])
+@pytest.mark.parametrize("name", ["engine", "scheduler", "admission", "sequence"])
 def test_the_engine_does_not_know_the_model(name: str) -> None:
     path = ROOT / "server/core/engine" / f"{name}.py"
     assert not forbidden(path, ("server.core.engine.model",))

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from server.core.engine.memory import RunnerMemory
+from server.core.engine.allocator import RunnerAllocator
 from server.core.engine.runner import Runner, StepInterruptedError, StepResult
 from server.core.engine.scheduler import ScheduledChunk, Scheduler
 from server.core.engine.sequence import (
@@ -72,7 +72,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """max_num_seqs, max_rows: as the scheduler has them."""
         self._runner, self._observer = runner, observer
-        self._scheduler = Scheduler(max_num_seqs, max_rows, RunnerMemory(runner, self._end))
+        self._scheduler = Scheduler(max_num_seqs, max_rows, RunnerAllocator(runner, self._end))
         # The only request in the step that is computed now, if the step may be interrupted.
         self._interruptible: Work | None = None
         self._interrupted: Work | None = None  # the request whose last long step was given up

@@ -532,7 +532,7 @@ def test_a_request_with_many_sequences_gives_way_to_one_with_none() -> None:
 def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.core.engine.scheduler.MAX_STEPS_PASSED_BY", 5)
+    monkeypatch.setattr("server.core.engine.admission.MAX_STEPS_PASSED_BY", 5)
     runs, large = prompt(20, Work()), prompt(30, Work())
     memory = FakeMemory(40)
     scheduler = make(runs, large, memory=memory)

@@ -1,4 +1,4 @@
-"""The runner's memory as the scheduler sees it."""
+"""The runner as the admission sees it: what gives sequences memory."""
 
 import logging
 import time
@@ -10,10 +10,8 @@ from server.core.engine.sequence import Event, FailedEvent, Sequence
 logger = logging.getLogger(__name__)
 
 
-class RunnerMemory:
-    """Adapts the runner's memory for the scheduler; a sequence whose call raises is failed, and
-    no other.
-    """
+class RunnerAllocator:
+    """Asks the runner; a sequence whose call raises is failed, and no other."""
 
     def __init__(self, runner: Runner, end: Callable[[Sequence, Event], None]) -> None:
         self._runner, self._end = runner, end
