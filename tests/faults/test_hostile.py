@@ -18,6 +18,8 @@ import pytest
 from server import middleware
 from server.config import Settings
 from server.core.concurrency import SingleFlight
+from server.core.engine.sequence import Sequence
+from server.core.engine.stream import TokenStream
 from server.core.text.tokenizer import ChatTokenizer
 from server.routes import streaming
 from tests.conftest import LiveServer
@@ -282,9 +284,9 @@ async def prompts_of(client: httpx.AsyncClient, server: LiveServer, text: str) -
     engine, prompts = server.services.engine, list[list[int]]()
     start = engine._start
 
-    def spy(prompt_ids: list[int], *args: Any, **options: Any) -> Any:
-        prompts.append(prompt_ids)
-        return start(prompt_ids, *args, **options)
+    def spy(sequence: Sequence) -> TokenStream:
+        prompts.append(sequence.prompt_ids)
+        return start(sequence)
 
     said = [{"role": "user", "content": text}]
     options = {"model": server.model, "max_tokens": 1}

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.core.engine.engine import REST_AFTER_S
+from server.core.engine.thread import REST_AFTER_S
 from server.core.text.tokenizer import ChatTokenizer
 from tests.faults.conftest import BOUND_S, contents_of, text_of
 from tests.processes import Footprint, Running, environment, started

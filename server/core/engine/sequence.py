@@ -121,9 +121,9 @@ class Sequence:
     """
 
     prompt_ids: list[int]
-    params: SamplingParams | None
-    continuations: list[list[int]]
-    deliver: Callable[[Event], None]
+    params: SamplingParams | None = None
+    continuations: list[list[int]] = field(default_factory=list)
+    deliver: Callable[[Event], None] = lambda event: None  # set by the engine
     layers: tuple[int, ...] = ()
     num_shared: int = 0
     is_pinned: bool = False  # the shared tokens are never evicted

@@ -3,17 +3,21 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 from server.core.engine.sequence import (
     Event,
     FailedEvent,
     FinishedEvent,
     FinishReason,
+    Terminal,
     TokenEvent,
 )
 from server.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=Terminal)
 
 
 class EngineClosedError(UnavailableError):
@@ -25,7 +29,7 @@ class SequenceAbortedError(UnavailableError):
 
 
 class TokenStream:
-    """The tokens of one submitted sequence, for one reader.
+    """The tokens of one submitted sequence, for one reader on the event loop it is made on.
 
     `finish_reason` is set once the iteration has ended by itself.
     """
@@ -33,6 +37,7 @@ class TokenStream:
     def __init__(
         self, abort: Callable[[], None], count_cached: Callable[[], int] = lambda: 0
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.finish_reason: FinishReason | None = None
         self.abort = abort
@@ -52,27 +57,31 @@ class TokenStream:
                     self.finish_reason = reason
                     return
                 case event:
-                    raise as_error(event)
+                    raise _as_error(event)
+
+    async def end(self, kind: type[E]) -> E:
+        """The end of a sequence that yields no tokens; leaving early aborts it.
+
+        Raises: what ended the sequence in place of such an event.
+        """
+        try:
+            event = await self.events.get()
+        finally:
+            self.abort()
+        if not isinstance(event, kind):
+            raise _as_error(event)
+        return event
+
+    def deliver(self, event: Event) -> None:
+        """Hands the event to the reader. Any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:
+            # The loop has closed, and with it everyone who could read this.
+            logger.debug("no event loop left to deliver %s", event)
 
 
-def deliver(loop: asyncio.AbstractEventLoop, stream: TokenStream, event: Event) -> None:
-    """Hands the event to the stream's reader. Any thread."""
-    try:
-        loop.call_soon_threadsafe(stream.events.put_nowait, event)
-    except RuntimeError:
-        # The loop has closed, and with it everyone who could read this.
-        logger.debug("no event loop left to deliver %s", event)
-
-
-async def last_event(stream: TokenStream) -> Event:
-    """Waits for the end of a sequence that yields no tokens; leaving early aborts it."""
-    try:
-        return await stream.events.get()
-    finally:
-        stream.abort()
-
-
-def as_error(event: Event) -> BaseException:
+def _as_error(event: Event) -> BaseException:
     """The exception for a terminal event that the reader did not expect."""
     assert not isinstance(event, TokenEvent)
     return event.error if isinstance(event, FailedEvent) else SequenceAbortedError()

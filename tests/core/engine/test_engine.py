@@ -918,7 +918,7 @@ async def test_a_prompt_too_long_to_be_kept_is_not_computed_for_nothing(
 async def test_an_engine_without_work_rests_once_until_there_is_work_again(
     runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.core.engine.engine.REST_AFTER_S", 0.05)
+    monkeypatch.setattr("server.core.engine.thread.REST_AFTER_S", 0.05)
     rests_by_step = []
 
     def before_step(_: int) -> None:
