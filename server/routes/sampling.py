@@ -1,7 +1,5 @@
 """A request's sampling parameters over the checkpoint's own."""
 
-from collections.abc import Mapping
-
 from server.core.engine.sequence import Grammar, SamplingParams
 from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
 from server.errors import InvalidRequestError
@@ -18,6 +16,8 @@ def sampling_params(
     Raises:
         InvalidRequestError: a token id is beyond the model's vocabulary.
     """
+    biases = [(int(token_id), bias) for token_id, bias in body.logit_bias.items()]
+    services.tokenizer.check_ids((token_id for token_id, _ in biases), lambda _: "logit_bias")
     own = services.defaults
     asked = body.model_dump(
         include={"temperature", "top_p", "top_k", "repetition_penalty"}, exclude_none=True
@@ -31,23 +31,12 @@ def sampling_params(
         repetition_penalty=asked.get("repetition_penalty", own.repetition_penalty),
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
-        logit_bias=_logit_bias(body.logit_bias, services.tokenizer.vocab_size),
+        logit_bias=tuple(biases),
         seed=body.seed,
         num_logprobs=num_logprobs,
         grammar=grammar,
         stop_token_ids=own.eos_token_ids,
     )
-
-
-def _logit_bias(logit_bias: Mapping[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
-    biases = tuple((int(token_id), bias) for token_id, bias in logit_bias.items())
-    for token_id, _ in biases:
-        if token_id >= vocab_size:
-            raise InvalidRequestError(
-                f"'logit_bias': the model has no token {token_id}, only 0 to {vocab_size - 1}.",
-                param="logit_bias",
-            )
-    return biases
 
 
 def compile_grammar(

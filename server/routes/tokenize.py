@@ -45,13 +45,7 @@ def _tokenized(body: TokenizeRequest, services: Services) -> Response:
 
 
 def _detokenized(body: DetokenizeRequest, tokenizer: ChatTokenizer) -> Response:
-    vocab_size = tokenizer.vocab_size
-    for i, token_id in enumerate(body.tokens):
-        if token_id >= vocab_size:
-            raise InvalidRequestError(
-                f"'tokens[{i}]': the model has no token {token_id}, only 0 to {vocab_size - 1}.",
-                param=f"tokens[{i}]",
-            )
+    tokenizer.check_ids(body.tokens, lambda i: f"tokens[{i}]")
     return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
 
 

@@ -91,8 +91,8 @@ def break_sampler(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
 def break_detokenizer(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
     begin = choices.begin_choices
 
-    def broken(generator: Any, prompt_ids: Any, params: Any, *args: Any, **options: Any) -> Any:
-        begun = begin(generator, prompt_ids, params, *args, **options)
+    def broken(engine: Any, prompt_ids: Any, params: Any, *args: Any, **options: Any) -> Any:
+        begun = begin(engine, prompt_ids, params, *args, **options)
         if params.seed == SEED:
             begun[0].detokenizer.push = raising  # type: ignore[method-assign]
         return begun

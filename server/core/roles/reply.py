@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams
 from server.core.engine.stream import EngineClosedError
 from server.core.engine.work import Work
@@ -13,14 +13,12 @@ from server.core.roles.classification import Classification
 from server.core.roles.classifier import Classifier, PreparedTexts
 from server.core.roles.language import language_of
 from server.core.roles.tasks import ReplyStyle, Task, text_in
-from server.core.text.choices import Choices, Generator, begin_choices
-from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.text.choices import Choices, begin_choices
+from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.core.text.tools import CALL_OPENING, Tool
 from server.errors import ContextLengthError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
-
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +32,10 @@ class Replier:
     """Answers conversations, knowing the mood of their last user message."""
 
     def __init__(
-        self, generator: Generator, classifier: Classifier, tokenizer: ChatTokenizer, *,
+        self, engine: Engine, classifier: Classifier, tokenizer: ChatTokenizer, *,
         task: Task, style: ReplyStyle, max_context: int,
     ) -> None:  # fmt: skip
-        self._generator, self._classifier, self._tokenizer = generator, classifier, tokenizer
+        self._engine, self._classifier, self._tokenizer = engine, classifier, tokenizer
         self._task, self._style, self._max_context = task, style, max_context
 
     async def reply(
@@ -58,44 +56,39 @@ class Replier:
             InvalidRequestError: the chat template refuses the conversation.
         """
         work = work or Work()
-        sentiment, num_cached = None, None
-        conversation = list(messages)
         text = _last_user_text(messages)
         language = language_of(text) if with_sentiment else ""
-        if with_sentiment and all(message["role"] != "system" for message in conversation):
-            persona = {"role": "system", "content": text_in(self._style.persona, language)}
-            conversation.insert(0, persona)
+        conversation = self._with_persona(messages, language) if with_sentiment else messages
         # Before the pass: a conversation that cannot be answered needs no sentiment.
         prompt_ids = await asyncio.to_thread(self._encode, conversation, tools)
+        sentiment, num_cached = None, None
         if with_sentiment and text.strip():
             sentiment, num_cached = await self._judge(text, prompt_ids, work)
             work.sentiment_s = work.total_s
         if (cue := self._cue(sentiment, language)) is not None:
-            cued = with_cue(conversation, cue, self._style.cue_position)
-            if cued != conversation:
-                prompt_ids = await self._encode_cued(cued, tools) or prompt_ids
-        room = self._max_context - len(prompt_ids)
-        params = replace(params, max_tokens=min(params.max_tokens, room))
+            prompt_ids = await self._encode_cued(conversation, cue, tools) or prompt_ids
         if num_choices > 1:
             # The answers copy what is computed here once, if it can be kept for them.
-            known = await self._generator.prefill(prompt_ids, work=work) or 0
+            known = await self._engine.prefill(prompt_ids, work=work) or 0
             num_cached = known if num_cached is None else num_cached
+        choices = begin_choices(
+            self._engine, prompt_ids, params, num_choices, self._tokenizer.token_bytes,
+            # Cut off by a stop string, a call would be no call.
+            stop, stop_until=CALL_OPENING if tools else "",
+            max_context=self._max_context, work=work,
+        )  # fmt: skip
         return Reply(
             sentiment=sentiment,
             num_prompt_tokens=len(prompt_ids),
-            choices=begin_choices(
-                self._generator,
-                prompt_ids,
-                params,
-                num_choices,
-                self._tokenizer.token_bytes,
-                # Cut off by a stop string, a call would be no call.
-                stop,
-                work=work,
-                stop_until=CALL_OPENING if tools else "",
-            ),
+            choices=choices,
             num_prefilled_cached=num_cached,
         )
+
+    def _with_persona(self, messages: Sequence[Message], language: str) -> list[Message]:
+        """The conversation behind the persona, unless it brings a system message of its own."""
+        if any(message["role"] == "system" for message in messages):
+            return list(messages)
+        return [{"role": "system", "content": text_in(self._style.persona, language)}, *messages]
 
     def _cue(self, sentiment: Classification | None, language: str) -> str | None:
         """What the answer is told of the mood; None: nothing."""
@@ -138,7 +131,7 @@ class Replier:
         # Lets the pass be queued, so that both reach the engine in one turn of the event loop:
         # it then finds both before its next step, which they share.
         await asyncio.sleep(0)
-        prefill = asyncio.create_task(self._generator.prefill(plain_ids, work=work))
+        prefill = asyncio.create_task(self._engine.prefill(plain_ids, work=work))
         try:
             [sentiment] = await judging
             # If it fails, the engine has logged it, and the reply computes everything itself.
@@ -150,14 +143,17 @@ class Replier:
             await asyncio.gather(judging, prefill, return_exceptions=True)
 
     async def _encode_cued(
-        self, conversation: Sequence[Message], tools: Sequence[Tool]
+        self, conversation: Sequence[Message], cue: str, tools: Sequence[Tool]
     ) -> list[int] | None:
-        """Ids of the conversation with its cue; None if it does not fit, or is refused.
+        """Ids of the conversation with the cue; None if it has no place for one, or is refused.
 
         Some templates refuse a system message that is not the first.
         """
+        cued = with_cue(conversation, cue, self._style.cue_position)
+        if cued == conversation:
+            return None
         try:
-            return await asyncio.to_thread(self._encode, conversation, tools)
+            return await asyncio.to_thread(self._encode, cued, tools)
         except InvalidRequestError as error:
             logger.warning("the answer comes without a cue: %s", error)
             return None

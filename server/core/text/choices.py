@@ -4,31 +4,14 @@ Knows nothing of what the prompts say.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
+from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams, TokenEvent
 from server.core.engine.stream import TokenStream
 from server.core.engine.work import Work
 from server.core.text.detokenizer import Detokenizer
-
-
-class Generator(Protocol):
-    """What choices need of the engine."""
-
-    def submit(
-        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
-    ) -> TokenStream:
-        """Starts to continue the prompt."""
-
-    def prefill(
-        self, prompt_ids: list[int], *, work: Work | None = None
-    ) -> Coroutine[Any, Any, int | None]:
-        """Computes a prompt that others will begin with; returns how much of it was known.
-
-        None: it is too long to be kept, so each computes it for itself.
-        """
 
 
 @dataclass(frozen=True)
@@ -147,27 +130,31 @@ class Choices:
 
 
 def begin_choices(
-    generator: Generator,
+    engine: Engine,
     prompt_ids: list[int],
     params: SamplingParams,
     num_choices: int,
     token_bytes: Sequence[bytes],
     stop: Sequence[str],
     *,
+    max_context: int,
     work: Work | None = None,
     stop_until: str = "",
 ) -> tuple[Choice, ...]:
     """Starts to continue the prompt in several ways; the seed of each further one is one higher.
 
+    max_context: tokens of the prompt and a choice together, which end it.
     work: of the request; None: each choice is one of its own.
     stop_until: a text from which on the stop strings count no more; "" for none.
 
     Raises:
         EngineClosedError: the engine is closing.
     """
+    room = max_context - len(prompt_ids)
+    params = replace(params, max_tokens=min(params.max_tokens, room))
     return tuple(
         Choice(
-            generator.submit(prompt_ids, _with_seed(params, i), work=work),
+            engine.submit(prompt_ids, _with_seed(params, i), work=work),
             Detokenizer(token_bytes, stop, stop_until=stop_until),
         )
         for i in range(num_choices)

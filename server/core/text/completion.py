@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from server.core.concurrency import all_of
+from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams
 from server.core.engine.work import Work
-from server.core.text.choices import Choices, Generator, begin_choices
+from server.core.text.choices import Choices, begin_choices
 from server.core.text.tokenizer import ChatTokenizer
-from server.errors import ContextLengthError, InvalidRequestError
+from server.errors import ContextLengthError
 
 # Text, or token ids.
 Prompt = str | Sequence[int]
@@ -19,9 +19,9 @@ class Completer:
     """Continues prompts as they are."""
 
     def __init__(
-        self, generator: Generator, tokenizer: ChatTokenizer, *, max_context: int
+        self, engine: Engine, tokenizer: ChatTokenizer, *, max_context: int
     ) -> None:  # fmt: skip
-        self._generator, self._tokenizer, self._max_context = generator, tokenizer, max_context
+        self._engine, self._tokenizer, self._max_context = engine, tokenizer, max_context
 
     async def complete(
         self, prompts: Mapping[str, Prompt], params: SamplingParams, stop: Sequence[str], *,
@@ -44,7 +44,7 @@ class Completer:
         num_cached = None
         if num_choices > 1:
             # The choices copy what is computed here once, if it can be kept for them.
-            known = await all_of(self._generator.prefill(ids, work=work) for ids in all_ids)
+            known = await all_of(self._engine.prefill(ids, work=work) for ids in all_ids)
             num_cached = sum(num_known or 0 for num_known in known)
         return Choices(
             num_prompt_tokens=sum(len(ids) for ids in all_ids),
@@ -52,8 +52,8 @@ class Completer:
                 choice
                 for ids in all_ids
                 for choice in begin_choices(
-                    self._generator, ids, self._within_context(params, ids), num_choices,
-                    self._tokenizer.token_bytes, stop, work=work,
+                    self._engine, ids, params, num_choices, self._tokenizer.token_bytes, stop,
+                    max_context=self._max_context, work=work,
                 )
             ),
             num_prefilled_cached=num_cached,
@@ -64,21 +64,7 @@ class Completer:
             ids = self._tokenizer.encode_text(prompt)
         else:
             ids = list(prompt)
-            self._check_ids(place, ids)
+            self._tokenizer.check_ids(ids, lambda i: f"{place}[{i}]")
         if len(ids) >= self._max_context:
             raise ContextLengthError(len(ids), self._max_context, place)
         return ids
-
-    def _check_ids(self, place: str, ids: Sequence[int]) -> None:
-        vocab_size = self._tokenizer.vocab_size
-        for i, token_id in enumerate(ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"'{place}[{i}]': the model has no token {token_id}, only 0 to "
-                    f"{vocab_size - 1}.",
-                    param=f"{place}[{i}]",
-                )
-
-    def _within_context(self, params: SamplingParams, prompt_ids: Sequence[int]) -> SamplingParams:
-        room = self._max_context - len(prompt_ids)
-        return replace(params, max_tokens=min(params.max_tokens, room))

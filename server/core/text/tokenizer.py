@@ -6,7 +6,7 @@ plain text, so no message can open a turn, close one or change its role.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.core.engine.checkpoint import CheckpointError
 from server.core.text.tools import Tool, without_tools
+from server.errors import InvalidRequestError
 from server.reasons import first_line
 
 Message = Mapping[str, Any]
@@ -83,6 +84,20 @@ class ChatTokenizer:
     def marker_id(self, marker: str) -> int:
         """The id of a special or added token such as `<|im_end|>`."""
         return self._marker_ids[marker]
+
+    def check_ids(self, token_ids: Iterable[int], param: Callable[[int], str]) -> None:
+        """param: where the request has the token id of an index.
+
+        Raises:
+            InvalidRequestError: there is no such token.
+        """
+        vocab_size = self.vocab_size
+        for i, token_id in enumerate(token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"'{param(i)}': the model has no token {token_id}, only 0 to {vocab_size - 1}.",
+                    param=param(i),
+                )
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text` alone; a marker such as `<|im_end|>` in it stays plain text."""
