@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    StrictStr,
     ValidationError,
     model_validator,
 )
@@ -68,6 +69,8 @@ class Request(Options):
     """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+
+    model: StrictStr | None = None
 
     # Parameters that are no fields, but known: refused, or without effect.
     known: ClassVar[frozenset[str]] = frozenset()

@@ -30,7 +30,6 @@ _Input = Annotated[
 class ClassifyRequest(Request):
     """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
 
-    model: StrictStr | None = None
     input: _Input
     task: Annotated[StrictStr, Field(min_length=1)] | None = None
     instructions: Annotated[StrictStr, Field(min_length=1)] | None = None

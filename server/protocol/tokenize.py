@@ -29,7 +29,6 @@ class TokenizeRequest(Request):
 
     known = frozenset(UNSUPPORTED)
 
-    model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
         None
@@ -59,5 +58,4 @@ class TokenizeRequest(Request):
 class DetokenizeRequest(Request):
     """Body of POST /detokenize."""
 
-    model: StrictStr | None = None
     tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FIRST_ERROR]

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions, whole and streamed."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -13,38 +12,27 @@ from server.core.text.tools import Answer, CallDelta, Delta, TextDelta
 from server.protocol.base import classification, new_id, now, sentiment_headers, usage
 from server.protocol.chat import ChatCompletionRequest, message
 from server.protocol.sampling import logprobs_content
-from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
-from server.routes.sampling import compile_grammar, sampling_params
+from server.routes.common import read, unless_disconnected
+from server.routes.replying import begin_reply
 from server.routes.streaming import stream
 from server.services import Services
 
 
 async def chat_completions(request: Request) -> Response:
     """Judges the mood of the last user message, then answers."""
-    services = services_of(request)
-    body = await parse(request, ChatCompletionRequest)
-    is_plain = check_model(services, body.model)
+    services, body = await read(request, ChatCompletionRequest)
     output = body.output()
 
     async def begin() -> _Chat:
-        grammar = await asyncio.to_thread(
-            compile_grammar, services.grammars, output, schema_param="response_format"
-        )
-        params = sampling_params(
-            body,
+        reply = await begin_reply(
+            request,
             services,
+            body,
+            [said.for_template() for said in body.messages],
+            output,
+            schema_param="response_format",
             max_tokens=body.max_completion_tokens or body.max_tokens,
             num_logprobs=body.top_logprobs if body.logprobs else None,
-            grammar=grammar,
-        )
-        reply = await services.replier.reply(
-            [said.for_template() for said in body.messages],
-            params,
-            # An answer of calls alone has no text to end.
-            () if output.is_call_required else body.stop,
-            work=work_of(request),
-            with_sentiment=body.sentiment and not is_plain,
-            tools=output.tools,
             num_choices=body.n,
         )
         return _Chat(body, services, reply, has_tools=bool(output.tools))

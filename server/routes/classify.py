@@ -10,16 +10,13 @@ from server.core.roles.tasks import Task, inline_task
 from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest
-from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
+from server.routes.common import read, unless_disconnected, work_of
 from server.services import Services
 
 
 async def classify(request: Request) -> Response:
     """Labels one text or several, which are computed as a batch."""
-    services = services_of(request)
-    body = await parse(request, ClassifyRequest)
-    if body.model is not None:
-        check_model(services, body.model)
+    services, body = await read(request, ClassifyRequest)
     task = _task_of(body, services)
 
     async def judge() -> list[Classification]:

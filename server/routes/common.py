@@ -32,21 +32,32 @@ async def parse(request: Request, kind: type[R]) -> R:
     return await asyncio.to_thread(kind.parse, body)
 
 
-def check_model(services: Services, model: str) -> bool:
-    """Whether the model was asked for without sentiment (`:plain`).
+async def read(request: Request, kind: type[R]) -> tuple[Services, R]:
+    """The services, and what the body asks of them.
+
+    Raises:
+        InvalidRequestError: something is wrong with the body.
+        NotFoundError: it names another model than the one served.
+    """
+    services, body = services_of(request), await parse(request, kind)
+    if body.model is not None:
+        check_model(services, body.model)
+    return services, body
+
+
+def check_model(services: Services, model: str) -> None:
+    """The model may be asked for without sentiment (`:plain`).
 
     Raises:
         NotFoundError: it is not the model served.
     """
-    is_plain = model.endswith(PLAIN_SUFFIX)
-    if model.removesuffix(PLAIN_SUFFIX) == services.model_id:
-        return is_plain
-    raise NotFoundError(
-        f"The model {model!r} does not exist here; this server has {services.model_id!r} and "
-        f"{services.model_id + PLAIN_SUFFIX!r}.",
-        param="model",
-        code="model_not_found",
-    )
+    if model.removesuffix(PLAIN_SUFFIX) != services.model_id:
+        raise NotFoundError(
+            f"The model {model!r} does not exist here; this server has {services.model_id!r} and "
+            f"{services.model_id + PLAIN_SUFFIX!r}.",
+            param="model",
+            code="model_not_found",
+        )
 
 
 async def unless_disconnected(request: Request, handler: Coroutine[Any, Any, T]) -> T:

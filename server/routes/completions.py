@@ -10,7 +10,7 @@ from server.core.engine.sequence import TokenEvent
 from server.core.text.choices import Choices
 from server.protocol.base import new_id, now, usage
 from server.protocol.completions import CompletionRequest, LogprobsWriter
-from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
+from server.routes.common import read, unless_disconnected, work_of
 from server.routes.sampling import sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -18,9 +18,7 @@ from server.services import Services
 
 async def text_completions(request: Request) -> Response:
     """Continues each prompt as it is."""
-    services = services_of(request)
-    body = await parse(request, CompletionRequest)
-    check_model(services, body.model)
+    services, body = await read(request, CompletionRequest)
     params = sampling_params(body, services, max_tokens=body.max_tokens, num_logprobs=body.logprobs)
 
     async def begin() -> _Completion:

@@ -4,14 +4,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.protocol.decisions import DecisionsRequest, decision_usage
-from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
+from server.routes.common import read, unless_disconnected, work_of
 
 
 async def decisions(request: Request) -> Response:
     """Answers all questions; what they share of their prompts is computed once."""
-    services = services_of(request)
-    body = await parse(request, DecisionsRequest)
-    check_model(services, body.model)
+    services, body = await read(request, DecisionsRequest)
     tasks = [question.task() for question in body.questions]
     answers = services.classifier.answer(tasks, body.conversation(), work_of(request))
     results = await unless_disconnected(request, answers)

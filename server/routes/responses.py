@@ -1,6 +1,5 @@
 """POST /v1/responses, whole and streamed; stateless."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
 from server.protocol.base import classification, input_usage, new_id, now, sentiment_headers
 from server.protocol.responses import ResponsesRequest, call_item, message_item, text_part
 from server.protocol.sampling import logprobs_content
-from server.routes.common import check_model, parse, services_of, unless_disconnected, work_of
-from server.routes.sampling import compile_grammar, sampling_params
+from server.routes.common import read, unless_disconnected
+from server.routes.replying import begin_reply
 from server.routes.streaming import stream
 from server.services import Services
 
@@ -23,30 +22,19 @@ Event = dict[str, Any]
 
 async def responses(request: Request) -> Response:
     """Judges the mood of the last user message, then answers in items."""
-    services = services_of(request)
-    body = await parse(request, ResponsesRequest)
-    is_plain = check_model(services, body.model)
+    services, body = await read(request, ResponsesRequest)
     output = body.output()
 
     async def begin() -> _Response:
-        grammar = await asyncio.to_thread(
-            compile_grammar, services.grammars, output, schema_param="text.format"
-        )
-        params = sampling_params(
-            body,
+        reply = await begin_reply(
+            request,
             services,
+            body,
+            body.messages(),
+            output,
+            schema_param="text.format",
             max_tokens=body.max_output_tokens,
             num_logprobs=body.top_logprobs if body.has_logprobs else None,
-            grammar=grammar,
-        )
-        reply = await services.replier.reply(
-            body.messages(),
-            params,
-            # An answer of calls alone has no text to end.
-            () if output.is_call_required else body.stop,
-            work=work_of(request),
-            with_sentiment=body.sentiment and not is_plain,
-            tools=output.tools,
         )
         return _Response(body, services, reply, has_tools=bool(output.tools))
 

@@ -1,8 +1,6 @@
 """A request's sampling parameters over the checkpoint's own."""
 
 from server.core.engine.sequence import Grammar, SamplingParams
-from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
-from server.errors import InvalidRequestError
 from server.protocol.sampling import SamplingRequest
 from server.services import Services
 
@@ -37,20 +35,3 @@ def sampling_params(
         grammar=grammar,
         stop_token_ids=own.eos_token_ids,
     )
-
-
-def compile_grammar(
-    grammars: GrammarCompiler, output: OutputFormat, *, schema_param: str
-) -> Grammar | None:
-    """What keeps the answer in its format. May take a second.
-
-    schema_param: where the request has the schema of the answer.
-
-    Raises:
-        InvalidRequestError: a schema cannot be guaranteed; says why.
-    """
-    try:
-        return grammars.compile(output)
-    except GrammarError as error:
-        param = schema_param if error.tool is None else "tools"
-        raise InvalidRequestError(f"'{param}': {error}.", param=param) from error

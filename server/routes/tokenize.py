@@ -8,26 +8,20 @@ from starlette.responses import JSONResponse, Response
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import InvalidRequestError
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from server.routes.common import check_model, parse, services_of
+from server.routes.common import read
 from server.services import Services
 
 
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a conversation, however long it is."""
-    services = services_of(request)
-    body = await parse(request, TokenizeRequest)
-    if body.model is not None:
-        check_model(services, body.model)
+    services, body = await read(request, TokenizeRequest)
     # Not on the event loop: megabytes take a second.
     return await asyncio.to_thread(_tokenized, body, services)
 
 
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens included."""
-    services = services_of(request)
-    body = await parse(request, DetokenizeRequest)
-    if body.model is not None:
-        check_model(services, body.model)
+    services, body = await read(request, DetokenizeRequest)
     return await asyncio.to_thread(_detokenized, body, services.tokenizer)
 
 

@@ -14,7 +14,7 @@ import pytest
 from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams, Sequence
 from server.core.text.tokenizer import ChatTokenizer
-from server.routes import chat
+from server.routes import replying
 from tests.conftest import LiveServer
 
 BOUND_S = 30
@@ -52,7 +52,7 @@ def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
 
     monkeypatch.setattr(tiny.services.engine._runner, "step", slow_step)
     # Read at every request; the services themselves are frozen.
-    monkeypatch.setattr(chat, "sampling_params", _never_ending(chat.sampling_params))
+    monkeypatch.setattr(replying, "sampling_params", _never_ending(replying.sampling_params))
     return tiny
 
 

@@ -1,0 +1,59 @@
+"""How a reply begins, at each of the routes that converse."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from server.core.engine.sequence import Grammar
+from server.core.roles.reply import Reply
+from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
+from server.errors import InvalidRequestError
+from server.protocol.chat import ChatCompletionRequest
+from server.protocol.responses import ResponsesRequest
+from server.routes.common import work_of
+from server.routes.sampling import sampling_params
+from server.services import PLAIN_SUFFIX, Services
+
+
+async def begin_reply(
+    request: Request, services: Services, body: ChatCompletionRequest | ResponsesRequest,
+    messages: Sequence[Mapping[str, Any]], output: OutputFormat, *, schema_param: str,
+    max_tokens: int | None, num_logprobs: int | None, num_choices: int = 1,
+) -> Reply:  # fmt: skip
+    """Judges the mood of the last user message, then starts the answer, or several.
+
+    messages: as chat templates know them. max_tokens: None for as many as the context holds.
+    schema_param: where the request has the schema of the answer.
+    """
+    grammar = await asyncio.to_thread(
+        _compile, services.grammars, output, schema_param=schema_param
+    )
+    return await services.replier.reply(
+        messages,
+        sampling_params(
+            body, services, max_tokens=max_tokens, num_logprobs=num_logprobs, grammar=grammar
+        ),
+        # An answer of calls alone has no text to end.
+        () if output.is_call_required else body.stop,
+        work=work_of(request),
+        with_sentiment=body.sentiment and not body.model.endswith(PLAIN_SUFFIX),
+        tools=output.tools,
+        num_choices=num_choices,
+    )
+
+
+def _compile(
+    grammars: GrammarCompiler, output: OutputFormat, *, schema_param: str
+) -> Grammar | None:
+    """What keeps the answer in its format. May take a second.
+
+    Raises:
+        InvalidRequestError: a schema cannot be guaranteed; says why.
+    """
+    try:
+        return grammars.compile(output)
+    except GrammarError as error:
+        param = schema_param if error.tool is None else "tools"
+        raise InvalidRequestError(f"'{param}': {error}.", param=param) from error
