@@ -25,7 +25,7 @@ from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.engine import Engine
 from server.core.engine.heap import share_one_heap
 from server.core.engine.sequence import SamplingParams
-from server.core.roles.tasks import TaskFileError
+from server.core.roles.task_files import TaskFileError
 from server.gate import Gate
 from server.guards import is_loopback
 from server.loading import load_services

@@ -16,13 +16,13 @@ from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.judges import Judge
 from server.core.roles.prompts import TaskPrompts
 from server.core.roles.reply import Replier
-from server.core.roles.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task, read_prompts
-from server.core.roles.tasks import FILE as TASK_FILE
+from server.core.roles.task_files import TASK_FILE, read_prompts
+from server.core.roles.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task
 from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
-from server.fitting import load_judges
+from server.judge_loading import load_judges
 from server.metrics import Metrics
 from server.services import Services
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from server.core.roles.tasks import FILE, Prompts, read_prompts
+from server.core.roles.task_files import TASK_FILE, read_prompts
+from server.core.roles.tasks import Prompts
 from server.core.text.tokenizer import ChatTokenizer
 from training.corpus import ReplyRow, SentimentRow
 
@@ -119,7 +120,7 @@ def check_rendering(
 
 def trained_prompts() -> Prompts:
     """What the bundled model is trained on: the prompts that lie beside its weights."""
-    return read_prompts() | read_prompts(BUNDLED_FOLDER / FILE)
+    return read_prompts() | read_prompts(BUNDLED_FOLDER / TASK_FILE)
 
 
 def _only(texts: Mapping[str, str]) -> str:

@@ -1,17 +1,13 @@
 """Prompts as data: what the analyst is asked, which labels it may answer, how the reply speaks.
 
-Reads TOML and JSON Lines; knows neither tokens nor the model.
+Knows neither files nor tokens.
 """
 
 import hashlib
-import json
-import os
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -20,17 +16,11 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    TypeAdapter,
-    ValidationError,
     model_validator,
 )
 
 from server.core.roles.language import ENGLISH, LANGUAGES
 
-BUILTIN_FOLDER = Path(__file__).parents[2] / "tasks"
-FILE = "tasks.toml"
-# The table of a task file that is no task.
-REPLY = "reply"
 # With fewer examples of a label cross-validation says little.
 MIN_EXAMPLES = 10
 # Where a text is missing in the user's language.
@@ -57,10 +47,6 @@ def text_in(texts: Mapping[str, str], language: str) -> str:
     if language in texts:
         return texts[language]
     return texts.get(DEFAULT_LANGUAGE) or next(iter(texts.values()))
-
-
-class TaskFileError(Exception):
-    """A task file cannot be used; the message is one sentence for the console."""
 
 
 class _Frozen(BaseModel):
@@ -194,71 +180,3 @@ def inline_task(instructions: str, labels: Sequence[str]) -> Task:
         instructions=instructions,
         labels=tuple(Label(value=label, text=label) for label in labels),
     )
-
-
-def read_prompts(path: Path = BUILTIN_FOLDER / FILE) -> Prompts:
-    """The tasks and the reply's style that a task file holds; without a path, the built-in ones.
-
-    A task's examples are read from the file it names, which lies beside the task file or is one
-    of the built-in ones.
-
-    Raises:
-        TaskFileError: a file cannot be read, or a task in it is not valid.
-    """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise TaskFileError(f"cannot read the task file {path}: {error}") from error
-    styles = {REPLY: tables.pop(REPLY)} if REPLY in tables else {}
-    tasks = {
-        name: {**_with_examples(path, table), "name": name} if isinstance(table, dict) else table
-        for name, table in tables.items()
-    }
-    try:
-        return Prompts(
-            TypeAdapter(dict[str, Task]).validate_python(tasks),
-            TypeAdapter(dict[str, ReplyStyle]).validate_python(styles).get(REPLY, ReplyStyle()),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = "must be a table" if first["type"] == "model_type" else first["msg"]
-        raise TaskFileError(f"task file {path}: {where}: {reason}") from error
-
-
-def _with_examples(path: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """The table with the examples themselves in place of their file's name."""
-    name = table.get("examples")
-    if not isinstance(name, str):
-        return table
-    if Path(name).name != name:
-        raise TaskFileError(
-            f"task file {path}: examples {name!r} must be the name of a file beside it"
-        )
-    file, builtin = path.parent / name, BUILTIN_FOLDER / name
-    if os.path.isfile(builtin) and not os.path.isfile(file):
-        file = builtin
-    try:
-        examples = _read_examples(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskFileError(
-            f"task file {path}: cannot read the examples {file}: {error}"
-        ) from error
-    if not examples:
-        raise TaskFileError(f"task file {path}: there are no examples in {name!r}")
-    return {**table, "examples": examples}
-
-
-def _read_examples(path: Path) -> list[Example]:
-    examples = []
-    # Not splitlines: JSON strings may hold other line separators as they are.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(Example.model_validate(json.loads(line)))
-        except (ValidationError, ValueError, RecursionError) as error:
-            raise TaskFileError(
-                f"examples {path}, line {number}: must be an object with a 'text' and a 'label'"
-            ) from error
-    return examples

@@ -10,24 +10,21 @@ import pytest
 from pydantic import ValidationError
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
+from server.core.roles.task_files import BUILTIN_FOLDER, TASK_FILE, TaskFileError, read_prompts
 from server.core.roles.tasks import (
-    BUILTIN_FOLDER,
-    FILE,
     MIN_EXAMPLES,
     Example,
     Label,
     Prompts,
     ReplyStyle,
     Task,
-    TaskFileError,
     inline_task,
-    read_prompts,
     text_in,
 )
 
 PROMPTS = read_prompts()
 BUILTIN = PROMPTS.tasks
-MINI = read_prompts(BUNDLED_FOLDER / FILE)
+MINI = read_prompts(BUNDLED_FOLDER / TASK_FILE)
 
 MOOD = """
 [mood]

@@ -19,7 +19,7 @@ from server.core.roles.judges import HeadJudge, Judge, LabelJudge
 from server.core.roles.prompts import REFERENCE_TEXTS
 from server.core.roles.tasks import Example, Label, Task
 from server.core.text.tokenizer import ChatTokenizer
-from server.fitting import load_judges
+from server.judge_loading import load_judges
 from server.loading import load_services
 from tests.core.roles.test_judges import (
     NUM_LAYERS,
