@@ -17,7 +17,7 @@ from server.config import Settings
 from server.errors import APIError, InvalidRequestError, MethodNotAllowedError, NotFoundError
 from server.gate import Gate
 from server.guards import ApiKeyMiddleware, HostMiddleware, is_loopback
-from server.metrics import StateCollector
+from server.metrics import Metrics, StateCollector
 from server.middleware import (
     AdmissionMiddleware,
     BodyMiddleware,
@@ -32,8 +32,9 @@ from server.services import Services
 
 def create_app(settings: Settings, services: Services) -> Starlette:
     """The server as an ASGI application; it closes the engine when it shuts down."""
-
-    page = _load_page(settings)
+    page, metrics = _load_page(settings), services.metrics
+    gate = Gate(settings.max_num_seqs + settings.max_queue)
+    metrics.registry.register(StateCollector(services.engine, services.classifier, gate))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -44,38 +45,10 @@ def create_app(settings: Settings, services: Services) -> Starlette:
             yield
         services.engine.close()
 
-    gate, metrics = Gate(settings.max_num_seqs + settings.max_queue), services.metrics
-    metrics.registry.register(StateCollector(services.engine, services.classifier, gate))
     app = Starlette(
         routes=ROUTES,
         lifespan=lifespan,
-        middleware=[
-            Middleware(
-                RequestIdMiddleware,
-                metrics=metrics,
-                routes={route.path for route in ROUTES if "{" not in route.path},
-            ),
-            Middleware(WorkMiddleware),
-            *(
-                [Middleware(HostMiddleware, names=(settings.host, *settings.allowed_host))]
-                if is_loopback(settings.host) and not settings.keys
-                else []
-            ),
-            *([Middleware(page.middleware, page=page)] if page is not None else []),
-            # Before the key: a browser sends none when it asks whether it may.
-            Middleware(
-                CORSMiddleware,
-                allow_origins=settings.cors_origin,
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-                expose_headers=["x-sentiment", "x-request-id", "retry-after", "server-timing"],
-            ),
-            Middleware(ApiKeyMiddleware, keys=settings.keys),
-            Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes),
-            Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
-            # Innermost, so that a 500, too, gets its id and the headers a browser asks for.
-            Middleware(FailureMiddleware),
-        ],
+        middleware=_middleware(settings, page, gate, metrics),
         exception_handlers={
             APIError: _api_error,
             HTTPException: _http_exception,
@@ -85,6 +58,34 @@ def create_app(settings: Settings, services: Services) -> Starlette:
     app.state.services, app.state.page = services, page
     app.state.gate, app.state.metrics = gate, metrics
     return app
+
+
+def _middleware(settings: Settings, page: Any, gate: Gate, metrics: Metrics) -> list[Middleware]:
+    """What a request passes, in order."""
+    paths = {route.path for route in ROUTES if "{" not in route.path}
+    around = [Middleware(RequestIdMiddleware, metrics=metrics, routes=paths)]
+    around.append(Middleware(WorkMiddleware))
+    if is_loopback(settings.host) and not settings.keys:
+        names = (settings.host, *settings.allowed_host)
+        around.append(Middleware(HostMiddleware, names=names))
+    if page is not None:
+        around.append(Middleware(page.middleware, page=page))
+    return [
+        *around,
+        # Before the key: a browser sends none when it asks whether it may.
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-sentiment", "x-request-id", "retry-after", "server-timing"],
+        ),
+        Middleware(ApiKeyMiddleware, keys=settings.keys),
+        Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes),
+        Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
+        # Innermost, so that a 500, too, gets its id and the headers a browser asks for.
+        Middleware(FailureMiddleware),
+    ]
 
 
 def has_page_extra() -> bool:
