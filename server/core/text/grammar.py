@@ -152,28 +152,9 @@ class GrammarCompiler:
         Raises:
             GrammarError: a schema is wrong, or says what cannot be guaranteed.
         """
-        more = '("\\n" call)*' if is_parallel else ""
-        bodies = (
-            f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} {_json(tool.parameters)}"
-            for tool in tools
-        )
-        rules = [
-            f"call: {json.dumps(CALL_BEGIN)} body",
-            f"body: ({' | '.join(bodies)}) {json.dumps(CALL_END)}",
-        ]
-        if is_required:
-            rules.append(f"start: call {more}")
-        elif answer is not None:
-            rules += [f"start: answer | call {more}", f"answer: {_json(answer)}"]
-        else:
-            # Lazy: the text is over where the first call begins.
-            rules += [
-                f"start: TEXT | opening body {more}",
-                f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
-                r"TEXT: /(.|\n)*/",
-            ]
+        text = _calls_in_lark(tools, is_required, is_parallel, answer)
         try:
-            return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)))
+            return self._compile(LLMatcher.grammar_from_lark(text))
         except GrammarError:
             # Each alone, so that the message says whose schema is wrong.
             for tool in tools:
@@ -216,6 +197,33 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
+
+
+def _calls_in_lark(
+    tools: Sequence[Tool], is_required: bool, is_parallel: bool, answer: Mapping[str, Any] | None
+) -> str:
+    """The rules of `GrammarCompiler.tool_calls`."""
+    more = '("\\n" call)*' if is_parallel else ""
+    bodies = (
+        f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} {_json(tool.parameters)}"
+        for tool in tools
+    )
+    rules = [
+        f"call: {json.dumps(CALL_BEGIN)} body",
+        f"body: ({' | '.join(bodies)}) {json.dumps(CALL_END)}",
+    ]
+    if is_required:
+        rules.append(f"start: call {more}")
+    elif answer is not None:
+        rules += [f"start: answer | call {more}", f"answer: {_json(answer)}"]
+    else:
+        # Lazy: the text is over where the first call begins.
+        rules += [
+            f"start: TEXT | opening body {more}",
+            f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+    return "\n".join(rules)
 
 
 def _json(schema: Mapping[str, Any]) -> str:
