@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from server.core.engine.checkpoint import CheckpointError
+from server.core.text.strings import map_strings, unused_char
 from server.core.text.tools import Tool, without_tools
 from server.errors import InvalidRequestError
 from server.reasons import first_line
@@ -129,7 +130,7 @@ class ChatTokenizer:
             offered = [tool.for_template() for tool in tools]
         else:
             messages, offered = without_tools(messages, tools), []
-        break_char = _unused_char([*messages, *offered])
+        break_char = _break_char([*messages, *offered])
         rendered = self._render(
             *(self._break_markers(part, break_char) for part in (messages, offered)),
             add_generation_prompt=add_generation_prompt,
@@ -150,7 +151,7 @@ class ChatTokenizer:
         """
         if not self._knows_tools:
             messages = without_tools(messages, ())
-        break_char = _unused_char([*messages, *endings])
+        break_char = _break_char([*messages, *endings])
         begin, ends = (self._break_markers(part, break_char) for part in (messages, endings))
         rendered = [self._render([*begin, end], []) for end in ends]
         # One ending more, so that a lone one does not count as common.
@@ -236,7 +237,7 @@ class ChatTokenizer:
 
     def _break_markers(self, value: Any, break_char: str) -> Any:
         """Puts `break_char` behind the first character of every marker in the value's strings."""
-        return _map_strings(
+        return map_strings(
             value, lambda s: self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], s)
         )
 
@@ -255,21 +256,7 @@ def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(config))
 
 
-def _map_strings(value: Any, function: Callable[[str], Any]) -> Any:
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {function(key): _map_strings(item, function) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_strings(item, function) for item in value]
-    return value
-
-
-def _unused_char(messages: Sequence[Message]) -> str:
-    """A private-use character that occurs nowhere in the conversation."""
-    used: set[str] = set()
-    _map_strings(list(messages), used.update)
-    for code_point in range(0xE000, 0xF900):
-        if chr(code_point) not in used:
-            return chr(code_point)
-    raise ChatTemplateError("the messages use up every private-use character")
+def _break_char(conversation: list[Any]) -> str:
+    if (char := unused_char(conversation)) is None:
+        raise ChatTemplateError("the messages use up every private-use character")
+    return char
