@@ -68,10 +68,7 @@ def configure_logs(level: str, log_format: str) -> None:
     handler = LogHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     # Of other libraries no more than warnings: sse-starlette's debug lines hold whole replies.
-    logging.basicConfig(level=max(logging.WARNING, _number(level)), handlers=[handler])
+    number = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(logging.WARNING, number), handlers=[handler])
     for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(level.upper())
-
-
-def _number(level: str) -> int:
-    return logging.getLevelNamesMapping()[level.upper()]
+        logging.getLogger(name).setLevel(number)

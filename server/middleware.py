@@ -12,7 +12,8 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
 
 from server.core.engine.work import Work
 from server.errors import (
@@ -64,7 +65,7 @@ class RequestIdMiddleware:
         request_id.set(own)
         begin, status = time.perf_counter(), 0
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_id(message: ASGIMessage) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -97,7 +98,7 @@ class WorkMiddleware:
             return
         work = scope["work"] = Work()
 
-        async def send_with_timings(message: Message) -> None:
+        async def send_with_timings(message: ASGIMessage) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["server-timing"] = _server_timing(work)
             await send(message)
@@ -180,7 +181,7 @@ def _before(receive: Receive, body: bytes) -> Receive:
     """Gives the body, then what is received."""
     is_given = False
 
-    async def receive_body_first() -> Message:
+    async def receive_body_first() -> ASGIMessage:
         nonlocal is_given
         if is_given:
             return await receive()
@@ -222,7 +223,7 @@ class FailureMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
 
-        async def send_and_note(message: Message) -> None:
+        async def send_and_note(message: ASGIMessage) -> None:
             nonlocal has_begun
             has_begun = True
             await send(message)

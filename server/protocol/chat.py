@@ -72,12 +72,12 @@ class ChatCompletionRequest(ChoicesRequest):
 def message(text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
     """The assistant's message; without text, calls stand alone."""
     content = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
-    if not calls:
-        return content
-    return {**content, "tool_calls": [tool_call(call) for call in calls]}
-
-
-def tool_call(call: ToolCall) -> dict[str, Any]:
-    """A call as it stands in a message."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
+    tool_calls = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in calls
+    ]
+    return {**content, "tool_calls": tool_calls} if calls else content

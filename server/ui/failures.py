@@ -6,7 +6,6 @@ import gradio as gr
 from openai import (
     APIConnectionError,
     APIError,
-    APIStatusError,
     AuthenticationError,
     InternalServerError,
     RateLimitError,
@@ -28,7 +27,7 @@ def explain(error: APIError, language: Language) -> str:
     if isinstance(error, AuthenticationError):
         return say("key_needed", language)
     if isinstance(error, RateLimitError):
-        return say("busy", language).format(seconds=_retry_after(error))
+        return say("busy", language).format(seconds=error.response.headers.get("retry-after", "2"))
     if isinstance(error, APIConnectionError):
         return say("restarting", language)
     if isinstance(error, InternalServerError) and error.status_code == 503:
@@ -36,7 +35,3 @@ def explain(error: APIError, language: Language) -> str:
     # The client puts the status in front of what the server says.
     said = error.body.get("message") if isinstance(error.body, dict) else None
     return said or error.message
-
-
-def _retry_after(error: APIStatusError) -> str:
-    return error.response.headers.get("retry-after", "2")

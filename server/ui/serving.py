@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as ASGIMessage
 
 from server.middleware import BodyMiddleware
 from server.ui.client import OWN_SCHEME
@@ -61,7 +62,7 @@ class Page:
         self._max_body_bytes = max_body_bytes
         self._scheme = scheme
         self._app: ASGIApp | None = None
-        self._answering: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Future[None]] = set()
 
     def owns(self, scope: Scope) -> bool:
         """Whether the request is the page's to answer."""
@@ -86,7 +87,7 @@ class Page:
         assert self._app is not None
         is_open = False
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_with_headers(message: ASGIMessage) -> None:
             nonlocal is_open
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(HEADERS)
@@ -94,7 +95,7 @@ class Page:
             await send(message)
 
         scope[OWN_SCHEME] = self._scheme
-        work = asyncio.create_task(_run(self._app, scope, receive, send_with_headers))
+        work = asyncio.ensure_future(self._app(scope, receive, send_with_headers))
         self._answering.add(work)
         try:
             await asyncio.wait([work])
@@ -110,7 +111,3 @@ class Page:
         """Ends all answers: an open page would hold its connections for ever."""
         for work in self._answering:
             work.cancel()
-
-
-async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    await app(scope, receive, send)
