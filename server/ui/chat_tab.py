@@ -1,14 +1,22 @@
 """The chat tab: where its components stand, and which event leads to which function."""
 
-import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
 from server.ui import chat
-from server.ui.conversation import Turn, new_turn, plain, shown_messages, title, turn_at
-from server.ui.side_bar import SideBar
+from server.ui.conversation import (
+    Conversations,
+    Turn,
+    keep,
+    new_turn,
+    plain,
+    shown_messages,
+    title,
+    turn_at,
+)
+from server.ui.side_bar import QUIETLY, SideBar
 from server.ui.texts import language_of, local, say
 
 OPENERS = (
@@ -17,9 +25,7 @@ OPENERS = (
     "I finally got the job!",
     "My flight was cancelled and nobody helped.",
 )
-QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-
-Conversations = list[list[Turn]]
+AT_ONCE = {**QUIETLY, "queue": False}
 
 
 class ChatTab:
@@ -33,84 +39,93 @@ class ChatTab:
         self._turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
-                self._chatbot = gr.Chatbot(
-                    elem_id="chatbot",
-                    show_label=False,
-                    height="68vh",
-                    render_markdown=False,
-                    sanitize_html=True,
-                    allow_tags=False,
-                    latex_delimiters=[],
-                    editable="user",
-                    buttons=["copy"],
-                    feedback_options=None,
-                    placeholder=local("greeting"),
-                    examples=[{"text": text} for text in OPENERS],
-                )
-                self._said = gr.Textbox(
-                    elem_id="message",
-                    placeholder=local("message"),
-                    show_label=False,
-                    submit_btn=True,
-                    max_lines=6,
-                    autofocus=True,
-                )
+                self._lay_out_conversation()
             with gr.Column(scale=2, min_width=300):
-                self._label = gr.Label(label=local("mood"), elem_id="mood", visible=False)
-                self._plot = gr.LinePlot(
-                    x="turn",
-                    y="probability",
-                    color="label",
-                    y_lim=[0, 1],
-                    x_title=" ",
-                    y_title=" ",
-                    color_title=" ",
-                    height=280,
-                    # A title instead: below a label, what it takes of the height is cut off.
-                    show_label=False,
-                    elem_id="mood-plot",
-                    visible=False,
-                    buttons=[],
-                )
+                self._lay_out_mood()
         with gr.Accordion(local("under_the_hood"), open=False, elem_id="hood"):
-            with gr.Row():
-                self._figures = [
-                    gr.Textbox("–", label=local(key), interactive=False, max_lines=1)
-                    for key in ("ttft", "speed", "cached_tokens")
-                ]
-            with gr.Tabs():
-                with gr.Tab("curl"):
-                    self._curl = gr.Code(language="shell", show_label=False, wrap_lines=True)
-                with gr.Tab("Python"):
-                    self._python = gr.Code(language="python", show_label=False, wrap_lines=True)
+            self._lay_out_hood()
         # What is kept of the open conversation, and where it is shown.
         self._kept = [self._turns, self._saved, self._current, self._said]
         shown = [self._chatbot, self._label, self._plot, side.conversations]
         self._shown = [*self._kept, *shown]
         self._connect(page)
 
+    def _lay_out_conversation(self) -> None:
+        self._chatbot = gr.Chatbot(
+            elem_id="chatbot",
+            show_label=False,
+            height="68vh",
+            render_markdown=False,
+            sanitize_html=True,
+            allow_tags=False,
+            latex_delimiters=[],
+            editable="user",
+            buttons=["copy"],
+            feedback_options=None,
+            placeholder=local("greeting"),
+            examples=[{"text": text} for text in OPENERS],
+        )
+        self._said = gr.Textbox(
+            elem_id="message",
+            placeholder=local("message"),
+            show_label=False,
+            submit_btn=True,
+            max_lines=6,
+            autofocus=True,
+        )
+
+    def _lay_out_mood(self) -> None:
+        self._label = gr.Label(label=local("mood"), elem_id="mood", visible=False)
+        self._plot = gr.LinePlot(
+            x="turn",
+            y="probability",
+            color="label",
+            y_lim=[0, 1],
+            x_title=" ",
+            y_title=" ",
+            color_title=" ",
+            height=280,
+            # A title instead: below a label, what it takes of the height is cut off.
+            show_label=False,
+            elem_id="mood-plot",
+            visible=False,
+            buttons=[],
+        )
+
+    def _lay_out_hood(self) -> None:
+        with gr.Row():
+            self._figures = [
+                gr.Textbox("–", label=local(key), interactive=False, max_lines=1)
+                for key in ("ttft", "speed", "cached_tokens")
+            ]
+        with gr.Tabs():
+            with gr.Tab("curl"):
+                self._curl = gr.Code(language="shell", show_label=False, wrap_lines=True)
+            with gr.Tab("Python"):
+                self._python = gr.Code(language="python", show_label=False, wrap_lines=True)
+
     def _connect(self, page: gr.Blocks) -> None:
         said, turns = self._said, self._turns
         chatbot, side = self._chatbot, self._side
         # Nothing else on load: whoever is quick has already said something.
-        page.load(_list_saved, [self._saved], [side.conversations], **QUIETLY)
+        page.load(_list_saved, [self._saved], [side.conversations], **AT_ONCE)
         begun = [turns, said]
         answers = [
-            self._answer_after(said.submit(_say, [said, turns], begun, **QUIETLY)),
-            self._answer_after(chatbot.example_select(_say_opener, [turns], begun, **QUIETLY)),
-            self._answer_after(chatbot.retry(_retry, [turns], begun, **QUIETLY)),
-            self._answer_after(chatbot.edit(_edit, [turns], begun, **QUIETLY)),
+            self._answer_after(said.submit(_say, [said, turns], begun, **AT_ONCE)),
+            self._answer_after(chatbot.example_select(_say_opener, [turns], begun, **AT_ONCE)),
+            self._answer_after(chatbot.retry(_retry, [turns], begun, **AT_ONCE)),
+            self._answer_after(chatbot.edit(_edit, [turns], begun, **AT_ONCE)),
         ]
-        stopped = said.stop(None, cancels=answers, **QUIETLY)
+        stopped = said.stop(None, cancels=answers, **AT_ONCE)
         self._finish_after(stopped)
         # What still comes belongs to the conversation that is left, which ends as if stopped.
-        left = side.new.click(None, cancels=answers, **QUIETLY)
-        left.then(_open_new, self._kept, self._shown, **QUIETLY)
-        left = side.conversations.input(None, cancels=answers, **QUIETLY)
-        left.then(_open, [side.conversations, *self._kept], self._shown, **QUIETLY)
-        undone = chatbot.undo(_undo, [turns], begun, **QUIETLY)
+        left = side.new.click(None, cancels=answers, **AT_ONCE)
+        left.then(_open_new, self._kept, self._shown, **AT_ONCE)
+        left = side.conversations.input(None, cancels=answers, **AT_ONCE)
+        left.then(_open, [side.conversations, *self._kept], self._shown, **AT_ONCE)
+        undone = chatbot.undo(_undo, [turns], begun, **AT_ONCE)
         self._finish_after(undone)
-        cleared = chatbot.clear(_clear, None, begun, **QUIETLY)
+        cleared = chatbot.clear(_clear, None, begun, **AT_ONCE)
         self._finish_after(cleared)
 
     def _answer_after(self, begun: Any) -> Any:
@@ -120,12 +135,11 @@ class ChatTab:
             [self._turns, *self._side.options],
             [self._turns, self._chatbot, self._label, self._plot, *hood, *self._side.asking],
             concurrency_limit=None,
-            show_progress="hidden",
-            api_visibility="private",
+            **QUIETLY,
         )
         # Not `then`, which a cancelled answer would start, too: what cancels one finishes it, and
         # of two at once the second would undo what the first did.
-        answering.success(_finish, self._kept, self._shown, **QUIETLY)
+        answering.success(_finish, self._kept, self._shown, **AT_ONCE)
         return answering
 
     async def _answer(
@@ -159,13 +173,13 @@ class ChatTab:
             yield changes | (self._side.ask_for_key() if view.is_key_needed else {})
 
     def _finish_after(self, event: Any) -> Any:
-        return event.then(_finish, self._kept, self._shown, **QUIETLY)
+        return event.then(_finish, self._kept, self._shown, **AT_ONCE)
 
 
 def _open_new(
     turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
 ) -> tuple[Any, ...]:
-    _, saved, _, said = _keep(turns, saved, current, said)
+    _, saved, _, said = keep(turns, saved, current, said)
     return _show([], saved, None, said, request)
 
 
@@ -177,7 +191,7 @@ def _open(
     said: str,
     request: gr.Request,
 ) -> tuple[Any, ...]:
-    _, kept, _, said = _keep(turns, saved, current, said)
+    _, kept, _, said = keep(turns, saved, current, said)
     if current is not None and current < number:
         number -= len(saved) - len(kept)  # nothing was left of the one before it
     return _show(kept[number], kept, number, said, request)
@@ -226,26 +240,7 @@ def _clear() -> tuple[list[Turn], Any]:
 def _finish(
     turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
 ) -> tuple[Any, ...]:
-    return _show(*_keep(turns, saved, current, said), request)
-
-
-def _keep(
-    turns: list[Turn], saved: Conversations, current: int | None, said: str
-) -> tuple[list[Turn], Conversations, int | None, str]:
-    """Keeps the conversation, if there is one; what got no answer goes back to be sent anew."""
-    if turns and not turns[-1]["answer"]:
-        *turns, unanswered = turns
-        said = said or unanswered["user"]
-    saved = copy.copy(saved)
-    if current is not None and not turns:
-        del saved[current]
-        current = None
-    elif current is not None:
-        saved[current] = turns
-    elif turns:
-        current = len(saved)
-        saved.append(turns)
-    return turns, saved, current, said
+    return _show(*keep(turns, saved, current, said), request)
 
 
 def _show(

@@ -10,7 +10,7 @@ from openai import APIError, AuthenticationError
 from server.ui.classify import MAX_ROWS, Judged, gather_texts, judge, task_of
 from server.ui.client import connect, own_url, served_model
 from server.ui.failures import explain, warn
-from server.ui.side_bar import SideBar
+from server.ui.side_bar import QUIETLY, SideBar
 from server.ui.texts import language_of, local, say
 
 
@@ -22,51 +22,52 @@ class ClassifyTab:
         self._judged = gr.State()
         with gr.Row():
             with gr.Column():
-                self._pasted = gr.Textbox(
-                    label=local("lines"), lines=6, max_lines=6, elem_id="lines"
-                )
-                self._file = gr.File(
-                    label=local("file"), file_types=[".csv", ".txt"], height=120, elem_id="file"
-                )
-                # More of them when the server has been asked.
-                self._task = gr.Dropdown(["sentiment"], label=local("task"), elem_id="task")
-                self._labels = gr.Textbox(label=local("own_labels"), elem_id="own-labels")
-                self._instructions = gr.Textbox(label=local("own_instructions"), max_lines=3)
-                with gr.Row():
-                    self._run = gr.Button(local("run"), variant="primary", elem_id="run")
-                    self._stop = gr.Button(local("stop"), elem_id="stop")
+                self._lay_out_texts()
             with gr.Column():
-                self._plot = gr.BarPlot(
-                    x="label",
-                    y="count",
-                    x_title=" ",
-                    y_title=" ",
-                    height=280,
-                    y_lim=[0, None],
-                    y_axis_format="d",
-                    show_label=False,  # as in the other tab
-                    elem_id="distribution",
-                    buttons=[],
-                )
-                self._note = gr.Markdown(elem_id="note")
-                self._table = gr.Dataframe(
-                    datatype="str",
-                    label=local("results"),
-                    interactive=False,
-                    wrap=True,
-                    max_height=420,
-                    elem_id="results",
-                    visible=False,
-                )
-                self._download = gr.DownloadButton(
-                    local("download"), visible=False, elem_id="download"
-                )
+                self._lay_out_results()
         self._connect(tab)
 
+    def _lay_out_texts(self) -> None:
+        self._pasted = gr.Textbox(label=local("lines"), lines=6, max_lines=6, elem_id="lines")
+        self._file = gr.File(
+            label=local("file"), file_types=[".csv", ".txt"], height=120, elem_id="file"
+        )
+        # More of them when the server has been asked.
+        self._task = gr.Dropdown(["sentiment"], label=local("task"), elem_id="task")
+        self._labels = gr.Textbox(label=local("own_labels"), elem_id="own-labels")
+        self._instructions = gr.Textbox(label=local("own_instructions"), max_lines=3)
+        with gr.Row():
+            self._run = gr.Button(local("run"), variant="primary", elem_id="run")
+            self._stop = gr.Button(local("stop"), elem_id="stop")
+
+    def _lay_out_results(self) -> None:
+        self._plot = gr.BarPlot(
+            x="label",
+            y="count",
+            x_title=" ",
+            y_title=" ",
+            height=280,
+            y_lim=[0, None],
+            y_axis_format="d",
+            show_label=False,  # as in the other tab
+            elem_id="distribution",
+            buttons=[],
+        )
+        self._note = gr.Markdown(elem_id="note")
+        self._table = gr.Dataframe(
+            datatype="str",
+            label=local("results"),
+            interactive=False,
+            wrap=True,
+            max_height=420,
+            elem_id="results",
+            visible=False,
+        )
+        self._download = gr.DownloadButton(local("download"), visible=False, elem_id="download")
+
     def _connect(self, tab: gr.Tab) -> None:
-        quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         key = self._side.api_key
-        gr.on([tab.select, key.submit, key.blur], self._list_tasks, [key], [self._task], **quietly)
+        gr.on([tab.select, key.submit, key.blur], self._list_tasks, [key], [self._task], **QUIETLY)
         shown = [self._plot, self._note, self._table]
         running = self._run.click(
             self._classify,
@@ -79,7 +80,7 @@ class ClassifyTab:
         )
         stopped = self._stop.click(None, cancels=[running], api_visibility="private")
         for end in (running, stopped):
-            end.then(self._offer, [self._judged], [self._download, *shown], **quietly)
+            end.then(self._offer, [self._judged], [self._download, *shown], **QUIETLY)
 
     async def _list_tasks(self, api_key: str, request: gr.Request) -> Any:
         try:

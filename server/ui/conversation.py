@@ -23,6 +23,9 @@ class Turn(TypedDict):
     answer: str
 
 
+Conversations = list[list[Turn]]
+
+
 def with_names(sentiment: dict[str, Any], labels: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The judgement, each of its probabilities with the text and emoji of its label."""
     known = {label["value"]: label for label in labels}
@@ -67,6 +70,25 @@ def inert(text: str) -> str:
 def plain(text: str) -> str:
     """What the user made of a shown message, as text again, without the mood."""
     return text.split(SEPARATOR)[0].replace(WORD_JOINER, "").strip()
+
+
+def keep(
+    turns: list[Turn], saved: Conversations, current: int | None, said: str
+) -> tuple[list[Turn], Conversations, int | None, str]:
+    """Keeps the conversation, if there is one; what got no answer goes back to be sent anew."""
+    if turns and not turns[-1]["answer"]:
+        *turns, unanswered = turns
+        said = said or unanswered["user"]
+    saved = list(saved)
+    if current is not None and not turns:
+        del saved[current]
+        current = None
+    elif current is not None:
+        saved[current] = turns
+    elif turns:
+        current = len(saved)
+        saved.append(turns)
+    return turns, saved, current, said
 
 
 def turn_at(turns: Sequence[Turn], index: int) -> int:

@@ -7,6 +7,9 @@ import gradio as gr
 from server.ui.browser import KEEP_KEY, RECALL_KEY
 from server.ui.texts import TITLE, local
 
+# How events run that nobody waits for or calls from elsewhere.
+QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
 
 class SideBar:
     """Conversations, and what every request is sent with."""
@@ -62,11 +65,10 @@ class SideBar:
 
     def connect(self, page: gr.Blocks) -> None:
         """What happens here without the tabs."""
-        quietly: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self._has_own.input(_show_if, [self._has_own], [self._sampling], queue=False, **quietly)
-        page.load(_open_if_wide, None, [self.itself], queue=False, **quietly)
-        page.load(None, None, [self.api_key], js=RECALL_KEY, **quietly)
-        self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **quietly)
+        self._has_own.input(_show_if, [self._has_own], [self._sampling], queue=False, **QUIETLY)
+        page.load(_open_if_wide, None, [self.itself], queue=False, **QUIETLY)
+        page.load(None, None, [self.api_key], js=RECALL_KEY, **QUIETLY)
+        self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **QUIETLY)
 
 
 def _open_if_wide(request: gr.Request) -> Any:
