@@ -16,8 +16,8 @@ from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.judges import Judge
 from server.core.roles.prompts import TaskPrompts
 from server.core.roles.reply import Replier
-from server.core.roles.task_files import TASK_FILE, read_prompts
-from server.core.roles.tasks import DEFAULT_LANGUAGE, Prompts, ReplyStyle, Task
+from server.core.roles.task_files import TASK_FILE_NAME, TaskFile, read_task_file
+from server.core.roles.tasks import DEFAULT_LANGUAGE, ReplyStyle, Task
 from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
@@ -32,7 +32,7 @@ class _Model:
     """A checkpoint that fits together, and what the settings make of it. No weights yet."""
 
     checkpoint: Checkpoint
-    prompts: Prompts
+    task_file: TaskFile
     config: ModelConfig
     tokenizer: ChatTokenizer
     defaults: GenerationDefaults
@@ -55,9 +55,9 @@ def load_services(settings: Settings) -> Services:
 def _find_model(settings: Settings) -> _Model:
     """Finds the checkpoint and checks all that can be checked without its weights."""
     # Before a download: nobody should wait for a model to learn that a task file is wrong.
-    user_prompts = read_prompts(settings.tasks) if settings.tasks else Prompts()
+    user_file = read_task_file(settings.tasks) if settings.tasks else TaskFile()
     checkpoint = find_checkpoint(settings.model)
-    prompts = read_prompts() | _prompts_of(checkpoint) | user_prompts
+    task_file = read_task_file() | _task_file_of(checkpoint) | user_file
     config = read_model_config(checkpoint.folder)
     tokenizer = ChatTokenizer.from_folder(checkpoint.folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -75,14 +75,14 @@ def _find_model(settings: Settings) -> _Model:
             f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
             f"which holds {max_kv_tokens}; raise it or lower --max-context"
         )
-    for task in prompts.tasks.values():
+    for task in task_file.tasks.values():
         _check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
-    return _Model(checkpoint, prompts, config, tokenizer, defaults, max_kv_tokens, max_context)
+    return _Model(checkpoint, task_file, config, tokenizer, defaults, max_kv_tokens, max_context)
 
 
 def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge]]:
@@ -110,7 +110,7 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge
     )
     try:
         judges = load_judges(
-            model.prompts.tasks.values(),
+            model.task_file.tasks.values(),
             engine,
             model.tokenizer,
             JudgeCache(settings.cache_folder, f"{digest.result()} {dtype}"),
@@ -126,7 +126,7 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge
 def _assemble(
     model: _Model, settings: Settings, engine: Engine, judges: Mapping[str, Judge]
 ) -> Services:
-    tasks, tokenizer, max_context = model.prompts.tasks, model.tokenizer, model.max_context
+    tasks, tokenizer, max_context = model.task_file.tasks, model.tokenizer, model.max_context
     metrics = Metrics()
     engine.observe(metrics)  # from now on, and not what judges were fitted to
     classifier = Classifier(
@@ -141,7 +141,7 @@ def _assemble(
         classifier,
         tokenizer,
         task=tasks["sentiment"],
-        style=_style_of(model.prompts, settings.persona),
+        style=_style_of(model.task_file, settings.persona),
         max_context=max_context,
     )
     return Services(
@@ -162,15 +162,15 @@ def _assemble(
     )
 
 
-def _prompts_of(checkpoint: Checkpoint) -> Prompts:
+def _task_file_of(checkpoint: Checkpoint) -> TaskFile:
     """What the checkpoint brings beside its weights."""
-    file = checkpoint.folder / TASK_FILE
-    return read_prompts(file) if file.is_file() else Prompts()
+    path = checkpoint.folder / TASK_FILE_NAME
+    return read_task_file(path) if path.is_file() else TaskFile()
 
 
-def _style_of(prompts: Prompts, persona: str | None) -> ReplyStyle:
+def _style_of(task_file: TaskFile, persona: str | None) -> ReplyStyle:
     own = ReplyStyle() if persona is None else ReplyStyle(persona={DEFAULT_LANGUAGE: persona})
-    return prompts.reply | own
+    return task_file.reply | own
 
 
 def _check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:

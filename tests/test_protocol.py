@@ -15,7 +15,7 @@ from server.core.roles.classification import Classification
 from server.core.roles.tasks import Label
 from server.errors import InvalidRequestError
 from server.protocol import completions
-from server.protocol.base import Request, classification, new_id, usage
+from server.protocol.base import RequestBody, classification, new_id, usage
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.classify import MAX_INPUTS, ClassifyRequest
 from server.protocol.completions import (
@@ -33,7 +33,7 @@ from server.protocol.tools import MAX_TOOLS
 
 HI = [{"role": "user", "content": "Hi"}]
 # What each request must hold at least.
-LEAST: dict[type[Request], dict[str, Any]] = {
+LEAST: dict[type[RequestBody], dict[str, Any]] = {
     ChatCompletionRequest: {"model": "m", "messages": HI},
     CompletionRequest: {"model": "m", "prompt": "Hi"},
     ResponsesRequest: {"model": "m", "input": "Hi"},
@@ -54,7 +54,7 @@ def parse_classify(**fields: Any) -> ClassifyRequest:
     return ClassifyRequest.parse(_json({"input": "Hi"} | fields))
 
 
-def refused(kind: type[Request], body: bytes | Mapping[str, Any]) -> InvalidRequestError:
+def refused(kind: type[RequestBody], body: bytes | Mapping[str, Any]) -> InvalidRequestError:
     """The error of a body that must not be accepted, its shape checked."""
     with pytest.raises(InvalidRequestError) as caught:
         kind.parse(body if isinstance(body, bytes) else _json(body))
@@ -157,7 +157,7 @@ def test_values_within_their_range_are_kept(name: str, value: Any) -> None:
     ],
 )
 def test_of_many_mistakes_only_the_first_costs_time(
-    kind: type[Request], field: str, items: Any
+    kind: type[RequestBody], field: str, items: Any
 ) -> None:
     cause = refused(kind, {**LEAST[kind], field: items}).__cause__
     assert isinstance(cause, ValidationError)
@@ -179,7 +179,7 @@ def test_a_single_stop_string_is_a_list_of_one() -> None:
         )
     ],
 )  # fmt: skip
-def test_null_counts_as_absent(kind: type[Request], name: str) -> None:
+def test_null_counts_as_absent(kind: type[RequestBody], name: str) -> None:
     assert kind.parse(_json({**LEAST[kind], name: None})) == kind.parse(_json(LEAST[kind]))
 
 
@@ -246,7 +246,9 @@ def test_an_unsupported_parameter_is_refused_at_any_other_value(name: str, value
         (ResponsesRequest, response_params.ResponseCreateParamsStreaming),
     ],
 )
-def test_every_parameter_of_the_openai_client_is_known(kind: type[Request], written: Any) -> None:
+def test_every_parameter_of_the_openai_client_is_known(
+    kind: type[RequestBody], written: Any
+) -> None:
     fields = {info.alias or name for name, info in kind.model_fields.items()}
     assert get_type_hints(written).keys() <= fields | kind.known
     assert not fields & kind.known
@@ -672,7 +674,7 @@ def test_the_first_of_several_mistakes_is_named() -> None:
     ],
     ids=lambda body: repr(body[:20]) if isinstance(body, bytes) else None,
 )
-def test_a_body_that_is_no_json_is_refused_as_such(kind: type[Request], body: bytes) -> None:
+def test_a_body_that_is_no_json_is_refused_as_such(kind: type[RequestBody], body: bytes) -> None:
     error = refused(kind, body)
     assert error.message.startswith("The request body is not valid JSON")
     assert error.param is None
@@ -680,7 +682,7 @@ def test_a_body_that_is_no_json_is_refused_as_such(kind: type[Request], body: by
 
 @pytest.mark.parametrize("kind", [ChatCompletionRequest, ClassifyRequest])
 @pytest.mark.parametrize("body", [b"[]", b"3", b"null", b'"text"', b"true", b"NaN", b"[{}]"])
-def test_a_body_that_is_no_object_is_refused_as_such(kind: type[Request], body: bytes) -> None:
+def test_a_body_that_is_no_object_is_refused_as_such(kind: type[RequestBody], body: bytes) -> None:
     error = refused(kind, body)
     assert error.message == "The request body must be a JSON object."
     assert error.param is None
@@ -742,7 +744,7 @@ def test_deep_nesting_below_the_limit_is_no_accident_either() -> None:
 )
 @pytest.mark.parametrize("kind", LEAST)
 def test_a_number_that_is_not_finite_is_refused_with_its_place(
-    kind: type[Request], field: str, param: str, number: str
+    kind: type[RequestBody], field: str, param: str, number: str
 ) -> None:  # fmt: skip
     error = refused(kind, f"{{{field.replace('N', number)}}}".encode())
     assert error.message == f"'{param}': must be a finite number."

@@ -7,7 +7,7 @@ from pydantic_core import PydanticUndefined
 
 from server.config import Settings
 from server.protocol import completions, responses
-from server.protocol.base import Request
+from server.protocol.base import RequestBody
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.sampling import SamplingRequest
 from server.routes import ROUTES
@@ -65,7 +65,7 @@ def test_the_table_of_the_other_routes_says_what_happens_to_each() -> None:
         assert sorted(rows["without effect"][i]) == sorted(route.WITHOUT_EFFECT)
 
 
-def fields_of(kind: type[Request]) -> set[str]:
+def fields_of(kind: type[RequestBody]) -> set[str]:
     return {info.alias or name for name, info in kind.model_fields.items()}
 
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from server.core.roles.task_files import TASK_FILE, read_prompts
-from server.core.roles.tasks import Prompts
+from server.core.roles.task_files import TASK_FILE_NAME, TaskFile, read_task_file
 from server.core.text.tokenizer import ChatTokenizer
 from training.corpus import ReplyRow, SentimentRow
 
@@ -36,7 +35,7 @@ class Example:
 class Renderer:
     """Builds examples of both roles."""
 
-    def __init__(self, tokenizer: ChatTokenizer, prompts: Prompts) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, prompts: TaskFile) -> None:
         task, self._style = prompts.tasks["sentiment"], prompts.reply
         encode = tokenizer.encode_text
         self.end = tokenizer.marker_id("<|im_end|>")
@@ -93,7 +92,7 @@ ROLES = ("system", "user", "assistant")
 def check_rendering(
     renderer: Renderer,
     tokenizer: ChatTokenizer,
-    prompts: Prompts,
+    prompts: TaskFile,
     texts: Sequence[SentimentRow],
     replies: Sequence[ReplyRow],
 ) -> None:
@@ -118,9 +117,9 @@ def check_rendering(
         assert served == renderer.persona + example.ids[: -len(reply) - 1], pair.user
 
 
-def trained_prompts() -> Prompts:
+def trained_prompts() -> TaskFile:
     """What the bundled model is trained on: the prompts that lie beside its weights."""
-    return read_prompts() | read_prompts(BUNDLED_FOLDER / TASK_FILE)
+    return read_task_file() | read_task_file(BUNDLED_FOLDER / TASK_FILE_NAME)
 
 
 def _only(texts: Mapping[str, str]) -> str:

@@ -54,7 +54,7 @@ def at_most(number: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class Options(BaseModel):
+class WithoutNulls(BaseModel):
     """Base of objects inside a request in which explicit null counts as absent."""
 
     @model_validator(mode="before")
@@ -65,7 +65,7 @@ class Options(BaseModel):
         return data
 
 
-class Request(Options):
+class RequestBody(WithoutNulls):
     """Base of all requests: explicit null counts as absent, unknown fields are accepted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)

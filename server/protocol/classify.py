@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import Discriminator, Field, StrictStr, Tag, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.base import FIRST_ERROR, Request, branch
+from server.protocol.base import FIRST_ERROR, RequestBody, branch
 
 MAX_INPUTS = 256
 
@@ -27,7 +27,7 @@ _Input = Annotated[
 ]
 
 
-class ClassifyRequest(Request):
+class ClassifyRequest(RequestBody):
     """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
 
     input: _Input

@@ -10,11 +10,11 @@ from server.core.roles import questions
 from server.core.roles.classification import Classification
 from server.core.roles.questions import Option
 from server.core.roles.tasks import Task
-from server.protocol.base import FIRST_ERROR, Request, branch, input_usage, of_type
+from server.protocol.base import FIRST_ERROR, RequestBody, branch, input_usage, of_type
 from server.protocol.items import Content, Items, Part, conversation, text_of
 
 MAX_QUESTIONS = 400
-MAX_CHOICES = 255
+MAX_CANDIDATES = 255
 MAX_LEVELS = 10
 
 
@@ -51,7 +51,7 @@ class PredicateQuestion(_Question):
         return {"type": "predicate", "name": self.name, "probability": round(yes, 6)}
 
 
-class ChoiceOption(_Strict):
+class Candidate(_Strict):
     """One value that may be chosen; a string and a boolean of the same text are two."""
 
     value: str | bool
@@ -69,11 +69,11 @@ class ChoiceQuestion(_Question):
     """Which of the values fits the input?"""
 
     type: Literal["choice"]
-    choices: Annotated[list[ChoiceOption], FIRST_ERROR, Field(min_length=2, max_length=MAX_CHOICES)]
+    choices: Annotated[list[Candidate], FIRST_ERROR, Field(min_length=2, max_length=MAX_CANDIDATES)]
 
     @field_validator("choices")
     @classmethod
-    def _check_unique(cls, choices: list[ChoiceOption]) -> list[ChoiceOption]:
+    def _check_unique(cls, choices: list[Candidate]) -> list[Candidate]:
         # True == 1, but there are no numbers here.
         if len({option.value for option in choices}) < len(choices):
             raise ValueError("the values must differ from each other")
@@ -149,7 +149,7 @@ Question = Annotated[
 # --- request and response -------------------------------------------------------------
 
 
-class DecisionsRequest(Request):
+class DecisionsRequest(RequestBody):
     """Body of POST /v1/decisions: questions about one input."""
 
     model: StrictStr

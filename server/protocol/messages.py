@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from server.errors import InvalidRequestError
-from server.protocol.base import FIRST_ERROR, Options
+from server.protocol.base import FIRST_ERROR, WithoutNulls
 from server.protocol.json_body import path_to_not_finite, read_json
 
 
@@ -52,7 +52,7 @@ class CalledFunction(BaseModel):
     arguments: Arguments
 
 
-class CalledTool(Options):
+class CalledTool(WithoutNulls):
     """A call of an earlier answer."""
 
     id: StrictStr = ""

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, m
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
-from server.protocol.base import FIRST_ERROR, Options, at_most, refuse_unsupported
+from server.protocol.base import FIRST_ERROR, WithoutNulls, at_most, refuse_unsupported
 from server.protocol.items import Items, conversation
 from server.protocol.sampling import MAX_TOP_LOGPROBS, SamplingRequest
 from server.protocol.tools import (
@@ -43,7 +43,7 @@ LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA = 16  # as at OpenAI
 
 
-class TextOptions(Options):
+class TextOptions(WithoutNulls):
     """How the text is written."""
 
     format: Annotated[ResponseFormat, BeforeValidator(nested)] = TextFormat()

@@ -17,7 +17,7 @@ from pydantic import (
 
 from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
-from server.protocol.base import Options, Request, at_most
+from server.protocol.base import RequestBody, WithoutNulls, at_most
 
 MAX_STOP_STRINGS = 4
 MAX_CHOICES = 16
@@ -29,7 +29,7 @@ MIN_LOGPROB = -9999.0
 _TOKEN_ID = re.compile("[0-9]{1,9}")
 
 
-class StreamOptions(Options):
+class StreamOptions(WithoutNulls):
     """What a stream holds beside the text."""
 
     include_usage: StrictBool = False
@@ -39,7 +39,7 @@ def _stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class SamplingRequest(Request):
+class SamplingRequest(RequestBody):
     """Fields of all routes that generate text; None leaves the value to the checkpoint."""
 
     model: StrictStr

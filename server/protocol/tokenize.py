@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
-from server.protocol.base import FIRST_ERROR, Request, refuse_unsupported
+from server.protocol.base import FIRST_ERROR, RequestBody, refuse_unsupported
 from server.protocol.messages import MAX_MESSAGES, ChatMessage
 from server.protocol.tools import MAX_TOOLS, ToolDefinition
 
@@ -20,7 +20,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
 
 
-class TokenizeRequest(Request):
+class TokenizeRequest(RequestBody):
     """Body of POST /tokenize: a text, or a conversation in the model's chat template.
 
     With neither `add_generation_prompt` nor `continue_final_message`, the conversation becomes
@@ -55,7 +55,7 @@ class TokenizeRequest(Request):
         return self
 
 
-class DetokenizeRequest(Request):
+class DetokenizeRequest(RequestBody):
     """Body of POST /detokenize."""
 
     tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FIRST_ERROR]

@@ -12,7 +12,7 @@ from server.protocol import base
 from server.services import PLAIN_SUFFIX, Services
 
 T = TypeVar("T")
-R = TypeVar("R", bound=base.Request)
+R = TypeVar("R", bound=base.RequestBody)
 
 # What takes a few milliseconds to parse, whatever it holds.
 MAX_INLINE_BYTES = 32 * 1024

@@ -17,7 +17,7 @@ from server.routes.replying import begin_reply
 from server.routes.streaming import stream
 from server.services import Services
 
-Event = dict[str, Any]
+ResponseEvent = dict[str, Any]
 
 
 async def responses(request: Request) -> Response:
@@ -70,7 +70,7 @@ class _Response:
         self._call: ToolCall | None = None
         self.headers = sentiment_headers(reply.sentiment)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[ResponseEvent]:
         """What happens, in order; the last event holds the whole response."""
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
@@ -91,7 +91,7 @@ class _Response:
             yield event
         yield self._event(f"response.{status}", response=self._response(status))
 
-    def _written(self, delta: Delta) -> Iterator[Event]:
+    def _written(self, delta: Delta) -> Iterator[ResponseEvent]:
         logprobs = self._take_logprobs()
         match delta:
             case TextDelta(text):
@@ -111,7 +111,7 @@ class _Response:
             case CallDelta(_, None, arguments):
                 yield self._item_event("response.function_call_arguments.delta", delta=arguments)
 
-    def _begin_message(self) -> Iterator[Event]:
+    def _begin_message(self) -> Iterator[ResponseEvent]:
         self._item_id, self._text, self._logprobs = new_id("msg"), "", []
         item = message_item(self._item_id, "in_progress", [])
         yield self._event("response.output_item.added", output_index=len(self._items), item=item)
@@ -119,12 +119,12 @@ class _Response:
             "response.content_part.added", content_index=0, part=text_part("", [])
         )
 
-    def _begin_call(self, call: ToolCall) -> Iterator[Event]:
+    def _begin_call(self, call: ToolCall) -> Iterator[ResponseEvent]:
         self._item_id, self._call = new_id("fc"), call
         item = call_item(self._item_id, "in_progress", call, "")
         yield self._event("response.output_item.added", output_index=len(self._items), item=item)
 
-    def _end_item(self, status: str) -> Iterator[Event]:
+    def _end_item(self, status: str) -> Iterator[ResponseEvent]:
         if self._item_id is None:
             return
         if self._call is not None:
@@ -153,10 +153,10 @@ class _Response:
         self._pending_tokens = []
         return logprobs
 
-    def _item_event(self, kind: str, **fields: Any) -> Event:
+    def _item_event(self, kind: str, **fields: Any) -> ResponseEvent:
         return self._event(kind, item_id=self._item_id, output_index=len(self._items), **fields)
 
-    def _event(self, kind: str, **fields: Any) -> Event:
+    def _event(self, kind: str, **fields: Any) -> ResponseEvent:
         event = {"type": kind, "sequence_number": self._num_events, **fields}
         self._num_events += 1
         return event

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.protocol import chat, completions, responses
-from server.protocol.base import Request
+from server.protocol.base import RequestBody
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import ResponsesRequest
@@ -145,7 +145,7 @@ def test_any_bytes_are_refused(tiny: LiveServer, body: bytes) -> None:
     ],
 )
 def test_unknown_parameters_are_listed_once_and_known_ones_never(
-    kind: type[Request], without_effect: tuple[str, ...], caplog: pytest.LogCaptureFixture
+    kind: type[RequestBody], without_effect: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.DEBUG, logger="server"):
         kind.parse(json.dumps({**LEAST[kind], **dict.fromkeys(without_effect, "x")}).encode())

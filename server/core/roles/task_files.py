@@ -3,15 +3,17 @@
 import json
 import os
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from server.core.roles.tasks import Example, Prompts, ReplyStyle, Task
+from server.core.roles.tasks import Example, ReplyStyle, Task
 
 BUILTIN_FOLDER = Path(__file__).parents[2] / "tasks"
-TASK_FILE = "tasks.toml"
+TASK_FILE_NAME = "tasks.toml"
 # The table of a task file that is no task.
 REPLY = "reply"
 
@@ -20,7 +22,19 @@ class TaskFileError(Exception):
     """A task file cannot be used; the message is one sentence for the console."""
 
 
-def read_prompts(path: Path = BUILTIN_FOLDER / TASK_FILE) -> Prompts:
+@dataclass(frozen=True)
+class TaskFile:
+    """What a task file holds, or several: tasks by name, and the reply's style."""
+
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    reply: ReplyStyle = field(default_factory=ReplyStyle)
+
+    def __or__(self, other: "TaskFile") -> "TaskFile":
+        """Both, the other's in place of those of the same name."""
+        return TaskFile({**self.tasks, **other.tasks}, self.reply | other.reply)
+
+
+def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
     """The tasks and the reply's style that a task file holds; without a path, the built-in ones.
 
     A task's examples are read from the file it names, which lies beside the task file or is one
@@ -39,7 +53,7 @@ def read_prompts(path: Path = BUILTIN_FOLDER / TASK_FILE) -> Prompts:
         for name, table in tables.items()
     }
     try:
-        return Prompts(
+        return TaskFile(
             TypeAdapter(dict[str, Task]).validate_python(tasks),
             TypeAdapter(dict[str, ReplyStyle]).validate_python(styles).get(REPLY, ReplyStyle()),
         )

@@ -6,7 +6,6 @@ Knows neither files nor tokens.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -155,18 +154,6 @@ class ReplyStyle(_Frozen):
         """This style with what the other one was given."""
         given = {name: getattr(other, name) for name in other.model_fields_set}
         return self.model_copy(update=given)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What task files hold: tasks by name, and the reply's style."""
-
-    tasks: Mapping[str, Task] = field(default_factory=dict)
-    reply: ReplyStyle = field(default_factory=ReplyStyle)
-
-    def __or__(self, other: "Prompts") -> "Prompts":
-        """Both, the other's in place of those of the same name."""
-        return Prompts({**self.tasks, **other.tasks}, self.reply | other.reply)
 
 
 def inline_task(instructions: str, labels: Sequence[str]) -> Task:

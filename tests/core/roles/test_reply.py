@@ -26,7 +26,7 @@ from server.core.roles.classification import Classification
 from server.core.roles.classifier import Classifier, PreparedTexts
 from server.core.roles.judges import LabelJudge
 from server.core.roles.reply import Replier, Reply, with_cue
-from server.core.roles.task_files import TASK_FILE, read_prompts
+from server.core.roles.task_files import TASK_FILE_NAME, read_task_file
 from server.core.roles.tasks import Label, ReplyStyle, Task, text_in
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.core.text.tools import Tool
@@ -35,10 +35,10 @@ from server.errors import ContextLengthError, InvalidRequestError
 T = TypeVar("T")
 
 BOUND_S = 20
-SENTIMENT = read_prompts().tasks["sentiment"]
+SENTIMENT = read_task_file().tasks["sentiment"]
 POSITIVE, NEGATIVE, NEUTRAL = SENTIMENT.labels
 # The bundled model's, in which every label has a cue.
-MINI = read_prompts(BUNDLED_FOLDER / TASK_FILE).tasks["sentiment"]
+MINI = read_task_file(BUNDLED_FOLDER / TASK_FILE_NAME).tasks["sentiment"]
 PERSONA = "You are a warm friend."
 CHINESE_PERSONA = "你是一位温暖的朋友。"
 STYLE = ReplyStyle(persona={"zh": CHINESE_PERSONA, "en": PERSONA})

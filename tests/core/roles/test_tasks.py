@@ -10,21 +10,26 @@ import pytest
 from pydantic import ValidationError
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from server.core.roles.task_files import BUILTIN_FOLDER, TASK_FILE, TaskFileError, read_prompts
+from server.core.roles.task_files import (
+    BUILTIN_FOLDER,
+    TASK_FILE_NAME,
+    TaskFile,
+    TaskFileError,
+    read_task_file,
+)
 from server.core.roles.tasks import (
     MIN_EXAMPLES,
     Example,
     Label,
-    Prompts,
     ReplyStyle,
     Task,
     inline_task,
     text_in,
 )
 
-PROMPTS = read_prompts()
+PROMPTS = read_task_file()
 BUILTIN = PROMPTS.tasks
-MINI = read_prompts(BUNDLED_FOLDER / TASK_FILE)
+MINI = read_task_file(BUNDLED_FOLDER / TASK_FILE_NAME)
 
 MOOD = """
 [mood]
@@ -84,7 +89,7 @@ def builtin_rows(name: str) -> list[dict[str, str]]:
 
 def error_of(path: Path) -> str:
     with pytest.raises(TaskFileError) as caught:
-        read_prompts(path)
+        read_task_file(path)
     return str(caught.value)
 
 
@@ -139,13 +144,13 @@ def test_the_builtin_reply_has_a_persona_in_both_languages_and_the_cue_at_the_us
 
 
 def test_a_task_file_holds_its_own_tasks_alone(write: Callable[[str], Path]) -> None:
-    prompts = read_prompts(write(MOOD))
+    prompts = read_task_file(write(MOOD))
     assert set(prompts.tasks) == {"mood"}
     assert prompts.reply == ReplyStyle()
 
 
 def test_a_task_file_adds_its_tasks(write: Callable[[str], Path]) -> None:
-    tasks = (PROMPTS | read_prompts(write(MOOD))).tasks
+    tasks = (PROMPTS | read_task_file(write(MOOD))).tasks
     assert set(tasks) == {"sentiment", "intent", "mood"}
     assert tasks["mood"].name == "mood"
     assert tasks["mood"].instructions == "Up or down?"
@@ -161,7 +166,7 @@ def test_a_task_file_adds_its_tasks(write: Callable[[str], Path]) -> None:
 
 
 def test_a_task_file_replaces_a_builtin_task_of_the_same_name(write: Callable[[str], Path]) -> None:
-    tasks = (PROMPTS | read_prompts(write(MOOD.replace("[mood]", "[sentiment]")))).tasks
+    tasks = (PROMPTS | read_task_file(write(MOOD.replace("[mood]", "[sentiment]")))).tasks
     assert set(tasks) == {"sentiment", "intent"}
     assert [label.text for label in tasks["sentiment"].labels] == ["happy", "sad"]
     assert tasks["sentiment"].version != BUILTIN["sentiment"].version
@@ -171,8 +176,8 @@ def test_a_task_file_replaces_a_builtin_task_of_the_same_name(write: Callable[[s
 
 
 def test_an_empty_task_file_changes_nothing(write: Callable[[str], Path]) -> None:
-    empty = read_prompts(write(""))
-    assert empty == Prompts()
+    empty = read_task_file(write(""))
+    assert empty == TaskFile()
     assert PROMPTS | empty == PROMPTS
     assert empty | PROMPTS == PROMPTS
 
@@ -180,7 +185,7 @@ def test_an_empty_task_file_changes_nothing(write: Callable[[str], Path]) -> Non
 def test_a_task_file_may_hold_several_tasks_in_chinese(write: Callable[[str], Path]) -> None:
     other = '["语气"]\ninstructions = "客气吗？"\n[["语气".labels]]\nvalue = "是"\ntext = "客气"\n'
     other += '[["语气".labels]]\nvalue = "否"\ntext = "无礼"\nemoji = "😠"\n'
-    tasks = read_prompts(write(MOOD + other)).tasks
+    tasks = read_task_file(write(MOOD + other)).tasks
     assert set(tasks) == {"mood", "语气"}
     assert tasks["语气"].labels[1] == Label(value="否", text="无礼", emoji="😠")
 
@@ -191,7 +196,7 @@ def test_a_task_file_may_hold_several_tasks_in_chinese(write: Callable[[str], Pa
 def test_the_table_reply_is_no_task_but_the_style_of_the_reply(
     write: Callable[[str], Path],
 ) -> None:
-    prompts = read_prompts(write(MOOD + REPLY))
+    prompts = read_task_file(write(MOOD + REPLY))
     assert set(prompts.tasks) == {"mood"}
     assert prompts.reply == ReplyStyle(persona={"en": "Be kind."}, cue_position="system")
 
@@ -199,7 +204,7 @@ def test_the_table_reply_is_no_task_but_the_style_of_the_reply(
 def test_a_style_replaces_what_it_gives_and_leaves_the_rest_and_the_tasks(
     write: Callable[[str], Path],
 ) -> None:
-    own = read_prompts(write('[reply]\npersona = { zh = "善良。" }\n'))
+    own = read_task_file(write('[reply]\npersona = { zh = "善良。" }\n'))
     merged = PROMPTS | own
     assert merged.reply == ReplyStyle(
         persona={"zh": "善良。"}, cue_position="user", cue_min_confidence=0.7
@@ -210,10 +215,10 @@ def test_a_style_replaces_what_it_gives_and_leaves_the_rest_and_the_tasks(
 
 
 def test_the_last_file_that_has_a_style_decides(write: Callable[[str], Path]) -> None:
-    own = read_prompts(write(MOOD + REPLY))
+    own = read_task_file(write(MOOD + REPLY))
     assert (PROMPTS | MINI | own).reply == own.reply
     assert (PROMPTS | own | MINI).reply == MINI.reply
-    assert (own | Prompts()).reply == own.reply
+    assert (own | TaskFile()).reply == own.reply
 
 
 @pytest.mark.parametrize(
@@ -279,7 +284,7 @@ def test_examples_are_read_from_the_file_beside_the_task_file(
     rows = examples(up=MIN_EXAMPLES, down=MIN_EXAMPLES + 1)
     first = {"text": "真棒　！", "label": "up", "kind": "review", "lang": "zh"}
     (tmp_path / "moods.jsonl").write_text(lines(first, *rows), encoding="utf-8")
-    read = read_prompts(write(LEARNED)).tasks["mood"].examples
+    read = read_task_file(write(LEARNED)).tasks["mood"].examples
     # Fields that nobody knows, such as the language, are for people.
     assert read[0] == Example(text="真棒　！", label="up", kind="review")
     assert [(each.text, each.label, each.kind) for each in read[1:]] == [
@@ -293,13 +298,13 @@ def test_empty_lines_between_examples_are_passed_over(
     rows = examples(up=MIN_EXAMPLES, down=MIN_EXAMPLES)
     content = "\n" + lines(*rows).replace("\n", "\r\n \n\n")
     (tmp_path / "moods.jsonl").write_text(content, encoding="utf-8")
-    assert len(read_prompts(write(LEARNED)).tasks["mood"].examples) == len(rows)
+    assert len(read_task_file(write(LEARNED)).tasks["mood"].examples) == len(rows)
 
 
 def test_examples_that_are_not_beside_the_task_file_are_taken_from_the_builtin_ones(
     write: Callable[[str], Path],
 ) -> None:
-    own = read_prompts(
+    own = read_task_file(
         write(
             '[feeling]\ninstructions = "How?"\nexamples = "sentiment.jsonl"\nlabels = ['
             '{ value = "negative", text = "bad" }, { value = "neutral", text = "so" }, '
@@ -314,7 +319,7 @@ def test_examples_beside_the_task_file_come_before_builtin_ones_of_that_name(
 ) -> None:
     rows = examples(up=MIN_EXAMPLES, down=MIN_EXAMPLES)
     (tmp_path / "sentiment.jsonl").write_text(lines(*rows), encoding="utf-8")
-    tasks = read_prompts(write(LEARNED.replace("moods.jsonl", "sentiment.jsonl"))).tasks
+    tasks = read_task_file(write(LEARNED.replace("moods.jsonl", "sentiment.jsonl"))).tasks
     assert len(tasks["mood"].examples) == len(rows)
 
 
@@ -623,7 +628,7 @@ def test_the_version_changes_when_anything_changes(changes: dict[str, Any]) -> N
 
 def test_equal_tasks_have_the_same_version() -> None:
     assert task().version == task().version
-    assert read_prompts().tasks["sentiment"].version == BUILTIN["sentiment"].version
+    assert read_task_file().tasks["sentiment"].version == BUILTIN["sentiment"].version
 
 
 def test_examples_do_not_change_the_version() -> None:
@@ -696,11 +701,11 @@ def test_a_table_is_known_by_its_own_name_only(tmp_path: Path) -> None:
         labels = [{value = "a", text = "a"}, {value = "b", text = "b"}]
         """
     )
-    assert read_prompts(path).tasks["mood"].name == "mood"
+    assert read_task_file(path).tasks["mood"].name == "mood"
 
 
 def test_toml_nested_too_deep_is_a_task_file_error(tmp_path: Path) -> None:
     path = tmp_path / "tasks.toml"
     path.write_text("x = " + "[" * 100_000)
     with pytest.raises(TaskFileError):
-        read_prompts(path)
+        read_task_file(path)
