@@ -33,7 +33,6 @@ class ContextLengthError(InvalidRequestError):
     """The prompt leaves no room for an answer; nothing is ever cut silently."""
 
     def __init__(self, num_prompt_tokens: int, max_context: int, param: str) -> None:
-        self.num_prompt_tokens, self.max_context = num_prompt_tokens, max_context
         super().__init__(
             f"This model's maximum context length is {max_context} tokens, but the prompt has "
             f"{num_prompt_tokens} and one more is needed for the answer. Please shorten {param}.",
@@ -92,6 +91,9 @@ class InternalError(APIError):
     status = 500
     headers: Mapping[str, str] = {"x-should-retry": "false"}
 
+    def __init__(self) -> None:
+        super().__init__("The server failed on this request; see its log.")
+
 
 class UnavailableError(APIError):
     """The engine has stopped, or is about to."""
@@ -120,5 +122,9 @@ class RequestTimeoutError(APIError):
     status = 504
     headers: Mapping[str, str] = {"x-should-retry": "false"}
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="request_timeout")
+    def __init__(self) -> None:
+        super().__init__(
+            "The request took longer than this server allows (--request-timeout); ask for fewer "
+            "tokens, or try again when it is less busy.",
+            code="request_timeout",
+        )

@@ -234,5 +234,4 @@ class FailureMiddleware:
             if has_begun:
                 raise  # uvicorn logs it and closes the connection
             logger.exception("a request failed")
-            error = InternalError("The server failed on this request; see its log.")
-            await error_response(error)(scope, receive, send)
+            await error_response(InternalError())(scope, receive, send)

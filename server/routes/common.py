@@ -76,7 +76,7 @@ async def unless_disconnected(request: Request, handler: Coroutine[Any, Any, T])
             return_when=asyncio.FIRST_COMPLETED,
         )
         if not task.done():
-            raise ClientDisconnect if watcher.done() else timed_out()
+            raise ClientDisconnect if watcher.done() else RequestTimeoutError
         return task.result()
     finally:
         watcher.cancel()
@@ -96,11 +96,3 @@ def work_of(request: Request) -> Work:
     """The request's unit of work in the engine."""
     work: Work = request.scope["work"]
     return work
-
-
-def timed_out() -> RequestTimeoutError:
-    """The error for a passed deadline."""
-    return RequestTimeoutError(
-        "The request took longer than this server allows (--request-timeout); ask for fewer "
-        "tokens, or try again when it is less busy."
-    )

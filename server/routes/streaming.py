@@ -10,8 +10,8 @@ from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.types import Message as ASGIMessage
 
-from server.errors import APIError, InternalError
-from server.routes.common import timed_out, work_of
+from server.errors import APIError, InternalError, RequestTimeoutError
+from server.routes.common import work_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ async def _events(
         yield _event(error.body())
     except Exception:
         logger.exception("a stream failed")
-        yield _event(InternalError("The server failed on this request; see its log.").body())
+        yield _event(InternalError().body())
     finally:
         abort()
     if end is not None:
@@ -77,7 +77,7 @@ async def _next(
     try:
         return await asyncio.wait_for(anext(contents, None), work_of(request).seconds_left)
     except TimeoutError:
-        raise timed_out() from None
+        raise RequestTimeoutError from None
 
 
 def _event(content: Mapping[str, Any]) -> dict[str, str]:
