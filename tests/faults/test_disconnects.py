@@ -95,7 +95,7 @@ def turnstile(pair: LiveServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tur
 
 
 def sequences(engine: Engine) -> list[Sequence]:
-    return [*engine._scheduler.running, *engine._scheduler.waiting]
+    return [*engine._scheduler.admission.running, *engine._scheduler.admission.waiting]
 
 
 def is_waiting(engine: Engine) -> bool:
@@ -105,17 +105,17 @@ def is_waiting(engine: Engine) -> bool:
 def is_in_prefill(engine: Engine) -> bool:
     return any(
         0 < sequence.num_computed < len(sequence.prompt_ids) - 1
-        for sequence in engine._scheduler.running
+        for sequence in engine._scheduler.admission.running
         if sequence.params is not None
     )
 
 
 def is_in_decode(engine: Engine) -> bool:
-    return any(len(sequence.completion_ids) > 1 for sequence in engine._scheduler.running)
+    return any(len(sequence.completion_ids) > 1 for sequence in engine._scheduler.admission.running)
 
 
 def is_being_judged(engine: Engine) -> bool:
-    return any(sequence.is_scored for sequence in engine._scheduler.running)
+    return any(sequence.is_scored for sequence in engine._scheduler.admission.running)
 
 
 PHASES = {

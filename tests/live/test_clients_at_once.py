@@ -32,7 +32,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 def is_idle(engine: Engine) -> bool:
-    return engine._scheduler.is_idle and not engine._runner._states  # type: ignore[attr-defined]
+    return engine._scheduler.admission.is_idle and not engine._runner._states  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ async def test_hanging_up_before_a_whole_reply_ends_it(endless: LiveServer) -> N
     answering: list[Sequence] = []
 
     def is_answering() -> bool:
-        answering[:] = [s for s in engine._scheduler.running if s.completion_ids]
+        answering[:] = [s for s in engine._scheduler.admission.running if s.completion_ids]
         return bool(answering)
 
     body = request(endless, "whole", max_tokens=400)

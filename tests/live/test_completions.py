@@ -346,7 +346,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 def is_idle(engine: Engine) -> bool:
-    return engine._scheduler.is_idle and not engine._runner._states  # type: ignore[attr-defined]
+    return engine._scheduler.admission.is_idle and not engine._runner._states  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -359,8 +359,8 @@ async def test_hanging_up_frees_every_slot(endless: LiveServer, stream: bool, n:
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}"
         connection.sendall(head.encode() + b"\r\n\r\n" + content)
-        await until(lambda: len(engine._scheduler.running) == 2 * n)
-        sequences = list(engine._scheduler.running)
+        await until(lambda: len(engine._scheduler.admission.running) == 2 * n)
+        sequences = list(engine._scheduler.admission.running)
     await until(lambda: is_idle(engine))
     # They were ended, not merely waited for.
     assert all(len(sequence.completion_ids) < 400 for sequence in sequences)

@@ -30,7 +30,11 @@ class Scores:
 
 
 class Engine:
-    """Runs sequences in continuous batches on a thread of its own."""
+    """Runs sequences in continuous batches on a thread of its own.
+
+    Without `work`, that of a request, a sequence is a work of its own. A sequence that comes when
+    the engine is closing is refused with an EngineClosedError.
+    """
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_rows: int) -> None:
         """max_num_seqs, max_rows: as the scheduler has them."""
@@ -42,13 +46,7 @@ class Engine:
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
     ) -> TokenStream:
-        """Starts to continue the prompt. Call from the event loop.
-
-        work: of the request; None: the sequence is one of its own.
-
-        Raises:
-            EngineClosedError: the engine is closing.
-        """
+        """Starts to continue the prompt. Call from the event loop."""
         assert prompt_ids and params.max_tokens > 0
         return self._start(Sequence(prompt_ids, params, work=work or Work()))
 
@@ -68,11 +66,7 @@ class Engine:
         forward ends for this prompt after the last of them.
         num_shared: first tokens that later prompts will have too; they are computed once.
         is_pinned: whether these are kept for good.
-        work: of the request; None: the sequence is one of its own.
         A cancelled call frees its slot.
-
-        Raises:
-            EngineClosedError: the engine is closing.
         """
         assert prompt_ids and (continuations or layers) and all(continuations)
         sequence = Sequence(
@@ -92,11 +86,6 @@ class Engine:
 
         Returns how many of its tokens were known already; None, and nothing is computed, if it is
         too long to be kept. A cancelled call frees its slot.
-
-        work: of the request; None: the sequence is one of its own.
-
-        Raises:
-            EngineClosedError: the engine is closing.
         """
         if not self._runner.is_kept(len(prompt_ids)):
             return None
@@ -121,12 +110,12 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Sequences that hold memory. A step computes some or all of them."""
-        return len(self._scheduler.running)
+        return len(self._scheduler.admission.running)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for memory, or for their request's turn."""
-        return len(self._scheduler.waiting)
+        return len(self._scheduler.admission.waiting)
 
     @property
     def num_kv_tokens(self) -> int:

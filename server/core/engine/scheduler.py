@@ -74,43 +74,20 @@ class Scheduler:
     def __init__(self, max_num_seqs: int, max_rows: int, allocator: Allocator) -> None:
         """max_num_seqs: sequences that decode in one step, and requests that run at once."""
         assert max_num_seqs > 0 and max_rows > 1
-        self._admission = Admission(max_num_seqs, allocator)
+        self.admission = Admission(max_num_seqs, allocator)  # where sequences join and leave
         self.max_shared_rows = max(2, max_rows // SHARED_PART)
         self._max_num_seqs, self._max_rows = max_num_seqs, max_rows
         self._num_steps = 0
 
-    @property
-    def running(self) -> list[Sequence]:
-        """Sequences that hold memory, in the order of their admission."""
-        return self._admission.running
-
-    @property
-    def waiting(self) -> list[Sequence]:
-        """Sequences that do not, by request. Any thread."""
-        return self._admission.waiting
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether there is nothing to compute."""
-        return self._admission.is_idle
-
-    def add(self, sequence: Sequence) -> None:
-        """Takes in a sequence, which waits behind the others of its request."""
-        self._admission.add(sequence)
-
-    def remove(self, sequence: Sequence) -> bool:
-        """Forgets the sequence. Returns whether it was here."""
-        return self._admission.remove(sequence)
-
     def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step; admits waiting sequences while there is room."""
-        self._admission.admit_waiting(self._num_steps)
+        self.admission.admit_waiting(self._num_steps)
         self._num_steps += 1
         chunks: list[ScheduledChunk] = []
         for sequence in self._decoding():
-            if self._admission.make_room(sequence, 1):
+            if self.admission.make_room(sequence, 1):
                 chunks.append(ScheduledChunk(sequence, 1))
-        is_shared = len({sequence.work for sequence in self.running}) > 1
+        is_shared = len({sequence.work for sequence in self.admission.running}) > 1
         max_rows = self._num_prompt_rows(len(chunks), is_shared)
         # For the first prompt; the others wait for a step with more room.
         least = min(max_rows, MIN_ROWS if is_shared else MIN_ROWS_ALONE)
@@ -123,21 +100,23 @@ class Scheduler:
             if num_rows < min(min_rows, max(sequence.num_uncomputed, 1)):
                 continue
             chunk = _chunk(sequence, num_rows)
-            if self._admission.make_room(sequence, chunk.num_tokens):
+            if self.admission.make_room(sequence, chunk.num_tokens):
                 chunks.append(chunk)
                 rows_left -= chunk.num_rows * cost
                 least = 0
         for chunk in chunks:
             chunk.sequence.last_step = chunk.sequence.work.last_step = self._num_steps
         # To make room for one, another may have been suspended that was scheduled before it.
-        return [chunk for chunk in chunks if chunk.sequence in self.running]
+        return [chunk for chunk in chunks if chunk.sequence in self.admission.running]
 
     def _decoding(self) -> list[Sequence]:
         """The sequences that decode in this step: if not all, first one of each request."""
-        decoding = [sequence for sequence in self.running if sequence.is_decoding]
-        limit = min(self._max_num_seqs, self._max_rows - (len(decoding) < len(self.running)))
+        decoding = [sequence for sequence in self.admission.running if sequence.is_decoding]
+        limit = min(
+            self._max_num_seqs, self._max_rows - (len(decoding) < len(self.admission.running))
+        )
         works = {sequence.work for sequence in decoding}
-        if works != {sequence.work for sequence in self.running}:
+        if works != {sequence.work for sequence in self.admission.running}:
             limit = min(limit, max(len(works), self.max_shared_rows // DECODING_PART))
         if len(decoding) <= limit:
             return decoding
@@ -156,7 +135,7 @@ class Scheduler:
 
     def _prefilling(self) -> list[Sequence]:
         """The other sequences, those of the request whose turn it is first."""
-        prefilling = [sequence for sequence in self.running if not sequence.is_decoding]
+        prefilling = [sequence for sequence in self.admission.running if not sequence.is_decoding]
         if self._num_steps % LONGEST_WAIT_STRIDE == 0:
             return sorted(prefilling, key=lambda s: (s.work.last_step, s.work.arrived_at))
         return sorted(

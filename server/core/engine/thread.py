@@ -51,6 +51,7 @@ class EngineThread(threading.Thread):
         self.is_closed = False
         self._runner = runner
         self.scheduler = Scheduler(max_num_seqs, max_rows, RunnerAllocator(runner, self._end))
+        self._admission = self.scheduler.admission
         # The only request in the step that is computed now, if the step may be interrupted.
         self._interruptible: Work | None = None
         self._interrupted: Work | None = None  # the request whose last long step was given up
@@ -98,8 +99,8 @@ class EngineThread(threading.Thread):
         while not self._commands.empty():
             match self._commands.get():
                 case ("add", sequence):
-                    self.scheduler.add(sequence)
-        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+                    self._admission.add(sequence)
+        for sequence in [*self._admission.running, *self._admission.waiting]:
             self._end(sequence, end)
 
     def _take_commands(self) -> bool:
@@ -107,9 +108,9 @@ class EngineThread(threading.Thread):
         patience_s: float | None = REST_AFTER_S
         while True:
             try:
-                command = self._commands.get(self.scheduler.is_idle, patience_s)
+                command = self._commands.get(self._admission.is_idle, patience_s)
             except queue.Empty:
-                if not self.scheduler.is_idle:
+                if not self._admission.is_idle:
                     return True
                 self._runner.rest()
                 patience_s = None
@@ -118,7 +119,7 @@ class EngineThread(threading.Thread):
                 case None:
                     return False
                 case ("add", sequence):
-                    self.scheduler.add(sequence)
+                    self._admission.add(sequence)
                 case (_, sequence):
                     self._end(sequence, AbortedEvent())
 
@@ -192,7 +193,7 @@ class EngineThread(threading.Thread):
 
     def _end(self, sequence: Sequence, event: Event) -> None:
         """The one way out: frees the slot and delivers exactly one terminal event."""
-        if self.scheduler.remove(sequence):
+        if self._admission.remove(sequence):
             try:
                 self._runner.release(sequence, is_sound=not isinstance(event, FailedEvent))
             except Exception:

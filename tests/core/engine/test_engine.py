@@ -832,7 +832,7 @@ async def test_a_sequence_whose_memory_breaks_fails_alone(
             is_broken = broken == "reserve"
             if is_broken:
                 raise MemoryError("no room")
-            return len(engine._scheduler.running) == 2
+            return len(engine._scheduler.admission.running) == 2
         return True
 
     def suspend(sequence: Sequence) -> None:

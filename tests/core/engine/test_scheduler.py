@@ -65,7 +65,7 @@ def make(
 ) -> Scheduler:  # fmt: skip
     scheduler = Scheduler(max_num_seqs, max_rows, memory or FakeMemory())
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.admission.add(sequence)
     return scheduler
 
 
@@ -81,7 +81,7 @@ def step(scheduler: Scheduler) -> list[ScheduledChunk]:
         if is_complete and chunk.sequence.params is not None:
             chunk.sequence.completion_ids.append(7)
         elif is_complete:
-            assert scheduler.remove(chunk.sequence)
+            assert scheduler.admission.remove(chunk.sequence)
     return chunks
 
 
@@ -127,7 +127,7 @@ def test_decode_continues_beside_a_long_prefill() -> None:
     a, b = prompt(3), prompt(10)
     scheduler = make(a, max_rows=4)
     step(scheduler)
-    scheduler.add(b)
+    scheduler.admission.add(b)
     assert [sizes(step(scheduler), a, b) for _ in range(5)] == [
         [1, 3], [1, 3], [1, 3], [1, 1], [1, 1],
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def test_decoding_sequences_never_use_up_all_rows_of_a_step() -> None:
     scheduler = make(*decoding, max_rows=4)
     while not all(sequence.completion_ids for sequence in decoding):
         step(scheduler)
-    scheduler.add(b)
+    scheduler.admission.add(b)
     assert sizes(step(scheduler), *decoding, b)[-1] == 1
 
 
@@ -160,15 +160,15 @@ def test_no_step_exceeds_its_limits_and_every_prompt_gets_done(
     scheduler = make(*sequences, max_num_seqs=max_num_seqs, max_rows=max_rows)
     # Every step computes something, so there cannot be more steps than tokens.
     for _ in range(sum(len(sequence.prompt_ids) + 2 for sequence in sequences)):
-        if scheduler.is_idle:
+        if scheduler.admission.is_idle:
             break
         chunks = step(scheduler)
         assert 0 < len(chunks) <= max_num_seqs
         assert all(chunk.num_tokens > 0 for chunk in chunks)
         assert sum(chunk.num_tokens for chunk in chunks) <= max_rows
-        for sequence in list(scheduler.running):
+        for sequence in list(scheduler.admission.running):
             if len(sequence.completion_ids) == 3:
-                assert scheduler.remove(sequence)
+                assert scheduler.admission.remove(sequence)
     assert all(len(sequence.completion_ids) == 3 for sequence in sequences)
 
 
@@ -210,17 +210,17 @@ def test_no_more_than_max_num_seqs_run_together() -> None:
     scheduler = make(*sequences, max_num_seqs=3)
     for _ in range(4):
         assert [chunk.sequence for chunk in step(scheduler)] == sequences[:3]
-    assert scheduler.running == sequences[:3]
-    assert list(scheduler.waiting) == sequences[3:]
+    assert scheduler.admission.running == sequences[:3]
+    assert list(scheduler.admission.waiting) == sequences[3:]
 
 
 def test_a_freed_slot_goes_to_who_waits_longest() -> None:
     a, b, c, d = (prompt(2) for _ in range(4))
     scheduler = make(a, b, c, d, max_num_seqs=2)
     step(scheduler)
-    scheduler.remove(a)
+    scheduler.admission.remove(a)
     assert sizes(step(scheduler), a, b, c, d) == [0, 1, 2, 0]
-    scheduler.remove(c)
+    scheduler.admission.remove(c)
     assert sizes(step(scheduler), a, b, c, d) == [0, 1, 0, 2]
 
 
@@ -228,7 +228,7 @@ def test_a_newcomer_joins_at_the_next_step() -> None:
     a, b = prompt(2), prompt(3)
     scheduler = make(a)
     step(scheduler)
-    scheduler.add(b)
+    scheduler.admission.add(b)
     assert sizes(step(scheduler), a, b) == [1, 3]
 
 
@@ -239,8 +239,8 @@ def test_a_waiting_sequence_can_be_removed_and_never_runs() -> None:
     a, b, c = prompt(2), prompt(2), prompt(2)
     scheduler = make(a, b, c, max_num_seqs=1)
     step(scheduler)
-    assert scheduler.remove(b)
-    scheduler.remove(a)
+    assert scheduler.admission.remove(b)
+    scheduler.admission.remove(a)
     assert sizes(step(scheduler), a, b, c) == [0, 0, 2]
 
 
@@ -248,39 +248,39 @@ def test_a_sequence_can_be_removed_in_the_middle_of_its_prefill() -> None:
     a, b = prompt(50), prompt(4)
     scheduler = make(a, b, max_rows=4)
     assert sizes(step(scheduler), a, b) == [4, 0]
-    assert scheduler.remove(a)
+    assert scheduler.admission.remove(a)
     assert sizes(step(scheduler), a, b) == [0, 4]
 
 
 def test_removing_tells_whether_the_sequence_was_there() -> None:
     a, b = prompt(2), prompt(2)
     scheduler = make(a, max_num_seqs=1)
-    assert not scheduler.remove(b)
-    assert scheduler.remove(a)
-    assert not scheduler.remove(a)
+    assert not scheduler.admission.remove(b)
+    assert scheduler.admission.remove(a)
+    assert not scheduler.admission.remove(a)
 
 
 def test_of_two_equal_sequences_only_the_one_meant_is_removed() -> None:
     a, b = prompt(2), prompt(2)
     scheduler = make(a, b)
     step(scheduler)
-    assert scheduler.remove(b)
-    assert scheduler.running == [a]
+    assert scheduler.admission.remove(b)
+    assert scheduler.admission.running == [a]
 
 
 def test_the_scheduler_is_idle_when_nobody_waits_or_runs() -> None:
     a, b = prompt(2), prompt(2)
     scheduler = make(max_num_seqs=1)
-    assert scheduler.is_idle
+    assert scheduler.admission.is_idle
     assert scheduler.schedule() == []
-    scheduler.add(a)
-    assert not scheduler.is_idle
-    scheduler.add(b)
+    scheduler.admission.add(a)
+    assert not scheduler.admission.is_idle
+    scheduler.admission.add(b)
     step(scheduler)
-    scheduler.remove(a)
-    assert not scheduler.is_idle
-    scheduler.remove(b)
-    assert scheduler.is_idle
+    scheduler.admission.remove(a)
+    assert not scheduler.admission.is_idle
+    scheduler.admission.remove(b)
+    assert scheduler.admission.is_idle
 
 
 @pytest.mark.parametrize(("max_num_seqs", "max_rows"), [(0, 2), (1, 1), (-1, 2)])
@@ -296,7 +296,7 @@ def test_limits_that_let_nothing_run_are_a_mistake_of_the_caller(
 
 def steps_to_first_token(scheduler: Scheduler, sequence: Sequence) -> int:
     """Steps until the sequence, which joins now, has a token."""
-    scheduler.add(sequence)
+    scheduler.admission.add(sequence)
     for number in range(1, 1000):
         step(scheduler)
         if sequence.completion_ids:
@@ -308,7 +308,7 @@ def test_a_request_alone_has_all_rows_of_a_step_and_several_an_eighth() -> None:
     heavy, chat = prompt(1000, Work()), prompt(20, Work())
     scheduler = make(heavy, max_rows=80)
     assert sizes(step(scheduler), heavy) == [80]
-    scheduler.add(chat)
+    scheduler.admission.add(chat)
     assert sum(sizes(step(scheduler), heavy, chat)) <= 10
 
 
@@ -335,9 +335,9 @@ def test_a_long_prompt_gets_rows_however_many_short_ones_come() -> None:
     computed = heavy.num_computed
     for _ in range(40):
         chat = prompt(200, Work())
-        scheduler.add(chat)
+        scheduler.admission.add(chat)
         step(scheduler)
-        scheduler.remove(chat)
+        scheduler.admission.remove(chat)
     # One in four of forty steps of 32 rows, less what the answers decode.
     assert heavy.num_computed - computed >= 9 * 28
 
@@ -346,10 +346,10 @@ def test_a_request_with_many_sequences_leaves_slots_to_others() -> None:
     many, works = Work(), [Work() for _ in range(3)]
     scheduler = make(*(prompt(2, many) for _ in range(30)), max_num_seqs=8)
     step(scheduler)
-    assert len(scheduler.running) == 8
+    assert len(scheduler.admission.running) == 8
     chats = [prompt(2, work) for work in works]
     for chat in chats:
-        scheduler.add(chat)
+        scheduler.admission.add(chat)
     for _ in range(4):
         step(scheduler)
     assert all(chat.completion_ids for chat in chats)
@@ -359,7 +359,7 @@ def test_of_more_than_can_decode_each_request_has_one_in_every_step() -> None:
     many, chat = [prompt(1, ONE) for _ in range(4)], prompt(1, Work())
     scheduler = make(*many, max_num_seqs=4)
     step(scheduler)
-    scheduler.add(chat)
+    scheduler.admission.add(chat)
     while not chat.completion_ids:
         step(scheduler)
     before = [len(sequence.completion_ids) for sequence in [*many, chat]]
@@ -374,7 +374,7 @@ def test_no_more_than_max_num_seqs_requests_run_together() -> None:
     scheduler = make(*sequences, max_num_seqs=3)
     for _ in range(9):
         step(scheduler)
-    assert scheduler.running == sequences[:3]
+    assert scheduler.admission.running == sequences[:3]
 
 
 def test_a_request_that_was_taken_up_does_not_queue_again() -> None:
@@ -382,7 +382,7 @@ def test_a_request_that_was_taken_up_does_not_queue_again() -> None:
     first, *others = prompt(2, judged), *(prompt(2, Work()) for _ in range(4))
     scheduler = make(first, *others, max_num_seqs=2)
     step(scheduler)
-    scheduler.remove(first)
+    scheduler.admission.remove(first)
     step(scheduler)  # another has the place of the first
     answer = prompt(2, judged)
     assert steps_to_first_token(scheduler, answer) <= 2
@@ -403,7 +403,7 @@ def test_continuations_are_computed_behind_the_prompt_as_far_as_the_rows_reach()
     a = scored(6, 3, 1, 4, 2, 5)  # 2, 0, 3, 1 and 4 rows
     scheduler = make(a, max_rows=10)
     rows = []
-    while not scheduler.is_idle:
+    while not scheduler.admission.is_idle:
         [chunk] = step(scheduler)
         rows.append((chunk.num_tokens, chunk.num_continuations))
     assert rows == [(6, 2), (0, 3)]
@@ -413,7 +413,7 @@ def test_a_continuation_longer_than_a_step_is_computed_on_its_own() -> None:
     a = scored(6, 30, 2)
     scheduler = make(a, max_rows=8)
     chunks = []
-    while not scheduler.is_idle:
+    while not scheduler.admission.is_idle:
         chunks += [(c.num_tokens, c.num_continuations, c.num_rows) for c in scheduler.schedule()]
         step(scheduler)
     assert chunks == [(6, 0, 6), (0, 1, 29), (0, 1, 1)]
@@ -427,8 +427,8 @@ def test_a_prompt_that_does_not_fit_waits_and_keeps_its_turn() -> None:
     memory = FakeMemory(10)
     scheduler = make(a, b, c, memory=memory)
     assert sizes(step(scheduler), a, b, c) == [6, 0, 0]
-    assert list(scheduler.waiting) == [b, c]
-    scheduler.remove(a)
+    assert list(scheduler.admission.waiting) == [b, c]
+    scheduler.admission.remove(a)
     del memory.held[a]
     assert sizes(step(scheduler), a, b, c) == [0, 6, 1]
 
@@ -439,9 +439,9 @@ def test_who_came_last_gives_way_and_computes_all_of_it_again() -> None:
     scheduler = make(a, b, memory=memory)
     assert sizes(step(scheduler), a, b) == [4, 4]
     assert sizes(step(scheduler), a, b) == [1, 0]  # the ninth token; b has to go
-    assert scheduler.running == [a]
-    assert list(scheduler.waiting) == [b]
-    scheduler.remove(a)
+    assert scheduler.admission.running == [a]
+    assert list(scheduler.admission.waiting) == [b]
+    scheduler.admission.remove(a)
     del memory.held[a]
     assert sizes(step(scheduler), a, b) == [0, 5]  # its prompt and the token it had sampled
     assert len(b.completion_ids) == 2
@@ -488,32 +488,34 @@ def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
     def end(sequence: Sequence) -> None:
         open_ones.discard(sequence)
         memory.held.pop(sequence, None)
-        scheduler.remove(sequence)
+        scheduler.admission.remove(sequence)
 
     # A sequence that had to give way computes its tokens again; the first one never does.
     bound = 40 + sum((size + wanted) * (wanted + 1) for _, size, wanted, _, _ in arrivals)
     for number in range(bound):
         for sequence, (arrives, _, _, aborted, _) in zip(sequences, arrivals, strict=True):
             if arrives == number:
-                scheduler.add(sequence)
+                scheduler.admission.add(sequence)
             if aborted == number and arrives <= number:
                 end(sequence)
         chunks = step(scheduler)
         assert sum(chunk.num_rows for chunk in chunks) <= max_rows
-        per_work = Counter(sequence.work for sequence in scheduler.running)
+        per_work = Counter(sequence.work for sequence in scheduler.admission.running)
         assert max(per_work.values(), default=0) <= max_num_seqs
         is_prefill = [chunk for chunk in chunks if chunk.num_tokens > 1]
         if len(per_work) > 1 and is_prefill:
             assert sum(c.num_rows for c in is_prefill) <= scheduler.max_shared_rows
         assert sum(memory.held.values()) <= room
-        assert set(memory.held) == set(scheduler.running), "memory held by who does not run"
-        for sequence in list(scheduler.running):
+        assert set(memory.held) == set(scheduler.admission.running), (
+            "memory held by who does not run"
+        )
+        for sequence in list(scheduler.admission.running):
             assert sequence.params is not None
             if len(sequence.completion_ids) == sequence.params.max_tokens:
                 end(sequence)
-        if number > 40 and scheduler.is_idle:
+        if number > 40 and scheduler.admission.is_idle:
             break
-    assert scheduler.is_idle
+    assert scheduler.admission.is_idle
     assert not open_ones
     assert not memory.held
 
@@ -522,11 +524,11 @@ def test_a_request_with_many_sequences_gives_way_to_one_with_none() -> None:
     many, chat = [prompt(4, ONE) for _ in range(4)], prompt(4, Work())
     scheduler = make(*many, memory=FakeMemory(16))
     step(scheduler)
-    scheduler.add(chat)
+    scheduler.admission.add(chat)
     for _ in range(3):
         step(scheduler)
     assert chat.completion_ids
-    assert len(scheduler.running) < 5
+    assert len(scheduler.admission.running) < 5
 
 
 def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_for_ever(
@@ -537,27 +539,27 @@ def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_for_ever(
     memory = FakeMemory(40)
     scheduler = make(runs, large, memory=memory)
     step(scheduler)
-    assert scheduler.waiting == [large]
+    assert scheduler.admission.waiting == [large]
     small = prompt(2, Work())
     assert steps_to_first_token(scheduler, small) == 1
-    scheduler.remove(small)
+    scheduler.admission.remove(small)
     del memory.held[small]
     for _ in range(6):
         step(scheduler)
     late = prompt(2, Work())
-    scheduler.add(late)
+    scheduler.admission.add(late)
     step(scheduler)
-    assert {*scheduler.waiting} == {large, late}
-    scheduler.remove(runs)
+    assert {*scheduler.admission.waiting} == {large, late}
+    scheduler.admission.remove(runs)
     del memory.held[runs]
     step(scheduler)
-    assert scheduler.running == [large, late]
+    assert scheduler.admission.running == [large, late]
 
 
 def test_nobody_is_suspended_for_one_that_would_not_fit_all_the_same() -> None:
     many, large = [prompt(4, ONE) for _ in range(4)], prompt(20, Work())
     scheduler = make(*many, memory=FakeMemory(18))
     step(scheduler)
-    scheduler.add(large)
+    scheduler.admission.add(large)
     scheduler.schedule()
-    assert len(scheduler.running) >= 3
+    assert len(scheduler.admission.running) >= 3

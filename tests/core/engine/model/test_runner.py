@@ -86,9 +86,9 @@ def run_all(
     """Steps until every sequence has its scores or twelve tokens."""
     scheduler = Scheduler(16, max_rows, memory or Memory(runner))
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.admission.add(sequence)
     results: dict[Sequence, list[StepResult]] = {sequence: [] for sequence in sequences}
-    while not scheduler.is_idle:
+    while not scheduler.admission.is_idle:
         chunks = scheduler.schedule()
         done = runner.step(chunks)
         for chunk in chunks:
@@ -99,7 +99,7 @@ def run_all(
             if isinstance(result, TokenEvent):
                 sequence.completion_ids.append(result.token_id)
             if not isinstance(result, TokenEvent) or len(sequence.completion_ids) == 12:
-                scheduler.remove(sequence)
+                scheduler.admission.remove(sequence)
                 runner.release(sequence, is_sound=True)
     return results
 
@@ -232,8 +232,8 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(runner: ModelRunner
     factors = torch.tensor([[float("nan")], [1.0]])
     model.logits = lambda hidden: plain_logits(hidden) * factors  # type: ignore[method-assign]
     scheduler = Scheduler(4, 100, Memory(runner))
-    scheduler.add(broken)
-    scheduler.add(healthy)
+    scheduler.admission.add(broken)
+    scheduler.admission.add(healthy)
     results = runner.step(scheduler.schedule())
     assert isinstance(results[broken], ValueError)
     assert isinstance(results[healthy], TokenEvent)
@@ -455,22 +455,22 @@ def test_the_slot_of_an_early_leaver_does_the_next_sequence_no_harm(
                 chunk.sequence.completion_ids.append(result.token_id)
 
     for sequence in (leaver, neighbour):
-        scheduler.add(sequence)
+        scheduler.admission.add(sequence)
     step()
     assert_close(states_of([results[leaver]]), expected_states(oracle, leaver.prompt_ids, (1,)))
-    scheduler.remove(leaver)
+    scheduler.admission.remove(leaver)
     runner.release(leaver, is_sound=is_sound)
     later = [
         to_generate(random_ids(5, seed=1), temperature=0.0),
         to_measure(random_ids(12, seed=2), 2, continuations=CONTINUATIONS),
     ]
     for sequence in later:
-        scheduler.add(sequence)
+        scheduler.admission.add(sequence)
     step()
     assert_close(states_of([results[later[1]]]), expected_states(oracle, later[1].prompt_ids, (2,)))
     theirs = [expected_score(oracle, later[1].prompt_ids, c) for c in CONTINUATIONS]
     assert results[later[1]].logprobs == pytest.approx(theirs, abs=1e-3)
-    scheduler.remove(later[1])
+    scheduler.admission.remove(later[1])
     runner.release(later[1], is_sound=True)
     while len(later[0].completion_ids) < 12:
         step()
@@ -516,7 +516,7 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     ]
     scheduler = Scheduler(16, 4000, Memory(runner))
     for sequence in (prefilled, healthy, scored, generated, *broken):
-        scheduler.add(sequence)
+        scheduler.admission.add(sequence)
     results = runner.step(scheduler.schedule())
     for sequence in broken:
         assert isinstance(results[sequence], ValueError)
@@ -533,7 +533,7 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
         runner.release(sequence, is_sound=False)
     later = to_generate([9, 8, 6], temperature=0.0)
     scheduler = Scheduler(16, 1000, Memory(runner))
-    scheduler.add(later)
+    scheduler.admission.add(later)
     later.completion_ids = [runner.step(scheduler.schedule())[later].token_id]
     later.num_computed = 3
     chunks = [ScheduledChunk(generated, 1), ScheduledChunk(later, 1)]
