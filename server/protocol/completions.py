@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator, StrictBool, StrictInt, model_validat
 from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
 from server.protocol.base import refuse_unsupported
-from server.protocol.sampling import MIN_LOGPROB, ChoicesRequest
+from server.protocol.sampling import ChoicesRequest, finite
 
 DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
@@ -95,7 +95,7 @@ class LogprobsWriter:
         """The object for the tokens that come next."""
         return {
             "tokens": [self._name(token.token_id) for token in tokens],
-            "token_logprobs": [_at_least(token.logprob) for token in tokens],
+            "token_logprobs": [finite(token.logprob) for token in tokens],
             "top_logprobs": [self._likeliest(token) for token in tokens],
             "text_offset": [self._offset(token.token_id) for token in tokens],
         }
@@ -103,7 +103,7 @@ class LogprobsWriter:
     def _likeliest(self, token: TokenEvent) -> dict[str, float]:
         """The log-probabilities of the likeliest tokens, and of the one that was sampled."""
         entries = [*token.top_logprobs, (token.token_id, token.logprob)]
-        return {self._name(token_id): _at_least(logprob) for token_id, logprob in entries}
+        return {self._name(token_id): finite(logprob) for token_id, logprob in entries}
 
     def _offset(self, token_id: int) -> int:
         """Where the token begins, in characters of the text."""
@@ -123,8 +123,3 @@ class LogprobsWriter:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _at_least(logprob: float | None) -> float:
-    assert logprob is not None
-    return max(logprob, MIN_LOGPROB)

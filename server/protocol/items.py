@@ -1,7 +1,7 @@
 """Input items: what conversations are made of at /v1/responses and /v1/decisions."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictStr, Tag
@@ -42,15 +42,20 @@ Part = Annotated[
 ]
 
 
-def _as_parts(content: Any) -> Any:
-    if isinstance(content, str):
-        return [{"type": "input_text", "text": content}]
-    if not isinstance(content, list):
-        raise ValueError("must be a string or a list of parts")
-    return content
+def _list_of(what: str, wrap: Callable[[str], Any]) -> BeforeValidator:
+    """Reads a list, or a string in place of a list of one item. what: the items, for errors."""
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise ValueError(f"must be a string or a list of {what}")
+        return [wrap(value)] if isinstance(value, str) else value
+
+    return BeforeValidator(read)
 
 
-Content = Annotated[list[Part], FIRST_ERROR, BeforeValidator(_as_parts)]
+Content = Annotated[
+    list[Part], FIRST_ERROR, _list_of("parts", lambda text: {"type": "input_text", "text": text})
+]
 
 
 def text_of(content: Sequence[Part]) -> str:
@@ -134,14 +139,6 @@ Item = Annotated[
 ]
 
 
-def _as_items(value: Any) -> Any:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of messages")
-    return value
-
-
 def _check_not_empty(items: list[Item]) -> list[Item]:
     if all(isinstance(item, InputMessage) and not text_of(item.content).strip() for item in items):
         raise ValueError("is empty")
@@ -167,7 +164,7 @@ Items = Annotated[
     list[Item],
     FIRST_ERROR,
     Field(min_length=1, max_length=MAX_MESSAGES),
-    BeforeValidator(_as_items),
+    _list_of("messages", lambda text: {"role": "user", "content": text}),
     AfterValidator(_check_not_empty),
     AfterValidator(_check_calls),
 ]

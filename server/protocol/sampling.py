@@ -94,17 +94,22 @@ class ChoicesRequest(SamplingRequest):
         return self
 
 
+def finite(logprob: float | None) -> float:
+    """A log-probability that was asked for, as JSON can hold it."""
+    assert logprob is not None
+    return max(logprob, MIN_LOGPROB)
+
+
 def logprobs_content(
     tokens: Sequence[TokenEvent], token_bytes: Sequence[bytes]
 ) -> list[dict[str, Any]]:
     """`logprobs.content`: the tokens with their log-probabilities and UTF-8 bytes."""
 
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-        assert logprob is not None
         data = token_bytes[token_id]
         return {
             "token": data.decode(errors="replace"),  # a token may be half a character
-            "logprob": max(logprob, MIN_LOGPROB),
+            "logprob": finite(logprob),
             "bytes": list(data),
         }
 

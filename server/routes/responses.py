@@ -201,13 +201,11 @@ class _Response:
 
 def _without_bytes(logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As they stand in events, which know no bytes."""
+
+    def bare(entry: dict[str, Any]) -> dict[str, Any]:
+        return {"token": entry["token"], "logprob": entry["logprob"]}
+
     return [
-        {
-            "token": entry["token"],
-            "logprob": entry["logprob"],
-            "top_logprobs": [
-                {"token": top["token"], "logprob": top["logprob"]} for top in entry["top_logprobs"]
-            ],
-        }
+        {**bare(entry), "top_logprobs": list(map(bare, entry["top_logprobs"]))}
         for entry in logprobs
     ]

@@ -95,7 +95,7 @@ async def fit_judge(
     first = await measure(all_ids[0], with_labels=bool(has_label_scores[0]), is_pinned=True)
     others = await all_of(map(measure, all_ids[1:], has_label_scores[1:].tolist()))
     scores = [first, *others]
-    states = np.stack([_states_of(each) for each in scores])
+    states = np.stack([each.hidden_states for each in scores if each.hidden_states is not None])
     logprobs = np.array([each.logprobs for each in scores if each.logprobs])
     kinds = [example.kind for example in examples]
     # In a thread: cross-validation takes a second or two.
@@ -154,11 +154,6 @@ def _best_label_judge(
 
 def _validation(calibration: Calibration, num_examples: int) -> CrossValidation:
     return CrossValidation(num_examples, calibration.accuracy, calibration.log_loss)
-
-
-def _states_of(scores: Scores) -> Floats:
-    assert scores.hidden_states is not None
-    return scores.hidden_states
 
 
 def _every(stride: int, labels: Indices) -> NDArray[np.bool_]:
