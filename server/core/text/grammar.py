@@ -39,27 +39,23 @@ class FormatTooComplexError(InvalidRequestError):
 
 
 class GrammarState:
-    """Where one completion stands in its grammar."""
+    """Where one completion stands in its grammar.
+
+    Raises:
+        FormatTooComplexError: to tell what may come takes more steps than there may be.
+    """
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> bytes:
-        """A bit for each token id, the lowest first: whether it may come next.
-
-        Raises:
-            FormatTooComplexError: to tell takes more steps than there may be.
-        """
+        """A bit for each token id, the lowest first: whether it may come next."""
         mask = self._matcher.compute_bitmask()
         self._check()
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Goes on by a token that is allowed.
-
-        Raises:
-            FormatTooComplexError: to go on takes more steps than there may be.
-        """
+        """Goes on by a token that is allowed."""
         self._matcher.consume_token(token_id)
         self._check()
 

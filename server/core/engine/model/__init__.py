@@ -31,10 +31,8 @@ def load_runner(
     """Loads the checkpoint in `folder`, ready to run.
 
     dtype: as `choose_dtype` gives it.
-    vocab_size: tokens the tokenizer knows; what the matrices hold beyond them is padding.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
-    max_kv_tokens: room for the tokens of all running sequences together.
-    max_prefix_bytes: memory for prefixes of earlier prompts.
+    The rest is as `ModelRunner` has it.
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or cannot be read; or the

@@ -28,7 +28,7 @@ class WeightReader:
     memory beside what was made of it.
 
     Raises:
-        CheckpointError: a file is missing, damaged or incomplete.
+        CheckpointError: a file or tensor is missing, damaged, or not what was asked for.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,32 +39,20 @@ class WeightReader:
                 self._paths.update(dict.fromkeys(opened.keys(), path))
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor `name` in float32.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another shape.
-        """
+        """The tensor `name` in float32."""
         with self._slices(name, shape) as rows:
             tensor: Tensor = rows[:]
             return tensor.to(torch.float32, copy=True)
 
     def blocks(self, name: str, shape: Sequence[int]) -> Iterator[Tensor]:
-        """The tensor `name` in float32, some rows at a time.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another shape.
-        """
+        """The tensor `name` in float32, some rows at a time."""
         for begin in range(0, shape[0], BLOCK_ROWS):
             with self._slices(name, shape) as rows:
                 block: Tensor = rows[begin : begin + BLOCK_ROWS]
                 yield block.to(torch.float32, copy=True)
 
     def mapped(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor `name` as it lies in the file: its pages come to memory when used.
-
-        Raises:
-            CheckpointError: it is missing, damaged or of another shape.
-        """
+        """The tensor `name` as it lies in the file: its pages come to memory when used."""
         with self._slices(name, shape), _reading(self._folder, self._paths[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
