@@ -1,7 +1,8 @@
 """The chat tab: what happens when something is said, stopped, retried, undone or edited."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,9 @@ class View:
     is_key_needed: bool = False
 
 
-async def answer(turns: list[Turn], options: Options, request: gr.Request) -> AsyncIterator[View]:
+async def answer(
+    turns: list[Turn], options: Options, request: gr.Request
+) -> AsyncGenerator[View, None]:
     """Answers the last of the turns, which are changed as the answer comes."""
     turn, meter = turns[-1], Meter()
     yield View(turns)
@@ -87,17 +90,18 @@ async def answer(turns: list[Turn], options: Options, request: gr.Request) -> As
             body = chat_body(model.id, turns, options)
             lines = _lines(request, body, options)
             meter = Meter()
-            async for piece in stream_chat(client, body):
-                if piece.sentiment is not None:
-                    labels = model.tasks.get("sentiment", [])
-                    turn["sentiment"] = with_names(piece.sentiment, labels)
-                    yield View(turns, lines=lines, is_judged=True)
-                if piece.text:
-                    meter.text_came()
-                    turn["answer"] += piece.text
-                    yield View(turns)
-                if piece.usage is not None:
-                    meter.usage_came(piece.usage)
+            async with aclosing(stream_chat(client, body)) as pieces:
+                async for piece in pieces:
+                    if piece.sentiment is not None:
+                        labels = model.tasks.get("sentiment", [])
+                        turn["sentiment"] = with_names(piece.sentiment, labels)
+                        yield View(turns, lines=lines, is_judged=True)
+                    if piece.text:
+                        meter.text_came()
+                        turn["answer"] += piece.text
+                        yield View(turns)
+                    if piece.usage is not None:
+                        meter.usage_came(piece.usage)
             yield View(turns, figures=meter.figures(), lines=lines)
     except APIError as error:
         language = language_of(request)

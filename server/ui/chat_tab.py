@@ -1,6 +1,7 @@
 """The chat tab: where its components stand, and which event leads to which function."""
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import gradio as gr
@@ -158,19 +159,20 @@ class ChatTab:
         options = chat.Options(
             system_prompt, has_own_sampling, temperature, max_tokens, with_sentiment, api_key
         )
-        async for view in chat.answer(turns, options, request):
-            changes = {
-                self._turns: view.turns,
-                self._chatbot: shown_messages(view.turns, language_of(request)),
-            }
-            if view.is_judged:
-                changes[self._label] = chat.mood_label(turns, request)
-                changes[self._plot] = chat.mood_plot(turns, request)
-            if view.figures is not None:
-                changes |= dict(zip(self._figures, view.figures, strict=True))
-            if view.lines is not None:
-                changes |= dict(zip((self._curl, self._python), view.lines, strict=True))
-            yield changes | (self._side.ask_for_key() if view.is_key_needed else {})
+        async with aclosing(chat.answer(turns, options, request)) as views:
+            async for view in views:
+                changes = {
+                    self._turns: view.turns,
+                    self._chatbot: shown_messages(view.turns, language_of(request)),
+                }
+                if view.is_judged:
+                    changes[self._label] = chat.mood_label(turns, request)
+                    changes[self._plot] = chat.mood_plot(turns, request)
+                if view.figures is not None:
+                    changes |= dict(zip(self._figures, view.figures, strict=True))
+                if view.lines is not None:
+                    changes |= dict(zip((self._curl, self._python), view.lines, strict=True))
+                yield changes | (self._side.ask_for_key() if view.is_key_needed else {})
 
     def _finish_after(self, event: Any) -> Any:
         return event.then(_finish, self._kept, self._shown, **AT_ONCE)

@@ -1,12 +1,12 @@
 """How the page calls the server: through the openai client, at the address it came by itself."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI, AsyncStream, DefaultAsyncHttpxClient
 
 from server.ui.commands import arguments_of
 
@@ -68,16 +68,27 @@ class Piece:
     usage: dict[str, Any] | None = None
 
 
-async def stream_chat(client: AsyncOpenAI, body: Mapping[str, Any]) -> AsyncIterator[Piece]:
+async def stream_chat(client: AsyncOpenAI, body: Mapping[str, Any]) -> AsyncGenerator[Piece, None]:
     """The pieces of the answer to a request for a streamed chat."""
-    async with await client.chat.completions.create(**arguments_of(body)) as chunks:
-        async for chunk in chunks:
+    chunks = await client.chat.completions.create(**arguments_of(body))
+    async with chunks, aclosing(_generator_of(chunks)) as generator:
+        async for chunk in generator:
             delta = chunk.choices[0].delta if chunk.choices else None
             yield Piece(
                 (delta.content or "") if delta else "",
                 (chunk.model_extra or {}).get("sentiment"),
                 chunk.usage.model_dump() if chunk.usage else None,
             )
+
+
+def _generator_of(chunks: AsyncStream[Any]) -> AsyncGenerator[Any, None]:
+    """The generator behind a stream, which `close` of the stream leaves suspended.
+
+    The two refer to each other, so only the garbage collector would end the generator. It may run
+    in another thread, while the event loop ends the generators of httpx2 beneath this one: "async
+    generator already executing".
+    """
+    return cast(AsyncGenerator[Any, None], chunks._iterator)
 
 
 async def classify(

@@ -1,10 +1,16 @@
 """The page's modules by themselves: files, commands, conversations."""
 
 import ast
+import gc
 import json
 import shlex
+import sys
+import weakref
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +18,7 @@ from openai import BadRequestError
 
 from server.ui.chat import Options, chat_body
 from server.ui.classify import MAX_ROWS, Judged, task_of
+from server.ui.client import connect, stream_chat
 from server.ui.commands import arguments_of, curl_line, python_lines
 from server.ui.conversation import (
     Turn,
@@ -25,6 +32,8 @@ from server.ui.conversation import (
 from server.ui.failures import explain
 from server.ui.lines import batches, read_file, read_lines, to_csv
 from server.ui.texts import TEXTS, name_of
+from tests.conftest import LiveServer
+from tests.live.test_clients_at_once import until
 
 NASTY = """it's "quoted" $(rm -rf /) `x` \\ 很好\n<b>&amp;"""
 BODY = {
@@ -114,6 +123,34 @@ def test_own_labels_come_before_the_task() -> None:
     assert task_of("intent", " ", "x") == {"task": "intent"}
     assert task_of("intent", "a，a", "") is None
     assert task_of("intent", "a, b，a", "x") == {"instructions": "x", "labels": ["a", "b"]}
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    """Keeps alive what only a reference cycle holds."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+async def test_a_stream_that_is_left_leaves_no_generator_to_the_collector(
+    tiny: LiveServer, without_collector: None
+) -> None:
+    """The collector may run in another thread, and end them while the event loop does, too."""
+    begun = weakref.WeakSet[AsyncGenerator[Any, Any]]()
+    note_of_loop: Any = sys.get_asyncgen_hooks().firstiter
+
+    def note(generator: AsyncGenerator[Any, Any]) -> None:
+        begun.add(generator)
+        note_of_loop(generator)
+
+    sys.set_asyncgen_hooks(firstiter=note)
+    async with connect(tiny.url, "") as client:
+        body = {**BODY, "model": tiny.model, "max_tokens": 100}
+        async with aclosing(stream_chat(client, body)) as pieces:
+            await anext(pieces)
+            assert len(begun) > 3
+    await until(lambda: all(each.ag_frame is None for each in begun))
 
 
 def test_only_what_was_chosen_is_sent() -> None:
