@@ -99,6 +99,8 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     server = Server(config, app, services.engine, settings.grace_period)
     for warning in filter(None, (services.warning, _exposure(settings))):
         try_print(f"\nWARNING: {warning}", sys.stderr)
+    # Before the banner: whoever reads it and connects at once would be refused.
+    listener.listen(config.backlog)
     try_print(_banner(services.model_id, url, _page_line(settings, url)))
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
