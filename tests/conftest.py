@@ -1,5 +1,6 @@
 """Checkpoints and live servers that tests share. Nothing here needs a network."""
 
+import functools
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import httpx2
 import pytest
 import torch
 import uvicorn
@@ -30,6 +33,15 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_read_once() -> Iterator[None]:
+    """Each new client of httpx, and so each `httpx.post`, would read them for some 20 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (httpx._transports.default, httpx2._transports.default):
+            patch.setattr(module, "create_ssl_context", functools.cache(module.create_ssl_context))
+        yield
 
 
 @pytest.fixture(scope="session")
