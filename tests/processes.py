@@ -108,6 +108,8 @@ def environment(home: Path, hub_url: str | None = None) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "QWEN_"))}
     return {
         **kept,
+        # Judges that were fitted once in this run serve all of its servers.
+        "QWEN_CACHE_DIR": os.environ["QWEN_CACHE_DIR"],
         "HF_ENDPOINT": hub_url or unreachable,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
