@@ -1,12 +1,14 @@
 """Grammars: whatever tokens a model likes best, what comes out fits."""
 
 import copy
+import functools
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +51,15 @@ def compiler(tokenizer: ChatTokenizer) -> GrammarCompiler:
 
 
 def allowed_ids(mask: bytes, vocab_size: int) -> list[int]:
-    return [i for i in range(vocab_size) if mask[i // 8] >> (i % 8) & 1]
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=vocab_size, bitorder="little")
+    ids: list[int] = np.flatnonzero(bits).tolist()
+    return ids
+
+
+@functools.cache
+def closing_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
+    """What ends strings, lists and objects, or begins to end a call."""
+    return frozenset(i for i, data in enumerate(tokenizer.token_bytes) if data[:1] in b'"}]<')
 
 
 def walk(grammar: Grammar, tokenizer: ChatTokenizer, rng: random.Random) -> str:
@@ -60,7 +70,7 @@ def walk(grammar: Grammar, tokenizer: ChatTokenizer, rng: random.Random) -> str:
         allowed = allowed_ids(state.allowed(), tokenizer.vocab_size)
         if end in allowed:
             return data.decode()
-        closing = [i for i in allowed if tokenizer.token_bytes[i][:1] in b'"}]<']
+        closing = sorted(closing_ids(tokenizer).intersection(allowed))
         chosen = rng.choice(closing if closing and rng.random() < 0.6 else allowed)
         state.accept(chosen)
         data += tokenizer.token_bytes[chosen]
