@@ -190,12 +190,26 @@ def logprobs_of(response: httpx.Response) -> list[float]:
     return [token["logprob"] for tokens in told for token in tokens]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(mini: LiveServer) -> list[httpx.Response]:
+    """What the others are answered where nothing is broken."""
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            return await ask_together(client, mini, *others(mini))
+
+    return asyncio.run(ask())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_fails_the_request_it_belongs_to_and_no_other(
-    client: httpx.AsyncClient, mini: LiveServer, fault: str, stream: bool
+    client: httpx.AsyncClient,
+    mini: LiveServer,
+    undisturbed: list[httpx.Response],
+    fault: str,
+    stream: bool,
 ) -> None:
-    undisturbed = await ask_together(client, mini, *others(mini))
     hit = endless(mini, seed=SEED, max_tokens=MAX_TOKENS, stream=stream)
     if "grammar" in fault:
         hit["response_format"] = {"type": "json_object"}
@@ -222,9 +236,8 @@ def assert_failed(response: httpx.Response) -> None:
 
 
 async def test_a_release_that_fails_costs_nobody_a_token(
-    client: httpx.AsyncClient, mini: LiveServer
+    client: httpx.AsyncClient, mini: LiveServer, undisturbed: list[httpx.Response]
 ) -> None:
-    undisturbed = await ask_together(client, mini, *others(mini))
     engine: Any = mini.services.engine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._runner, "_remember", raising)
@@ -234,9 +247,8 @@ async def test_a_release_that_fails_costs_nobody_a_token(
 
 
 async def test_an_event_loop_that_stalls_costs_nobody_a_token(
-    client: httpx.AsyncClient, mini: LiveServer
+    client: httpx.AsyncClient, mini: LiveServer, undisturbed: list[httpx.Response]
 ) -> None:
-    undisturbed = await ask_together(client, mini, *others(mini))
     push = choices.Detokenizer.push
     stalls = iter([0.3, 0.3])
 
