@@ -205,8 +205,8 @@ HEAVY = {
 }
 
 
-@pytest.fixture
-def as_after_the_start() -> Iterator[None]:
+@pytest.fixture(scope="module")
+def as_after_the_start(tiny: LiveServer) -> Iterator[None]:
     """No collection goes over what is loaded; so the command has it."""
     gc.collect()
     gc.freeze()
