@@ -7,20 +7,21 @@ import http.client
 import json
 import re
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from huggingface_hub import constants
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -116,11 +117,22 @@ def hub() -> Iterator[Hub]:
         yield stand_in
 
 
-def assert_one_sentence(done: subprocess.CompletedProcess[str], says: str) -> None:
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    [error] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert says in error
+AskHub = Callable[..., None]
+
+
+@pytest.fixture
+def ask_hub(monkeypatch: pytest.MonkeyPatch) -> AskHub:
+    """Has this process ask a hub of the test's own, or none, with its cache in `home`."""
+
+    def ask(home: Path, url: str | None = None) -> None:
+        endpoint = url or f"http://127.0.0.1:{closed_port()}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + template)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    return ask
 
 
 def test_the_default_model_comes_from_the_hub_once_then_from_the_cache(
@@ -151,7 +163,7 @@ def test_without_hub_and_cache_the_bundled_model_answers_and_says_so(tmp_path: P
 
 
 def test_what_answers_for_the_hub_but_is_none_is_told_and_fallen_back_from(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, tmp_path: Path
 ) -> None:
     """As where a network wants a login first."""
 
@@ -159,10 +171,10 @@ def test_what_answers_for_the_hub_but_is_none_is_told_and_fallen_back_from(
         return HTMLResponse("<html>log in</html>")
 
     with run_app(Starlette(routes=[Route("/{path:path}", log_in)])) as url:
-        done = run_until_exit(environment(tmp_path, url), "--model", DEFAULT_MODEL)
-        assert_one_sentence(done, "is not the hub")
-        with started(environment(tmp_path, url)) as server:
-            assert server.get("/health").json()["model"] == "qwen-mini-fallback"
+        ask_hub(tmp_path, url)
+        says = in_process(monkeypatch, "--model", DEFAULT_MODEL, "--port", "0")
+        assert "is not the hub" in says
+        assert find_checkpoint("auto").model_id == "qwen-mini-fallback"
 
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,22 +202,28 @@ def test_a_cache_without_an_essential_file_is_fallen_back_from(
 
 
 def test_a_download_that_breaks_off_is_told_apart_from_a_model_that_is_there(
-    hub: Hub, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, hub: Hub, tmp_path: Path
 ) -> None:
     hub.breaks_off = True
-    done = run_until_exit(environment(tmp_path, hub.url), "--model", DEFAULT_MODEL)
-    assert_one_sentence(done, "cannot be reached")
-    with started(environment(tmp_path)) as server:
-        assert server.get("/health").json()["model"] == "qwen-mini-fallback"
+    ask_hub(tmp_path, hub.url)
+    # It tries again five times, a second after each.
+    patient = Mock(wraps=time, sleep=lambda _: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time", patient)
+    says = in_process(monkeypatch, "--model", DEFAULT_MODEL, "--port", "0")
+    assert "cannot be reached" in says
+    assert "model.safetensors" in hub.downloaded
+    ask_hub(tmp_path)
+    assert find_checkpoint("auto").model_id == "qwen-mini-fallback"
 
 
 @pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
 def test_a_cache_that_cannot_be_written_is_one_sentence(
-    hub: Hub, tmp_path: Path, model: str
+    monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, hub: Hub, tmp_path: Path, model: str
 ) -> None:
     (tmp_path / "file").touch()
-    done = run_until_exit(environment(tmp_path / "file" / "cache", hub.url), "--model", model)
-    assert_one_sentence(done, f"cannot store '{DEFAULT_MODEL}' in the cache")
+    ask_hub(tmp_path / "file" / "cache", hub.url)
+    says = in_process(monkeypatch, "--model", model, "--port", "0")
+    assert f"cannot store '{DEFAULT_MODEL}' in the cache" in says
 
 
 @pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
@@ -256,15 +274,23 @@ def test_a_server_whose_log_cannot_be_written_goes_on(tmp_path: Path, is_all_ful
     [("nobody/nothing", "no public model 'nobody/nothing'"), ("./not/here/", "neither a folder")],
 )
 def test_an_explicit_model_never_falls_back(
-    hub: Hub, tmp_path: Path, model: str, says: str
+    monkeypatch: pytest.MonkeyPatch,
+    ask_hub: AskHub,
+    hub: Hub,
+    tmp_path: Path,
+    model: str,
+    says: str,
 ) -> None:
-    done = run_until_exit(environment(tmp_path, hub.url), "--model", model)
-    assert_one_sentence(done, says)
+    ask_hub(tmp_path, hub.url)
+    assert says in in_process(monkeypatch, "--model", model, "--port", "0")
 
 
-def test_an_explicit_model_says_when_the_hub_is_out_of_reach(tmp_path: Path) -> None:
-    done = run_until_exit(environment(tmp_path), "--model", DEFAULT_MODEL)
-    assert_one_sentence(done, "--model mini")
+def test_an_explicit_model_says_when_the_hub_is_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, tmp_path: Path
+) -> None:
+    ask_hub(tmp_path)
+    says = in_process(monkeypatch, "--model", DEFAULT_MODEL, "--port", "0")
+    assert "--model mini" in says
 
 
 def test_check_answers_once_and_exits(tmp_path: Path) -> None:
@@ -276,18 +302,12 @@ def test_check_answers_once_and_exits(tmp_path: Path) -> None:
     assert "Serving" not in done.stdout
 
 
-def test_sigterm_ends_the_server_in_order(tmp_path: Path) -> None:
-    with started(environment(tmp_path), "--model", "mini") as server:
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(START_TIMEOUT_S)
-    assert any("Application shutdown complete" in line for line in server.output)
-
-
 def in_process(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
     """The sentence with which the command exits."""
     monkeypatch.setattr(sys, "argv", ["qwen-all-in-one", *options])
     with pytest.raises(SystemExit) as exit_:
         main()
+    # Python writes a text to stderr, and exits with 1.
     assert isinstance(exit_.value.code, str)
     assert "\n" not in exit_.value.code
     return exit_.value.code
