@@ -89,7 +89,7 @@ def test_usage_comes_in_one_chunk_of_its_own_when_asked_for(live: LiveServer) ->
     assert last["usage"] == post(live).json()["usage"]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("stop", [[], ["的"], ["e", "我", "！"], ["好的", " you"]])
 def test_the_joined_stream_equals_the_whole_reply(
     live: LiveServer, seed: int, stop: list[str]
