@@ -20,8 +20,8 @@ class Allocator(Protocol):
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         """Whether the sequence could be admitted if the others were suspended."""
 
-    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
-        """Makes room for more rows; never False for a sequence that is alone."""
+    def reserve(self, sequence: Sequence) -> bool:
+        """Makes room for one more token; never False for a sequence that is alone."""
 
     def suspend(self, sequence: Sequence) -> None:
         """Frees the memory of an admitted sequence, which will be admitted again."""
@@ -90,10 +90,10 @@ class Admission:
                 return
             too_large.add(work)
 
-    def make_room(self, sequence: Sequence, num_rows: int) -> bool:
-        """Suspends others until the rows fit; False if the sequence itself was suspended."""
+    def make_room(self, sequence: Sequence) -> bool:
+        """Suspends others until one more token fits; False if the sequence itself was suspended."""
         while sequence in self.running:
-            if self._allocator.reserve(sequence, num_rows):
+            if self._allocator.reserve(sequence):
                 return True
             # Reserving may also fail the sequence.
             if sequence in self.running:

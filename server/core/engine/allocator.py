@@ -33,9 +33,9 @@ class RunnerAllocator:
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         return self._runner.fits(sequence, without)
 
-    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
+    def reserve(self, sequence: Sequence) -> bool:
         try:
-            return self._runner.reserve(sequence, num_rows)
+            return self._runner.reserve(sequence)
         except Exception as error:
             return self._failed(sequence, error)
 

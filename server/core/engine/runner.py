@@ -42,8 +42,8 @@ class Runner(Protocol):
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         """Whether the sequence could be admitted if the others were suspended."""
 
-    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
-        """Makes room for an admitted sequence's next rows, if there is any."""
+    def reserve(self, sequence: Sequence) -> bool:
+        """Makes room for an admitted sequence's next token, if there is any."""
 
     def suspend(self, sequence: Sequence) -> None:
         """Frees the sequence's memory; `admit` computes or copies it again."""

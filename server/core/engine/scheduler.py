@@ -85,7 +85,7 @@ class Scheduler:
         self._num_steps += 1
         chunks: list[ScheduledChunk] = []
         for sequence in self._decoding():
-            if self.admission.make_room(sequence, 1):
+            if self.admission.make_room(sequence):
                 chunks.append(ScheduledChunk(sequence, 1))
         is_shared = len({sequence.work for sequence in self.admission.running}) > 1
         max_rows = self._num_prompt_rows(len(chunks), is_shared)
@@ -100,10 +100,9 @@ class Scheduler:
             if num_rows < min(min_rows, max(sequence.num_uncomputed, 1)):
                 continue
             chunk = _chunk(sequence, num_rows)
-            if self.admission.make_room(sequence, chunk.num_tokens):
-                chunks.append(chunk)
-                rows_left -= chunk.num_rows * cost
-                least = 0
+            chunks.append(chunk)
+            rows_left -= chunk.num_rows * cost
+            least = 0
         for chunk in chunks:
             chunk.sequence.last_step = chunk.sequence.work.last_step = self._num_steps
         # To make room for one, another may have been suspended that was scheduled before it.

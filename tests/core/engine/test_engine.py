@@ -69,7 +69,7 @@ class FakeRunner:
     def admit(self, sequence: Sequence) -> int | None:
         return 0
 
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+    def reserve(self, sequence: Sequence) -> bool:
         return True
 
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
@@ -826,7 +826,7 @@ async def test_a_sequence_whose_memory_breaks_fails_alone(
 ) -> None:
     is_broken = False
 
-    def reserve(sequence: Sequence, num_tokens: int) -> bool:
+    def reserve(sequence: Sequence) -> bool:
         nonlocal is_broken
         if sequence.prompt_ids == [2] and len(sequence.completion_ids) == 1 and not is_broken:
             is_broken = broken == "reserve"
@@ -856,15 +856,15 @@ async def test_sequences_that_do_not_fit_wait_and_lose_nothing(runner: FakeRunne
     room = 6
     held: dict[Sequence, int] = {}
 
-    def reserve(sequence: Sequence, num_tokens: int) -> bool:
-        needed = sequence.num_computed + num_tokens
+    def reserve(sequence: Sequence) -> bool:
+        needed = sequence.num_tokens
         if sum(held.values()) - held.get(sequence, 0) + needed > room:
             return False
         held[sequence] = needed
         return True
 
     def admit(sequence: Sequence) -> int | None:
-        return 0 if reserve(sequence, len(sequence.token_ids)) else None
+        return 0 if reserve(sequence) else None
 
     def free(sequence: Sequence, is_sound: bool = True) -> None:
         held.pop(sequence, None)

@@ -39,9 +39,9 @@ class FakeMemory:
             sequence.work.queue_s = 0.0
         return is_admitted
 
-    def reserve(self, sequence: Sequence, num_rows: int) -> bool:
+    def reserve(self, sequence: Sequence) -> bool:
         assert sequence in self.held, "not admitted"
-        return self._take(sequence, sequence.num_computed + num_rows)
+        return self._take(sequence, sequence.num_computed + 1)
 
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         held = sum(size for other, size in self.held.items() if other not in without)

@@ -113,9 +113,11 @@ class ModelRunner:
         return state.cache.length
 
     @torch.inference_mode()
-    def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Makes room for the sequence's next tokens; False if memory is short."""
-        return self._memory.reserve(self._states[sequence].cache, num_tokens)
+    def reserve(self, sequence: Sequence) -> bool:
+        """Makes room for the sequence's next token; False if memory is short."""
+        cache = self._states[sequence].cache
+        cache.length = sequence.num_computed  # not what a failed step left
+        return self._memory.reserve(cache, 1)
 
     @torch.inference_mode()
     def suspend(self, sequence: Sequence) -> None:
