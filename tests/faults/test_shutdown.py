@@ -148,6 +148,16 @@ def breakable(
         yield server
 
 
+async def until_submitted(engine: Engine, number: int) -> None:
+    """Waits until so many sequences are the engine's, taken up or not."""
+
+    def num_submitted() -> int:
+        return engine.num_running + engine.num_waiting + engine._thread._commands.qsize()
+
+    while num_submitted() != number:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
 def break_down(engine: Engine) -> None:
     """From the next step on; whatever a sequence or a step does wrong is another matter."""
 
@@ -168,7 +178,7 @@ async def test_a_breakdown_ends_every_request_and_is_told(
                 asyncio.create_task(client.post(url, json=endless(breakable, stream=i % 2 == 0)))
                 for i in range(8)
             ]
-            await until_inside(client, breakable, 8)
+            await until_submitted(breakable.services.engine, 8)
             break_down(breakable.services.engine)
         for i, request in enumerate(asked):
             response = await request
