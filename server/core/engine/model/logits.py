@@ -9,7 +9,6 @@ from torch import Tensor
 
 from server.core.engine.model.qwen import QwenModel
 from server.core.engine.scheduler import ScheduledChunk
-from server.core.engine.sequence import Sequence
 
 # Rows whose logits are held at once, beside one for each sequence.
 LOGITS_ROWS = 64
@@ -26,42 +25,54 @@ class States(NamedTuple):
     branches: Tensor | None
 
 
+class StepLogits(NamedTuple):
+    """What a step says of the next tokens.
+
+    to_sample: (B, V), behind the `sampled` sequences' tokens. scored: (V,) behind each prompt that
+    is scored. logprobs: within its continuations, of their tokens but each one's first, in order.
+    """
+
+    sampled: list[ScheduledChunk]
+    to_sample: Tensor
+    scored: dict[ScheduledChunk, Tensor]
+    logprobs: dict[ScheduledChunk, list[float]]
+
+
 def read_logits(
     model: QwenModel, vocab_size: int, states: Mapping[ScheduledChunk, States]
-) -> tuple[dict[ScheduledChunk, Tensor], dict[ScheduledChunk, list[float]]]:
-    """Logits behind each complete prompt (V,), and log-probabilities within continuations.
-
-    The latter are of the continuations' tokens but each one's first, in order.
-    """
-    prompts = {
-        chunk: of_chunk.prompt[-1][-1]
-        for chunk, of_chunk in states.items()
-        if chunk.is_prompt_complete and chunk.num_tokens and _needs_logits(chunk.sequence)
-    }
-    scored = {
+) -> StepLogits:
+    """Computes the logits that the step's sequences need."""
+    complete = [chunk for chunk in states if chunk.is_prompt_complete and chunk.num_tokens]
+    sampled = [chunk for chunk in complete if chunk.sequence.params is not None]
+    prompts = [chunk for chunk in complete if chunk.sequence.continuations]
+    branches = {
         chunk: of_chunk.branches
         for chunk, of_chunk in states.items()
         if of_chunk.branches is not None
     }
-    if not prompts and not scored:
-        return {}, {}
-    rows = [*(row[None] for row in prompts.values()), *scored.values()]
+    rows = [states[chunk].prompt[-1][-1:] for chunk in (*sampled, *prompts)]
+    rows += branches.values()
+    if not rows:
+        return StepLogits([], torch.empty(0), {}, {})
     token_ids = torch.tensor(
-        [ids[i] for chunk in scored for ids in chunk.continuations for i in range(1, len(ids))],
+        [ids[i] for chunk in branches for ids in chunk.continuations for i in range(1, len(ids))],
         dtype=torch.long,
     )
     # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
     # goes with the prompts; in most steps there is no other.
-    hidden, num_prompts = torch.cat(rows), len(prompts)
-    first = model.logits(hidden[: num_prompts + LOGITS_ROWS])[:, :vocab_size]
-    logprobs = _logprobs(first[num_prompts:], token_ids[:LOGITS_ROWS])
+    hidden, num_sampled, num_prompts = torch.cat(rows), len(sampled), len(sampled) + len(prompts)
+    first = model.logits(hidden[: num_prompts + LOGITS_ROWS])
+    scored = first[num_sampled:num_prompts, :vocab_size]
+    logprobs = _logprobs(first[num_prompts:, :vocab_size], token_ids[:LOGITS_ROWS])
     for begin in range(LOGITS_ROWS, len(token_ids), LOGITS_ROWS):
         block = model.logits(hidden[num_prompts + begin :][:LOGITS_ROWS])[:, :vocab_size]
         logprobs += _logprobs(block, token_ids[begin : begin + LOGITS_ROWS])
     parts = iter(logprobs)
-    return (
-        dict(zip(prompts, first, strict=False)),
-        {chunk: list(islice(parts, len(rows))) for chunk, rows in scored.items()},
+    return StepLogits(
+        sampled,
+        first[:num_sampled],
+        dict(zip(prompts, scored, strict=True)),
+        {chunk: list(islice(parts, len(rows))) for chunk, rows in branches.items()},
     )
 
 
@@ -69,7 +80,3 @@ def _logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:
     """Of one token for each row of the logits (N, V)."""
     result: list[float] = logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0].tolist()
     return result
-
-
-def _needs_logits(sequence: Sequence) -> bool:
-    return sequence.params is not None or bool(sequence.continuations)

@@ -14,10 +14,10 @@ from torch import Tensor
 from server.core.engine.heap import trim_heap
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kv_cache import KVCache
-from server.core.engine.model.logits import States, read_logits
+from server.core.engine.model.logits import States, StepLogits, read_logits
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel
-from server.core.engine.model.sampler import Sampler
+from server.core.engine.model.sampler import Sampler, sample
 from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
@@ -84,16 +84,26 @@ class ModelRunner:
             )
             for chunk, parts in segments.items()
         }
-        logits, logprobs = read_logits(self._model, self._vocab_size, states)
-        results: dict[Sequence, StepResult | Exception] = {}
+        logits = read_logits(self._model, self._vocab_size, states)
+        results = self._sample([chunk.sequence for chunk in logits.sampled], logits.to_sample)
         for chunk in chunks:
-            known = states[chunk].prompt, logits.get(chunk), logprobs.get(chunk, [])
+            if chunk.sequence.params is not None:
+                continue
             try:
-                if (result := self._result(chunk, *known)) is not None:
+                if (result := self._score(chunk, states[chunk].prompt, logits)) is not None:
                     results[chunk.sequence] = result
             except Exception as error:
                 results[chunk.sequence] = error
         return results
+
+    def _sample(
+        self, sequences: list[Sequence], logits: Tensor
+    ) -> dict[Sequence, StepResult | Exception]:
+        if not sequences:
+            return {}
+        samplers = [self._states[sequence].sampler for sequence in sequences]
+        tokens = sample([sampler for sampler in samplers if sampler is not None], logits)
+        return dict(zip(sequences, tokens, strict=True))
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:
@@ -193,30 +203,25 @@ class ModelRunner:
     def _num_layers(self, sequence: Sequence) -> int:
         return sequence.depth or self._model.config.num_layers
 
-    def _result(
-        self, chunk: ScheduledChunk, states: list[Tensor], logits: Tensor | None,
-        logprobs: list[float],
-    ) -> StepResult | None:  # fmt: skip
-        """What the sequence got out of the step; None if it goes on without.
+    def _score(
+        self, chunk: ScheduledChunk, states: list[Tensor], logits: StepLogits
+    ) -> StepResult | None:
+        """What a sequence that samples nothing got out of the step; None if it goes on without.
 
         states: the chunk's hidden states, (T, C) after each of its layers.
-        logits, logprobs: as `read_logits` has them.
 
         Raises:
             ValueError: the logits or hidden states were not numbers.
         """
         sequence, state = chunk.sequence, self._states[chunk.sequence]
         if chunk.is_prompt_complete and chunk.num_tokens:
-            if state.sampler is not None:
-                assert logits is not None
-                return state.sampler.sample(logits)
             if sequence.layers:
                 rows = [each[chunk.num_tokens - 1] for each in states[: len(sequence.layers)]]
                 state.hidden_states = torch.stack(rows).numpy()
-            if logits is not None:
+            if chunk in logits.scored:
                 firsts = torch.tensor([ids[0] for ids in sequence.continuations])
-                state.logprobs = logits.log_softmax(-1)[firsts].tolist()
-        parts = iter(logprobs)
+                state.logprobs = logits.scored[chunk].log_softmax(-1)[firsts].tolist()
+        parts = iter(logits.logprobs.get(chunk, ()))
         for i, ids in enumerate(chunk.continuations, start=sequence.num_scored):
             state.logprobs[i] += sum(islice(parts, len(ids) - 1))
         if not chunk.is_last:

@@ -1,11 +1,13 @@
-"""Chooses the next token of one sequence from its logits."""
+"""Chooses the next tokens of a step's sequences from their logits, all in one pass."""
 
-import math
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,17 +17,28 @@ from server.core.engine.sequence import SamplingParams, TokenEvent
 _SMALL_NUCLEUS = 256
 # Below this the likeliest token has all the probability, and the division may overflow.
 _MIN_TEMPERATURE = 1e-5
+# The largest logits are looked for by the maxima of blocks of so many.
 _BLOCK = 64
 # 2^64 over the golden ratio: the step from one counter of SplitMix64 to the next.
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
 
+class _Cut(NamedTuple):
+    """The largest logits that are looked at; None: all of them, in no order.
+
+    is_guess: whether more are looked at where these do not reach top_p.
+    """
+
+    num: int | None
+    is_guess: bool = False
+
+
 class Sampler:
     """The seed and the penalised tokens of one sequence.
 
     Logits pass, in this order: repetition penalty, frequency and presence penalty, logit
-    bias, temperature, top_k, top_p, min_p. What is left is drawn from.
+    bias, grammar, temperature, top_k, top_p, min_p. What is left is drawn from.
 
     A token's chance belongs to the token: its noise depends on the seed, the position in the
     completion and the token id alone. Logits that differ by rounding, because a step held other
@@ -33,119 +46,186 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: list[int], vocab_size: int) -> None:
-        self._params = params
-        self._seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
-        self._num_sampled = 0
-        self._is_seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self._is_seen[prompt_ids] = True
+        """vocab_size: ids beyond it are padding and never come out."""
+        self.params = params
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
+        self.num_sampled = 0
+        self._vocab_size = vocab_size
+        self._seen = set(prompt_ids)
+        self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.long)
         self._counts: Counter[int] = Counter()  # of the tokens sampled
         self._grammar = params.grammar.begin() if params.grammar else None
         self._biased = torch.tensor([token_id for token_id, _ in params.logit_bias])
         self._biases = torch.tensor([bias for _, bias in params.logit_bias])
 
-    def sample(self, logits: Tensor) -> TokenEvent:
-        """logits: (V,) in float32, not modified.
+    @property
+    def cut(self) -> _Cut:
+        """By what the logits are cut before anything is drawn."""
+        if 0 < self.params.top_k < self._vocab_size:
+            return _Cut(self.params.top_k)
+        return _Cut(_SMALL_NUCLEUS, is_guess=True) if self.params.top_p < 1.0 else _Cut(None)
 
-        Raises:
-            ValueError: the logits are not numbers.
+    def penalise(self, logits: Tensor) -> None:
+        """Applies penalties, bias and grammar to the logits (V,), in place.
+
+        The repetition penalty divides positive and multiplies negative logits of all tokens
+        seen, prompt included (arXiv 1909.05858). The other two count sampled tokens only, as
+        OpenAI's reference defines them: minus count * frequency, minus presence once.
         """
-        # A NaN is its own maximum; looking at every logit takes ten times longer.
-        if not logits.max().isfinite():
-            raise ValueError("the model's logits are not finite")
-        logits = self._penalised(logits)
+        params = self.params
+        logits[self._vocab_size :] = -torch.inf
+        if params.repetition_penalty != 1.0:
+            penalty, seen = params.repetition_penalty, logits[self._seen_ids]
+            logits[self._seen_ids] = torch.where(seen > 0, seen / penalty, seen * penalty)
+        if self._counts and (params.frequency_penalty or params.presence_penalty):
+            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
+            amounts = counts * params.frequency_penalty + params.presence_penalty
+            logits.index_add_(0, torch.tensor(list(self._counts)), -amounts)
+        if len(self._biased):
+            logits.index_add_(0, self._biased, self._biases)
         if self._grammar is not None:
-            logits = logits.masked_fill(~_bits(self._grammar.allowed(), len(logits)), -torch.inf)
-        temperature = self._params.temperature
-        if temperature < _MIN_TEMPERATURE:
-            token_id = _argmax(logits)
-        else:
-            token_id = self._draw(logits / temperature)
+            allowed = _bits(self._grammar.allowed(), self._vocab_size)
+            logits[: self._vocab_size].masked_fill_(~allowed, -torch.inf)
+
+    def accept(self, token_id: int, logits: Tensor) -> TokenEvent:
+        """Goes on by the token, which was chosen from these penalised logits (V,)."""
         if self._grammar is not None:
             self._grammar.accept(token_id)
-        self._num_sampled += 1
-        self._is_seen[token_id] = True
+        self.num_sampled += 1
         self._counts[token_id] += 1
-        if self._params.num_logprobs is None:
+        if token_id not in self._seen:
+            self._seen.add(token_id)
+            self._seen_ids = torch.cat((self._seen_ids, torch.tensor([token_id])))
+        if self.params.num_logprobs is None:
             return TokenEvent(token_id)
-        logprobs = logits.log_softmax(0)
-        top = logprobs.topk(min(self._params.num_logprobs, len(logprobs)))
+        logprobs = logits[: self._vocab_size].log_softmax(0)
+        top = logprobs.topk(min(self.params.num_logprobs, len(logprobs)))
         return TokenEvent(
             token_id,
             float(logprobs[token_id]),
             tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
         )
 
-    def _penalised(self, logits: Tensor) -> Tensor:
-        """The logits after penalties and bias; the same tensor if there are none.
 
-        The repetition penalty divides positive and multiplies negative logits of all tokens
-        seen, prompt included (arXiv 1909.05858). The other two count sampled tokens only, as
-        OpenAI's reference defines them: minus count * frequency, minus presence once.
-        """
-        params = self._params
-        if params.repetition_penalty != 1.0:
-            penalty = params.repetition_penalty
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self._is_seen, penalised, logits)
-        if self._counts and (params.frequency_penalty or params.presence_penalty):
-            counts = torch.tensor(list(self._counts.values()), dtype=torch.float32)
-            amounts = counts * params.frequency_penalty + params.presence_penalty
-            logits = logits.index_add(0, torch.tensor(list(self._counts)), -amounts)
-        if len(self._biased):
-            logits = logits.index_add(0, self._biased, self._biases)
-        return logits
+def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exception]:
+    """A token of each sequence, or what is wrong with it.
 
-    def _draw(self, logits: Tensor) -> int:
-        """Draws by the Gumbel-max trick: the largest sum of logit and noise has the probability
-        that softmax gives it (arXiv 1411.0030).
-        """
-        kept, ids = self._candidates(logits)
-        noise = torch.from_numpy(_uniform(self._seed, self._num_sampled, ids.numpy()))
-        noise = noise.log_().neg_().log_().neg_()
-        return int(ids[noise.add_(kept).argmax()])
-
-    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits left by top_k, top_p and min_p, and their token ids.
-
-        min_p keeps tokens of at least that share of the likeliest one's probability
-        (arXiv 2407.01082).
-        """
-        logits, ids = self._nucleus(logits)
-        if self._params.min_p > 0:
-            is_kept = logits >= logits.max() + math.log(self._params.min_p)
-            logits, ids = logits[is_kept], ids[is_kept]
-        return logits, ids
-
-    def _nucleus(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits left by top_k, then top_p, and their token ids.
-
-        top_p keeps the smallest set of likeliest tokens that reaches that probability
-        (arXiv 1904.09751), counted among those top_k has left.
-        """
-        vocab_size = len(logits)
-        ids = torch.arange(vocab_size)
-        if 0 < self._params.top_k < vocab_size:
-            logits, ids = logits.topk(self._params.top_k)
-        if self._params.top_p >= 1.0:
-            return logits, ids
-        total = logits.logsumexp(0)
-        for count in (_SMALL_NUCLEUS, vocab_size):
-            top, order = logits.topk(min(count, len(logits)))
-            cumulative = (top - total).exp().cumsum(0)
-            if cumulative[-1] >= self._params.top_p:
-                break
-        num_kept = int((cumulative < self._params.top_p).sum()) + 1
-        return top[:num_kept], ids[order[:num_kept]]
+    logits: (B, V) in float32, one row for each sampler; they are penalised in place.
+    """
+    failed: dict[int, Exception] = {}
+    for i, sampler in enumerate(samplers):
+        try:
+            sampler.penalise(logits[i])
+        except Exception as error:
+            failed[i] = error
+    padded = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
+    maxima = padded.view(len(logits), -1, _BLOCK).amax(-1)
+    # A NaN is its own maximum.
+    for i, is_finite in enumerate(maxima.amax(1).isfinite().tolist()):
+        if not is_finite:
+            failed.setdefault(i, ValueError("the model's logits are not finite"))
+    token_ids = _choose({i: s for i, s in enumerate(samplers) if i not in failed}, padded, maxima)
+    results: list[TokenEvent | Exception] = []
+    for i, sampler in enumerate(samplers):
+        try:
+            results.append(failed.get(i) or sampler.accept(token_ids[i], logits[i]))
+        except Exception as error:
+            results.append(error)
+    return results
 
 
-def _uniform(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A number between 0 and 1, both excluded, for each token id: (N,).
+def _choose(samplers: Mapping[int, Sampler], logits: Tensor, maxima: Tensor) -> dict[int, int]:
+    """A token id for each of the rows that have a sampler.
+
+    logits: (B, V). maxima: (B, V / _BLOCK), of their blocks.
+    """
+    alike = defaultdict[_Cut | None, list[int]](list)  # None: greedy
+    for i, sampler in samplers.items():
+        is_greedy = sampler.params.temperature < _MIN_TEMPERATURE
+        alike[None if is_greedy else sampler.cut].append(i)
+    token_ids: dict[int, int] = {}
+    for cut, rows in alike.items():
+        of_rows = (logits, maxima) if len(rows) == len(logits) else (logits[rows], maxima[rows])
+        if cut is None:
+            chosen = _argmax(*of_rows)
+        else:
+            chosen = _draw([samplers[i] for i in rows], *of_rows, cut)
+        token_ids |= zip(rows, chosen, strict=True)
+    return token_ids
+
+
+def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut) -> list[int]:
+    """Draws by the Gumbel-max trick: the largest sum of logit and noise has the probability that
+    softmax gives it (arXiv 1411.0030).
+
+    logits, maxima: as `_choose` has them. cut: of each sampler.
+    """
+    temperatures = _column(sampler.params.temperature for sampler in samplers)
+    is_enough = [True] * len(samplers)
+    if cut.num is None:
+        kept, ids = logits / temperatures, torch.arange(logits.shape[1])[None]
+    else:
+        top, ids = _top(logits, maxima, cut.num)
+        kept = top / temperatures
+        total = (logits / temperatures if cut.is_guess else kept).logsumexp(1, keepdim=True)
+        top_p = _column(sampler.params.top_p for sampler in samplers)
+        # top_p keeps the fewest of the largest that reach it, counted among those that top_k has
+        # left (arXiv 1904.09751).
+        is_reached = ((kept - total).exp().cumsum(1) >= top_p).logical_and_(top_p < 1.0)
+        kept[:, 1:].masked_fill_(is_reached[:, :-1], -torch.inf)
+        if cut.is_guess:
+            is_enough = is_reached[:, -1].tolist()
+    # min_p keeps tokens of at least that share of the likeliest one's probability
+    # (arXiv 2407.01082).
+    min_p = _column(sampler.params.min_p for sampler in samplers)
+    kept.masked_fill_(kept < kept.amax(1, keepdim=True) + min_p.log(), -torch.inf)
+    seeds = np.array([[sampler.seed] for sampler in samplers], dtype=np.uint64)
+    positions = np.array([[sampler.num_sampled] for sampler in samplers], dtype=np.uint64)
+    noise = torch.from_numpy(_uniform(seeds, positions, ids.numpy()))
+    chosen = noise.log_().neg_().log_().neg_().add_(kept).argmax(1, keepdim=True)
+    token_ids: list[int] = ids.expand(kept.shape).gather(1, chosen)[:, 0].tolist()
+    for i, sampler in enumerate(samplers):
+        if not is_enough[i]:
+            row = slice(i, i + 1)
+            [token_ids[i]] = _draw([sampler], logits[row], maxima[row], _Cut(logits.shape[1]))
+    return token_ids
+
+
+def _top(logits: Tensor, maxima: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row (B, num), falling, and their token ids.
+
+    They are in the blocks that have the largest maxima: that is a tenth of the time of
+    `logits.topk`.
+    """
+    num = min(num, logits.shape[1])
+    blocks = maxima.topk(min(num, maxima.shape[1])).indices
+    ids = (blocks[..., None] * _BLOCK + torch.arange(_BLOCK)).flatten(1)
+    top = logits.gather(1, ids).topk(num)
+    return top.values, ids.gather(1, top.indices)
+
+
+def _argmax(logits: Tensor, maxima: Tensor) -> list[int]:
+    """The first of the largest logits of each row."""
+    blocks = maxima.argmax(1, keepdim=True)
+    ids = blocks * _BLOCK + torch.arange(_BLOCK)
+    chosen: list[int] = ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))[:, 0].tolist()
+    return chosen
+
+
+def _column(numbers: Iterable[float]) -> Tensor:
+    return torch.tensor(list(numbers))[:, None]
+
+
+def _uniform(
+    seeds: NDArray[np.uint64], positions: NDArray[np.uint64], ids: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """A number between 0 and 1, both excluded, for each token id: (B, N).
 
     SplitMix64 as a generator with a counter (Steele, Lea, Flood: Fast Splittable Pseudorandom
-    Number Generators, OOPSLA 2014), keyed by the seed, then by the position.
+    Number Generators, OOPSLA 2014), keyed by the seed, then by the position. Both are (B, 1).
     """
-    key = np.array([seed], dtype=np.uint64)
-    for counter in (np.array([position]), ids):
+    key = seeds
+    for counter in (positions, ids):
         key = _mixed(key + (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
     return ((key >> np.uint64(12)) + 0.5).astype(np.float64) * 2.0**-52
 
@@ -155,16 +235,6 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _argmax(logits: Tensor) -> int:
-    """The first of the largest: by blocks, six times faster than torch.argmax over (V,)."""
-    num_whole = len(logits) // _BLOCK * _BLOCK
-    blocks, rest = logits[:num_whole].view(-1, _BLOCK), logits[num_whole:]
-    if num_whole == 0 or (len(rest) and rest.max() > blocks.max()):
-        return num_whole + int(rest.argmax())
-    block = int(blocks.amax(1).argmax())
-    return block * _BLOCK + int(blocks[block].argmax())
 
 
 def _bits(mask: bytes, length: int) -> Tensor:

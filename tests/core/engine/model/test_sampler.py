@@ -8,20 +8,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from server.core.engine.model.sampler import _GOLDEN, Sampler, _mixed, _uniform
-from server.core.engine.sequence import SamplingParams
+from server.core.engine.model.sampler import _GOLDEN, Sampler, _mixed, _uniform, sample
+from server.core.engine.sequence import SamplingParams, TokenEvent
 
 PROBS = [0.5, 0.25, 0.15, 0.06, 0.04]
 LOGITS = torch.tensor([math.log(p) for p in PROBS])
 DRAWS = 3000
 
 
-def sampler(prompt: list[int] | None = None, **params: Any) -> Sampler:
-    return Sampler(SamplingParams(max_tokens=1, **params), prompt or [], len(PROBS))
+class LoneSampler(Sampler):
+    """One that is alone in every step."""
+
+    def sample(self, logits: torch.Tensor) -> TokenEvent:
+        [token] = sample([self], logits[None].clone())
+        if isinstance(token, Exception):
+            raise token
+        return token
 
 
-def frequencies(chooser: Sampler, logits: torch.Tensor = LOGITS) -> list[float]:
+def sampler(prompt: list[int] | None = None, **params: Any) -> LoneSampler:
+    return LoneSampler(SamplingParams(max_tokens=1, **params), prompt or [], len(PROBS))
+
+
+def frequencies(chooser: LoneSampler, logits: torch.Tensor = LOGITS) -> list[float]:
     counts = Counter(chooser.sample(logits).token_id for _ in range(DRAWS))
     return [counts[i] / DRAWS for i in range(len(logits))]
 
@@ -56,10 +67,11 @@ def test_top_p_counts_only_what_top_k_left() -> None:
 
 
 def test_a_nucleus_larger_than_the_first_guess_is_found_exactly() -> None:
-    size = 1000
-    chooser = Sampler(SamplingParams(max_tokens=1, top_p=0.9, seed=5), [], size)
-    kept, ids = chooser._candidates(torch.zeros(size))
-    assert len(kept) == len(set(ids.tolist())) == pytest.approx(900, abs=1)
+    logits = torch.linspace(0, -0.1, 1000)
+    num_kept = int((logits.softmax(0).cumsum(0) < 0.9).sum()) + 1
+    chooser = LoneSampler(SamplingParams(max_tokens=1, top_p=0.9, seed=5), [], 1000)
+    drawn = {chooser.sample(logits).token_id for _ in range(3000)}
+    assert num_kept - 20 < max(drawn) < num_kept
 
 
 def test_repetition_penalty_lowers_tokens_of_prompt_and_answer() -> None:
@@ -130,10 +142,39 @@ def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float)
         sampler(temperature=temperature).sample(logits)
 
 
-def test_logits_are_not_modified() -> None:
-    logits = LOGITS.clone()
-    sampler([1], temperature=0.7, top_k=3, top_p=0.9, repetition_penalty=1.3).sample(logits)
-    assert torch.equal(logits, LOGITS)
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "logit_bias": ((3, 1.0),)},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1},
+    {"temperature": 0.9, "top_k": 256, "frequency_penalty": 0.5},
+    {"top_p": 0.3},
+    {"temperature": 1e6, "top_p": 0.999},  # more than the first guess
+    {"temperature": 1.2, "min_p": 0.05, "num_logprobs": 2},
+    {"presence_penalty": 1.0},
+]
+
+
+@pytest.mark.parametrize("vocab_size", [700, 704])
+def test_a_sequence_draws_the_same_tokens_alone_and_beside_any_others(vocab_size: int) -> None:
+    def samplers() -> list[LoneSampler]:
+        return [
+            LoneSampler(SamplingParams(max_tokens=1, seed=i % 3, **kind), [i, 5], vocab_size)
+            for i, kind in enumerate(KINDS * 2)
+        ]
+
+    generator = torch.Generator().manual_seed(0)
+    alone, together = samplers(), samplers()
+    for step in range(20):
+        logits = torch.randn(len(alone), vocab_size + 20, generator=generator) * 3
+        if step == 10:
+            logits[4] = torch.nan  # who fails, fails alone
+        tokens = sample(together, logits.clone())
+        for i, (chooser, token) in enumerate(zip(alone, tokens, strict=True)):
+            if step == 10 and i == 4:
+                assert isinstance(token, ValueError)
+                continue
+            assert token == chooser.sample(logits[i])
+            assert token.token_id < vocab_size
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-38, 5e-324])
@@ -145,7 +186,7 @@ def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 5, 63, 64, 65, 300, 1000])
 def test_greedy_takes_the_first_of_the_largest_wherever_it_is(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    greedy = Sampler(SamplingParams(max_tokens=1, temperature=0.0), [], vocab_size)
+    greedy = LoneSampler(SamplingParams(max_tokens=1, temperature=0.0), [], vocab_size)
     for _ in range(50):
         # Few different values, so that there are ties.
         logits = torch.randint(0, 8, (vocab_size,), generator=generator).float()
@@ -162,6 +203,13 @@ MAX_CHI_SQUARE = 28.5
 def chi_square(counts: Counter[int], probs: list[float]) -> float:
     total = counts.total()
     return sum((counts[i] - total * p) ** 2 / (total * p) for i, p in enumerate(probs))
+
+
+def noise_of(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    [row] = _uniform(
+        np.array([[seed]], dtype=np.uint64), np.array([[position]], dtype=np.uint64), ids[None]
+    )
+    return row
 
 
 def test_first_tokens_of_many_seeds_have_the_frequencies_of_the_softmax() -> None:
@@ -187,23 +235,33 @@ def test_tokens_that_follow_each_other_are_independent() -> None:
 def test_a_token_has_the_same_noise_beside_any_others_in_any_order() -> None:
     rng = np.random.default_rng(0)
     ids = rng.permutation(5000)
-    noise = dict(zip(ids.tolist(), _uniform(9, 4, ids).tolist(), strict=True))
+    noise = dict(zip(ids.tolist(), noise_of(9, 4, ids).tolist(), strict=True))
     for size in (1, 2, 100, 4999):
         some = rng.choice(ids, size, replace=False)
-        assert _uniform(9, 4, some).tolist() == [noise[i] for i in some.tolist()]
+        assert noise_of(9, 4, some).tolist() == [noise[i] for i in some.tolist()]
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.02}])
 def test_a_cut_that_keeps_the_token_drawn_without_it_draws_it_too(cut: dict[str, Any]) -> None:
     size = 200
     logits = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 2
+    falling, order = logits.sort(descending=True)
+    probs = falling.softmax(0)
+    is_kept = {
+        "top_k": torch.arange(size) < cut.get("top_k", 0),
+        "top_p": probs.cumsum(0) - probs < cut.get("top_p", 0),
+        "min_p": probs >= probs[0] * cut.get("min_p", 0),
+    }
+    [name] = cut
+    kept = set(order[is_kept[name]].tolist())
     num_kept = 0
     for seed in range(200):
         whole, part = (
-            Sampler(SamplingParams(max_tokens=1, seed=seed, **each), [], size) for each in ({}, cut)
+            LoneSampler(SamplingParams(max_tokens=1, seed=seed, **each), [], size)
+            for each in ({}, cut)
         )
         drawn = whole.sample(logits).token_id
-        if drawn in part._candidates(logits)[1].tolist():
+        if drawn in kept:
             num_kept += 1
             assert part.sample(logits).token_id == drawn
     assert 100 < num_kept < 200
@@ -213,7 +271,7 @@ def test_every_seed_position_and_token_has_noise_of_its_own() -> None:
     seeds = [*range(20), -1, 2**32, 2**63 - 1, 2**64 - 2]
     ids = np.arange(200)
     noise = np.stack(
-        [[_uniform(seed % 2**64, position, ids) for position in range(20)] for seed in seeds]
+        [[noise_of(seed % 2**64, position, ids) for position in range(20)] for seed in seeds]
     )
     assert len(np.unique(noise)) == noise.size
     # Nor does one tell anything about its neighbours: of 96,000 pairs.
@@ -224,7 +282,7 @@ def test_every_seed_position_and_token_has_noise_of_its_own() -> None:
 
 
 def test_noise_is_uniform() -> None:
-    noise = np.sort(_uniform(1, 2, np.arange(100_000)))
+    noise = np.sort(noise_of(1, 2, np.arange(100_000)))
     expected = (np.arange(100_000) + 0.5) / 100_000
     # Kolmogorov and Smirnov's bound: exceeded once in 100,000 times.
     assert abs(noise - expected).max() < 2.47 / math.sqrt(100_000)
@@ -256,7 +314,7 @@ def test_noise_is_strictly_between_0_and_1(bits: int) -> None:
     position, token_id = 3, 7
     key = (_unmixed(bits) - (token_id + 1) * _GOLDEN) % 2**64
     seed = (_unmixed(key) - (position + 1) * _GOLDEN) % 2**64
-    [noise] = _uniform(seed, position, np.array([token_id]))
+    [noise] = noise_of(seed, position, np.array([token_id]))
     assert noise == pytest.approx(bits / 2**64, abs=1e-15)
     assert 0 < noise < 1
 
@@ -264,7 +322,7 @@ def test_noise_is_strictly_between_0_and_1(bits: int) -> None:
 @pytest.mark.parametrize("size", [2, 2000])
 def test_logits_that_differ_by_rounding_draw_the_same_tokens(size: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    first, second = (Sampler(SamplingParams(max_tokens=1, seed=11), [], size) for _ in range(2))
+    first, second = (LoneSampler(SamplingParams(max_tokens=1, seed=11), [], size) for _ in range(2))
     num_changed = 0
     for _ in range(2000):
         logits = torch.randn(size, generator=generator)
