@@ -76,7 +76,9 @@ class ModelRunner:
             StepInterruptedError: `should_stop`, which is asked before each layer, said so.
         """
         segments = {chunk: self._segments(chunk) for chunk in chunks}
-        hidden = iter(self._model.forward(list(chain(*segments.values())), should_stop))
+        computed = list(chain(*segments.values()))
+        # There may be no row to compute: continuations of one token behind a known prompt.
+        hidden = iter(self._model.forward(computed, should_stop) if computed else ())
         states = {
             chunk: States(
                 next(hidden) if chunk.num_tokens else [],

@@ -185,9 +185,10 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut
     chosen = noise.log_().neg_().log_().neg_().add_(kept).argmax(1, keepdim=True)
     token_ids: list[int] = ids.expand(kept.shape).gather(1, chosen)[:, 0].tolist()
     for i, sampler in enumerate(samplers):
-        if not is_enough[i]:
+        if cut.num is not None and not is_enough[i]:
             row = slice(i, i + 1)
-            [token_ids[i]] = _draw([sampler], logits[row], maxima[row], _Cut(logits.shape[1]))
+            larger = _Cut(cut.num * 32, is_guess=cut.num * 32 < logits.shape[1])
+            [token_ids[i]] = _draw([sampler], logits[row], maxima[row], larger)
     return token_ids
 
 

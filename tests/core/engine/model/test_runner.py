@@ -141,6 +141,18 @@ def test_continuations_of_one_token_are_scored_wherever_the_last_chunk_begins(
     assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
 
 
+def test_continuations_of_one_token_behind_one_that_fills_the_step_need_no_rows(
+    runner: ModelRunner, oracle: PreTrainedModel
+) -> None:
+    prompt, continuations = random_ids(20), [[7, 8, 9, 10, 11, 12, 13, 14], [7], [8]]
+    results = run_all(
+        runner, [to_measure(prompt, continuations=continuations) for _ in range(2)], max_rows=6
+    )
+    theirs = [expected_score(oracle, prompt, c) for c in continuations]
+    for [result] in results.values():
+        assert result.logprobs == pytest.approx(theirs, abs=1e-3)
+
+
 def test_scores_in_int8_are_the_same_to_the_last_bit_however_they_are_divided(
     checkpoint: Path,
 ) -> None:
