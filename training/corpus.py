@@ -1,6 +1,7 @@
 """Reads the training corpus and the project's own openers."""
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from training.similar import measured_lines
 
 OWN_DATA = Path(__file__).parent / "data"
 # How often a template is filled; the same text twice counts once.
@@ -47,17 +50,50 @@ def read_replies(path: Path) -> list[ReplyRow]:
 
 
 def read_openers(folder: Path = OWN_DATA) -> list[ReplyRow]:
-    """The project's own openers: every phrasing of a group with every reply of it."""
-    rows = []
-    for path in sorted(folder.glob("openers_*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            group = json.loads(line)
-            rows += [
-                ReplyRow(user, reply, group["lang"], "openers", "caring", group["label"])
-                for user in group["users"]
-                for reply in group["replies"]
-            ]
-    return rows
+    """The project's own openers: every phrasing of a group with every reply of it.
+
+    Phrasings near what the measures of replies say are left out.
+    """
+    measured = measured_lines()
+    paths = sorted(folder.glob("openers_*.jsonl"))
+    return [r for path in paths for r in read_pairs(path) if not measured.has_near(r.user)]
+
+
+def read_pairs(path: Path) -> list[ReplyRow]:
+    """Every phrasing of a group with every reply of it."""
+    groups = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [
+        ReplyRow(user, reply, group["lang"], "openers", "caring", group["label"])
+        for group in groups
+        for user in group["users"]
+        for reply in group["replies"]
+    ]
+
+
+def read_templates(folder: Path = OWN_DATA) -> list[ReplyRow]:
+    """Pairs with one thing in the line and in the reply, from templates; none near a measured
+    line."""
+    rng, measured = random.Random(0), measured_lines()
+    rows = set()
+    sections = tomllib.loads((folder / "templates.toml").read_text(encoding="utf-8"))
+    for lang, section in sections.items():
+        for group in section["pairs"]:
+            for user, reply in itertools.product(group["users"], group["replies"]):
+                for _ in range(FILLINGS):
+                    names = sorted(set(re.findall(r"\{(\w+)\}", user + reply)))
+                    filling = {name: rng.choice(section["slots"][name]) for name in names}
+                    row = ReplyRow(
+                        user.format(**filling), _sentence(reply.format(**filling)), lang,
+                        "templates", "caring", group["label"],
+                    )  # fmt: skip
+                    rows.add(row)
+    return sorted(
+        (r for r in rows if not measured.has_near(r.user)), key=lambda r: (r.user, r.reply)
+    )
+
+
+def _sentence(text: str) -> str:
+    return re.sub(r"(?:^|(?<=[.!?] ))[a-z]", lambda first: first[0].upper(), text)
 
 
 def read_own_texts(folder: Path = OWN_DATA) -> list[SentimentRow]:
