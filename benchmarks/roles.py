@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import label_quality as labels
+from benchmarks import points
 from benchmarks import reply_quality as replies
 from benchmarks.label_quality import LABELS, Judgement
 from server.config import Settings
@@ -250,6 +251,20 @@ async def measure_replies(services: Services) -> dict[str, Any]:
                 for opener, group in zip(openers, said, strict=True)
             ],
         }
+    openers_with_topics = points.read_openers()
+    said = await replies.answers(
+        services,
+        [[{"role": "user", "content": opener.text}] for opener in openers_with_topics],
+        with_sentiment=True,
+    )
+    result["with mood"]["points"] = points.shares(openers_with_topics, said)
+    result["with mood"]["held-out pairs"] = await points.pair_loss(services)
+    result["with mood"]["answers to the point"] = [
+        {"user": opener.text, "label": group[0].label, "reply": group[0].text,
+         "tone": points.has_right_tone(opener, group[0].text),
+         "point": points.is_to_the_point(opener, group[0].text)}
+        for opener, group in zip(openers_with_topics, said, strict=True)
+    ]  # fmt: skip
     return result
 
 
@@ -271,6 +286,9 @@ def print_labels(result: dict[str, dict[str, Any]]) -> None:
 def print_replies(result: dict[str, Any]) -> None:
     for name, figures in result.items():
         print(f"\nreplies, {name}")
+        for part in ("points", "held-out pairs"):
+            if part in figures:
+                print(f"  {part}", ", ".join(f"{k} {v}" for k, v in figures[part].items()))
         print("  openers  ", ", ".join(f"{k} {v}" for k, v in figures["openers"].items()))
         print("  abilities", ", ".join(f"{k} {v}" for k, v in figures["abilities"].items()))
 

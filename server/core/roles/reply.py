@@ -36,7 +36,7 @@ class Replier:
         task: Task, style: ReplyStyle, max_context: int,
     ) -> None:  # fmt: skip
         self._engine, self._classifier, self._tokenizer = engine, classifier, tokenizer
-        self._task, self._style, self._max_context = task, style, max_context
+        self._task, self.style, self._max_context = task, style, max_context
 
     async def reply(
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
@@ -88,13 +88,13 @@ class Replier:
         """The conversation behind the persona, unless it brings a system message of its own."""
         if any(message["role"] == "system" for message in messages):
             return list(messages)
-        return [{"role": "system", "content": text_in(self._style.persona, language)}, *messages]
+        return [{"role": "system", "content": text_in(self.style.persona, language)}, *messages]
 
     def _cue(self, sentiment: Classification | None, language: str) -> str | None:
         """What the answer is told of the mood; None: nothing."""
         if sentiment is None or sentiment.label.cue is None:
             return None
-        if sentiment.confidence < self._style.cue_min_confidence:
+        if sentiment.confidence < self.style.cue_min_confidence:
             return None
         return text_in(sentiment.label.cue, language)
 
@@ -111,7 +111,7 @@ class Replier:
         try:
             prepared = await asyncio.to_thread(self._classifier.prepare, self._task, [text])
             # A cue that changes the beginning leaves nothing to use of what is computed without.
-            if not prepared.prompt_ids or self._style.cue_position == "system":
+            if not prepared.prompt_ids or self.style.cue_position == "system":
                 [sentiment] = await self._classifier.judge(prepared, work)
                 return sentiment, None
             return await self._judge_while_prefilling(prepared, plain_ids, work)
@@ -149,7 +149,7 @@ class Replier:
 
         Some templates refuse a system message that is not the first.
         """
-        cued = with_cue(conversation, cue, self._style.cue_position)
+        cued = with_cue(conversation, cue, self.style.cue_position)
         if cued == conversation:
             return None
         try:
