@@ -49,6 +49,10 @@ class QwenModel:
             self._embeddings = reader.mapped(
                 "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
             )
+        self._embedding_scales = (
+            None if self._embeddings.dtype != torch.int8
+            else reader.scales("model.embed_tokens.weight", c.vocab_size)
+        )  # fmt: skip
         # disable=None: on a terminal only, so that no log is full of it.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
         self._layers = [_read_layer(c, reader, make, i) for i in indices]
@@ -88,6 +92,8 @@ class QwenModel:
         rotations = self._rotations([p for s in ordered for p in s.positions])
         ids = torch.tensor([i for s in ordered for i in s.token_ids])
         hidden = F.embedding(ids, self._embeddings).float()
+        if self._embedding_scales is not None:
+            hidden *= self._embedding_scales[ids, None]
         for i, layer in enumerate(self._layers):
             if should_stop():
                 raise StepInterruptedError

@@ -19,6 +19,8 @@ INDEX_FILE = "model.safetensors.index.json"
 BLOCK_ROWS = 8192
 # As safetensors names them; others hold numbers that mean nothing without their scales.
 DTYPES = ("F64", "F32", "F16", "BF16")
+# Beside a matrix of rows of 8-bit integers ("I8"), by its name and this: a scale for each row.
+SCALES = ".scales"
 
 
 class WeightReader:
@@ -40,22 +42,34 @@ class WeightReader:
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor `name` in float32."""
-        with self._slices(name, shape) as rows:
-            tensor: Tensor = rows[:]
-            return tensor.to(torch.float32, copy=True)
+        return self._in_float32(name, shape, slice(None))
 
     def blocks(self, name: str, shape: Sequence[int]) -> Iterator[Tensor]:
         """The tensor `name` in float32, some rows at a time."""
         for begin in range(0, shape[0], BLOCK_ROWS):
-            with self._slices(name, shape) as rows:
-                block: Tensor = rows[begin : begin + BLOCK_ROWS]
-                yield block.to(torch.float32, copy=True)
+            yield self._in_float32(name, shape, slice(begin, begin + BLOCK_ROWS))
+
+    def scales(self, name: str, num_rows: int) -> Tensor | None:
+        """What each row of the tensor `name` is to be multiplied by, in float32; None: nothing."""
+        if name + SCALES not in self._paths:
+            return None
+        with self._slices(name + SCALES, (num_rows,)) as scales:
+            numbers: Tensor = scales[:]
+            return numbers.to(torch.float32, copy=True)
 
     def mapped(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor `name` as it lies in the file: its pages come to memory when used."""
+        """The tensor `name` as it lies in the file, without scales: its pages come to memory when
+        used.
+        """
         with self._slices(name, shape), _reading(self._folder, self._paths[name]) as opened:
             tensor: Tensor = opened.get_tensor(name)
             return tensor
+
+    def _in_float32(self, name: str, shape: Sequence[int], rows: slice) -> Tensor:
+        with self._slices(name, shape) as stored:
+            tensor: Tensor = stored[rows].to(torch.float32, copy=True)
+        scales = self.scales(name, shape[0])
+        return tensor if scales is None else tensor.mul_(scales[rows, None])
 
     @contextmanager
     def _slices(self, name: str, shape: Sequence[int]) -> Iterator[Any]:
@@ -68,7 +82,8 @@ class WeightReader:
                     f"{self._folder}: {name!r} has shape {rows.get_shape()}, but config.json "
                     f"asks for {list(shape)}"
                 )
-            if rows.get_dtype() not in DTYPES:
+            has_scales = name + SCALES in self._paths
+            if rows.get_dtype() not in ((*DTYPES, "I8") if has_scales else DTYPES):
                 raise CheckpointError(
                     f"{self._folder}: {name!r} is of type {rows.get_dtype()}; this server reads "
                     f"{', '.join(DTYPES)} and quantizes itself (--dtype)"

@@ -240,6 +240,32 @@ def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
     assert torch.equal(hidden(whole), hidden(sharded))
 
 
+def test_rows_of_8_bit_integers_with_scales_are_read_as_what_they_stand_for(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    rounded, stored = dict(tensors), {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            scales = tensor.float().abs().amax(1).clamp_min(1e-12) / 127
+            integers = (tensor.float() / scales[:, None]).round()
+            rounded[name] = integers * scales[:, None]
+            stored |= {name: integers.to(torch.int8), f"{name}.scales": scales}
+        else:
+            stored[name] = tensor
+    config = read_model_config(copy)
+
+    def hidden() -> Tensor:
+        model, cache = load_qwen(copy, config, "float32"), KVCache()
+        assert model.new_memory(max_tokens=128, max_context=128).reserve(cache, 2)
+        with torch.inference_mode():
+            [[hidden]] = model.forward([Segment([5, 6], [0, 1], cache)])
+            return model.logits(hidden)
+
+    save_file(rounded, copy / "model.safetensors")
+    whole = hidden()
+    save_file(stored, copy / "model.safetensors")
+    assert torch.allclose(hidden(), whole, atol=1e-5)
+
+
 def test_a_context_that_memory_cannot_hold_is_one_clear_sentence(tiny_checkpoint: Path) -> None:
     settings = Settings(model=str(tiny_checkpoint), max_context=512, max_kv_mib=1)
     load_services(settings).engine.close()
