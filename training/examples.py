@@ -41,26 +41,26 @@ class Renderer:
         self.end = tokenizer.marker_id("<|im_end|>")
         self.start = tokenizer.marker_id("<|im_start|>")
         self._encode, self._task = encode, task
-        self._newline = encode("\n")
-        self._header = {role: [self.start, *encode(f"{role}\n")] for role in ROLES}
+        self.newline = encode("\n")
+        self.header = {role: [self.start, *encode(f"{role}\n")] for role in ROLES}
         self.values = [label.value for label in task.labels]
         # Each is one token of this tokenizer.
         self.label_ids = [single(encode(label.text)) for label in task.labels]
-        self._cues = {x.value: encode(_only(x.cue)) for x in task.labels}
-        self.instructions = self._turn("system", encode(task.instructions))
-        self.persona = self._turn("system", encode(_only(self._style.persona)))
-        self.plain = self._turn("system", encode(PLAIN_SYSTEM))
+        self.cues = {x.value: encode(_only(x.cue)) for x in task.labels}
+        self.instructions = self.turn("system", encode(task.instructions))
+        self.persona = self.turn("system", encode(_only(self._style.persona)))
+        self.plain = self.turn("system", encode(PLAIN_SYSTEM))
 
     def sentiment(
         self, text: Sequence[int], probabilities: Sequence[float], learn_text: bool
     ) -> Example:
         """The analyst's answer about `text`, behind `instructions`."""
-        prompt = self._turn("user", text) + self._header["assistant"]
+        prompt = self.turn("user", text) + self.header["assistant"]
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         ids = [*prompt, self.label_ids[best], self.end]
         targets = [IGNORED] * len(prompt) + [LABEL, self.end]
         if learn_text:
-            begin = len(self._header["user"])
+            begin = len(self.header["user"])
             targets[begin : begin + len(text)] = text
         return Example(ids, targets, probabilities)
 
@@ -74,16 +74,16 @@ class Renderer:
         """The warm answer, behind `persona` (with a label) or `plain` (without)."""
         prompt: list[int] = []
         for past_user, past_reply in history:
-            prompt += self._turn("user", past_user) + self._turn("assistant", past_reply)
-        prompt += self._turn("user", user)
+            prompt += self.turn("user", past_user) + self.turn("assistant", past_reply)
+        prompt += self.turn("user", user)
         if label is not None:
-            prompt += self._turn("system", self._cues[label])
-        prompt += self._header["assistant"]
+            prompt += self.turn("system", self.cues[label])
+        prompt += self.header["assistant"]
         answer = [*reply, self.end]
         return Example(prompt + answer, [IGNORED] * len(prompt) + answer)
 
-    def _turn(self, role: str, ids: Sequence[int]) -> list[int]:
-        return [*self._header[role], *ids, self.end, *self._newline]
+    def turn(self, role: str, ids: Sequence[int]) -> list[int]:
+        return [*self.header[role], *ids, self.end, *self.newline]
 
 
 ROLES = ("system", "user", "assistant")

@@ -17,14 +17,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
-from training.corpus import SentimentRow
+from training.corpus import ReplyRow, SentimentRow
 
 FOLDS = 3
 # In English it leans to the positive, on the dev rows by about this much.
 ODDS = {("en", "negative"): 1.4}
 MAX_WORDS, MAX_CHARACTERS = 8, 12  # of a fragment, English and Chinese
+# How many fragments and patchworks are made.
+NUM_FRAGMENTS = {"zh": 60_000, "en": 130_000}
+NUM_PATCHWORKS = {"zh": 90_000, "en": 320_000}
 
 Probabilities = NDArray[np.float32]
+# Its text, language and label probabilities.
+Fragment = tuple[str, str, Sequence[float]]
 
 
 def _classifier(lang: str) -> Pipeline:
@@ -50,6 +55,7 @@ class Teacher:
         self.values = list(values)
         self._order = np.argsort(np.argsort(values))
         self._by_lang: dict[str, Pipeline] = {}
+        self._seen = {row.text: i for i, row in enumerate(rows)}
         # What it says of each row after training on the others.
         self.out_of_fold: Probabilities = np.zeros((len(rows), len(values)), dtype=np.float32)
         for lang in sorted({row.lang for row in rows}):
@@ -66,6 +72,18 @@ class Teacher:
         """(N, labels)"""
         judged = self._by_lang[lang].predict_proba(texts)[:, self._order]
         return self._upright(judged, lang)
+
+    def views(self, rows: Sequence[SentimentRow]) -> Probabilities:
+        """(N, labels): of rows it was trained on, what it says after training on the others."""
+        result = np.zeros((len(rows), len(self.values)), dtype=np.float32)
+        for lang in sorted({row.lang for row in rows}):
+            new = [i for i, r in enumerate(rows) if r.lang == lang and r.text not in self._seen]
+            if new:
+                result[new] = self.judge([rows[i].text for i in new], lang)
+        for i, row in enumerate(rows):
+            if row.text in self._seen:
+                result[i] = self.out_of_fold[self._seen[row.text]]
+        return result
 
     def _upright(self, judged: Probabilities, lang: str) -> Probabilities:
         """(N, labels) without the lean."""
@@ -101,3 +119,28 @@ def patchwork(texts: Sequence[str], lang: str, rng: random.Random) -> str:
     joints = ["，", "。", ""] if lang == "zh" else [", ", ". ", " "]
     pieces = [fragment(rng.choice(texts), lang, rng) for _ in range(rng.randint(2, 4))]
     return rng.choice(joints).join(pieces)
+
+
+def judged_fragments(
+    texts: Sequence[SentimentRow], replies: Sequence[ReplyRow], teacher: Teacher,
+    rng: random.Random, path: Path,
+) -> list[Fragment]:  # fmt: skip
+    """Whole lines of the reply corpus, fragments of everything and patchworks of fragments, as
+    the teacher sees them.
+
+    That takes some minutes; read from `path` if it is there.
+    """
+    judged: list[Fragment] = joblib.load(path) if path.exists() else []
+    if judged:
+        return judged
+    for lang, num_fragments in NUM_FRAGMENTS.items():
+        lines = [line for r in replies if r.lang == lang for line in (r.user, r.reply)]
+        sources = lines + [row.text for row in texts if row.lang == lang]
+        drawn = [fragment(rng.choice(sources), lang, rng) for _ in range(num_fragments)]
+        drawn += [patchwork(sources, lang, rng) for _ in range(NUM_PATCHWORKS[lang])]
+        drawn += rng.sample(lines, min(len(lines), num_fragments // 4))
+        drawn = sorted({line for line in drawn if line.strip()})
+        probabilities = teacher.judge(drawn, lang).tolist()
+        judged += [(text, lang, p) for text, p in zip(drawn, probabilities, strict=True)]
+    joblib.dump(judged, path)
+    return judged
