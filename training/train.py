@@ -43,6 +43,8 @@ WARMUP = 0.02
 EMBEDDINGS_LR = 2.0
 WEIGHT_DECAY = 0.1
 EMA_DECAY = 0.999
+# What the loss of labels weighs beside that of replies where the best weights are chosen.
+LABEL_LOSS = 3.0
 # Of the old vectors' size, that of the new ones beside them.
 NEW_VECTORS = 0.3
 # What the text of users weighs in the course of a run, of what it is set to: language first.
@@ -160,7 +162,7 @@ class Run:
         """Writes the averaged weights if no run into the same folder had a smaller loss."""
         file = self._args.out / "best.json"
         best = json.loads(file.read_text()) if file.exists() else {"loss": math.inf}
-        loss = scores["reply_loss"] + scores["label_loss"]
+        loss = scores["reply_loss"] + LABEL_LOSS * scores["label_loss"]
         if loss < best["loss"]:
             write_parts(quantized(self.average.state_dict()), self._args.out, MAX_PART)
             (self._args.out / "config.json").write_text(
