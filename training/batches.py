@@ -272,11 +272,11 @@ def collect(
         "ids": np.concatenate([p["ids"] for p in parts]),
         "positions": np.concatenate([p["positions"] for p in parts]),
         "documents": np.concatenate([p["documents"] for p in parts]),
-        "target_at": _padded(at[kept].astype(np.int32), size),
+        "target_at": _padded_places(at[kept].astype(np.int32), size),
         "targets": _padded(targets[kept].astype(np.int32), size),
         "target_weights": _padded(weights[kept], size),
         "is_reply": _padded((roles[kept] == REPLY).astype(np.float32), size),
-        "label_at": _padded(label_at.astype(np.int32), num_labels),
+        "label_at": _padded_places(label_at.astype(np.int32), num_labels),
         "label_probs": _padded(probabilities, num_labels),
         "label_weights": _padded(
             np.full(len(label_at), s.label_weight / max(1, len(label_at)), np.float32), num_labels
@@ -288,6 +288,13 @@ def collect(
 def _padded(values: Array, size: int) -> Array:
     out = np.zeros((size, *values.shape[1:]), dtype=values.dtype)
     out[: len(values)] = values
+    return out
+
+
+def _padded_places(places: Array, size: int) -> Array:
+    """Places without weight behind: each another, for adding to one place takes turns."""
+    out = np.arange(size, dtype=places.dtype)
+    out[: len(places)] = places
     return out
 
 
