@@ -43,8 +43,6 @@ WARMUP = 0.02
 EMBEDDINGS_LR = 2.0
 WEIGHT_DECAY = 0.1
 EMA_DECAY = 0.999
-# What the loss of labels weighs beside that of replies where the best weights are chosen.
-LABEL_LOSS = 3.0
 # Of the old vectors' size, that of the new ones beside them.
 NEW_VECTORS = 0.3
 # What the text of users weighs in the course of a run, of what it is set to: language first.
@@ -122,7 +120,7 @@ def new_optimizer(model: Qwen2, peak_lr: float) -> torch.optim.AdamW:
 
 
 class Run:
-    """A training under way: weights, their average, and the best average so far."""
+    """A training under way: weights and their average."""
 
     def __init__(self, model: Qwen2, args: argparse.Namespace) -> None:
         self.model, self._args = model, args
@@ -158,17 +156,17 @@ class Run:
         torch.save(state, self._file.with_suffix(".tmp"))
         self._file.with_suffix(".tmp").replace(self._file)
 
-    def keep_if_best(self, scores: dict[str, float]) -> None:
-        """Writes the averaged weights if no run into the same folder had a smaller loss."""
-        file = self._args.out / "best.json"
-        best = json.loads(file.read_text()) if file.exists() else {"loss": math.inf}
-        loss = scores["reply_loss"] + LABEL_LOSS * scores["label_loss"]
-        if loss < best["loss"]:
-            write_parts(quantized(self.average.state_dict()), self._args.out, MAX_PART)
-            (self._args.out / "config.json").write_text(
-                json.dumps(self.model.shape.config(), indent=2) + "\n"
-            )
-            file.write_text(json.dumps({"loss": loss, "run": str(self._args.run)} | scores) + "\n")
+    def keep(self, scores: dict[str, float]) -> None:
+        """Writes the averaged weights and what they reached, in place of the former ones.
+
+        The last ones count: the log-loss of held-out replies is least after a twentieth of a run,
+        before any answer is to the point.
+        """
+        write_parts(quantized(self.average.state_dict()), self._args.out, MAX_PART)
+        (self._args.out / "config.json").write_text(
+            json.dumps(self.model.shape.config(), indent=2) + "\n"
+        )
+        (self._args.out / "scores.json").write_text(json.dumps(scores) + "\n")
 
 
 def autocast(device: str) -> AbstractContextManager[None]:
@@ -224,7 +222,7 @@ def train(run: Run, pack: Pack, batches: Iterator[dict[str, Tensor]], args: Any)
             line = {"minutes": round(run.elapsed / 60, 2), "step": run.step,
                     "label": round(label_mean, 4), "reply": round(reply_mean, 4)}  # fmt: skip
             line |= scores
-            run.keep_if_best(line)
+            run.keep(line)
             print(json.dumps(line), flush=True)
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -263,7 +261,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--out", type=Path, help="folder of the best weights; RUN/weights")
+    parser.add_argument("--out", type=Path, help="folder of the averaged weights; RUN/weights")
     parser.add_argument("--start-from", type=Path, help="folder of a checkpoint to go on from")
     parser.add_argument("--shape", choices=SHAPES, default="mini")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the whole run")
