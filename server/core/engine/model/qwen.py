@@ -6,6 +6,7 @@ read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,31 @@ from tqdm import tqdm
 from server.core.engine.model.attention.segment import Segment, step_order
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
+from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.kv_memory import KVMemory
-from server.core.engine.model.linear import FloatLinear, Linear, LinearFactory, linear_factory
+from server.core.engine.model.linear import (
+    QUANTIZED_DTYPES,
+    FloatLinear,
+    Linear,
+    LinearFactory,
+    linear_factory,
+)
 from server.core.engine.model.weights import WeightReader
 from server.core.engine.runner import StepInterruptedError
 
+# Tokens that show a type that quantizes which columns are large; they are the same for all texts.
+_NUM_SAMPLE_TOKENS = 64
+
 
 @dataclass(frozen=True)
-class _Layer:
+class _Attention:
     qkv: Linear  # C -> (H + 2 H_kv) D: one product instead of three
     head_norms: Tensor | None  # (H + H_kv, D): of queries and keys, Qwen3
     out: Linear  # H D -> C
+
+
+@dataclass(frozen=True)
+class _Mlp:
     gate_up: Linear  # C -> 2 I
     down: Linear  # I -> C
 
@@ -36,27 +51,19 @@ class _Layer:
 class QwenModel:
     """Weights and forward pass. Holds no state between calls; that is in the KV caches."""
 
-    def __init__(self, config: ModelConfig, reader: WeightReader, make: LinearFactory) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        reader: WeightReader,
+        make: LinearFactory,
+        sample_ids: Sequence[int] = (),
+    ) -> None:
+        """sample_ids: tokens that pass through each layer as it is read.
+
+        What a norm gives of them is `make`'s sample.
+        """
         self.config = config
         c = config
-        # The largest matrix first: quantizing it takes twice its size for a moment.
-        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
-        self._head = make(reader.blocks(head, (c.vocab_size, c.hidden_size)))
-        if c.is_tied and isinstance(self._head, FloatLinear):
-            self._embeddings = self._head.weight
-        else:
-            # Stays in the file: few rows are looked up, and the file has them in full.
-            self._embeddings = reader.mapped(
-                "model.embed_tokens.weight", (c.vocab_size, c.hidden_size)
-            )
-        self._embedding_scales = (
-            None if self._embeddings.dtype != torch.int8
-            else reader.scales("model.embed_tokens.weight", c.vocab_size)
-        )  # fmt: skip
-        # disable=None: on a terminal only, so that no log is full of it.
-        indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
-        self._layers = [_read_layer(c, reader, make, i) for i in indices]
-        self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
         self._epsilons = {
             size: torch.tensor(math.sqrt(size * c.rms_norm_eps))
             for size in (c.hidden_size, c.head_dim)
@@ -64,6 +71,29 @@ class QwenModel:
         # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
+        # Stays in the file: few rows are looked up, and the file has them in full.
+        self._embeddings = reader.mapped("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+        self._embedding_scales = reader.scales("model.embed_tokens.weight", c.vocab_size)
+        sample = _Sample(self, sample_ids) if sample_ids else None
+        # disable=None: on a terminal only, so that no log is full of it.
+        indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
+        self._layers = list[tuple[_Attention, _Mlp]]()
+        for i in indices:
+            attention = _read_attention(c, reader, make, i, sample.normalised() if sample else None)
+            if sample:
+                sample.add_attention(i, attention)
+            mlp = _read_mlp(c, reader, make, i, sample.normalised() if sample else None)
+            if sample:
+                sample.add_mlp(mlp)
+            self._layers.append((attention, mlp))
+        self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
+        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
+        self._head = make(
+            reader.blocks(head, (c.vocab_size, c.hidden_size)),
+            sample=sample.normalised() * self._norm if sample else None,
+        )
+        if c.is_tied and isinstance(self._head, FloatLinear):
+            self._embeddings, self._embedding_scales = self._head.weight, None
 
     def new_memory(self, max_tokens: int, max_context: int) -> KVMemory:
         """Room for the KV caches of running sequences."""
@@ -90,16 +120,12 @@ class QwenModel:
         # The layers after which something is wanted or leaves; in most steps the last one alone.
         stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
         rotations = self._rotations([p for s in ordered for p in s.positions])
-        ids = torch.tensor([i for s in ordered for i in s.token_ids])
-        hidden = F.embedding(ids, self._embeddings).float()
-        if self._embedding_scales is not None:
-            hidden *= self._embedding_scales[ids, None]
-        for i, layer in enumerate(self._layers):
+        hidden = self._embedded([i for s in ordered for i in s.token_ids])
+        for i, (attention, mlp) in enumerate(self._layers):
             if should_stop():
                 raise StepInterruptedError
-            layer.out.add_to(hidden, self._attention(i, layer, hidden, attend, rotations))
-            gate, up = layer.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
-            layer.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
+            self._add_attention(i, attention, hidden, attend, rotations)
+            self._add_mlp(mlp, hidden)
             if i + 1 not in stops:
                 continue
             num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
@@ -134,21 +160,37 @@ class QwenModel:
         """(N, C) -> (N, V), in float32."""
         return self._head(self._normalised(hidden) * self._norm)
 
-    def _attention(
-        self, index: int, layer: _Layer, hidden: Tensor, attend: StepAttention, rotations: Tensor
-    ) -> Tensor:
-        """The heads' mixed values, before the last projection: (N, H D)."""
+    def _embedded(self, token_ids: Sequence[int]) -> Tensor:
+        """(N,) -> (N, C)."""
+        ids = torch.tensor(token_ids)
+        hidden = F.embedding(ids, self._embeddings).float()
+        if self._embedding_scales is not None:
+            hidden *= self._embedding_scales[ids, None]
+        return hidden
+
+    def _add_attention(
+        self,
+        index: int,
+        weights: _Attention,
+        hidden: Tensor,
+        attend: StepAttention,
+        rotations: Tensor,
+    ) -> None:
         c = self.config
-        qkv = layer.qkv(self._normalised(hidden)).view(len(hidden), -1, c.head_dim)
-        if layer.head_norms is not None:
-            rotated = qkv[:, : len(layer.head_norms)]
-            rotated.copy_(self._normalised(rotated) * layer.head_norms)
+        qkv = weights.qkv(self._normalised(hidden)).view(len(hidden), -1, c.head_dim)
+        if weights.head_norms is not None:
+            rotated = qkv[:, : len(weights.head_norms)]
+            rotated.copy_(self._normalised(rotated) * weights.head_norms)
         # RoPE turns pairs of numbers, which is a product of complex ones.
         pairs = torch.view_as_complex(qkv.view(*qkv.shape[:2], -1, 2))
         pairs[:, : c.num_heads + c.num_kv_heads].mul_(rotations)
         num_heads = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
         queries, keys, values = torch.split(qkv, num_heads, dim=1)
-        return attend(index, queries, keys, values)
+        weights.out.add_to(hidden, attend(index, queries, keys, values))
+
+    def _add_mlp(self, weights: _Mlp, hidden: Tensor) -> None:
+        gate, up = weights.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
+        weights.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
 
     def _normalised(self, x: Tensor) -> Tensor:
         """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
@@ -164,16 +206,50 @@ class QwenModel:
         return torch.polar(torch.ones_like(angles), angles)[:, None]
 
 
+class _Sample:
+    """Some tokens on their way through a model whose layers are being read."""
+
+    def __init__(self, model: QwenModel, token_ids: Sequence[int]) -> None:
+        cache = KVCache()
+        is_reserved = model.new_memory(len(token_ids), len(token_ids)).reserve(
+            cache, len(token_ids)
+        )
+        assert is_reserved
+        segment = Segment(token_ids, range(len(token_ids)), cache)
+        self._model = model
+        self._attend = StepAttention([segment])
+        self._rotations = model._rotations(segment.positions)
+        self._hidden = model._embedded(token_ids)
+
+    def normalised(self) -> Tensor:
+        """What the next matrix behind a norm is given: (N, C)."""
+        return self._model._normalised(self._hidden)
+
+    def add_attention(self, index: int, weights: _Attention) -> None:
+        self._model._add_attention(index, weights, self._hidden, self._attend, self._rotations)
+
+    def add_mlp(self, weights: _Mlp) -> None:
+        self._model._add_mlp(weights, self._hidden)
+
+
 def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
     """Reads the checkpoint in `folder`; dtype: "float32", "bfloat16", "int8" or "int4".
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or cannot be read.
     """
-    return QwenModel(config, WeightReader(folder), linear_factory(dtype))
+    sample_ids: list[int] = []
+    if dtype in QUANTIZED_DTYPES:
+        # Which columns are large depends on the model, hardly on the text: tokens at random do as
+        # well as sentences, and need no tokenizer.
+        num_tokens = min(_NUM_SAMPLE_TOKENS, config.max_position_embeddings)
+        sample_ids = random.Random(0).choices(range(config.vocab_size), k=num_tokens)
+    return QwenModel(config, WeightReader(folder), linear_factory(dtype), sample_ids)
 
 
-def _read_layer(c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int) -> _Layer:
+def _read_attention(
+    c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int, sample: Tensor | None
+) -> _Attention:
     prefix = f"model.layers.{index}."
     num_rotated = c.num_heads + c.num_kv_heads
     query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -182,9 +258,6 @@ def _read_layer(c: ModelConfig, reader: WeightReader, make: LinearFactory, index
 
     def read(name: str, *shape: int) -> Tensor:
         return reader.read(prefix + name, shape)
-
-    def norm(name: str, size: int) -> Tensor:
-        return read(name, size) * math.sqrt(size)
 
     def read_qkv(kind: str, *columns: int) -> Tensor:
         rows = torch.cat([read(f"self_attn.{p}.{kind}", rows, *columns) for p, rows in parts])
@@ -195,22 +268,43 @@ def _read_layer(c: ModelConfig, reader: WeightReader, make: LinearFactory, index
 
     head_norms = None
     if c.has_qk_norm:
-        norms = [norm(f"self_attn.{p}_norm.weight", c.head_dim)[pairs] for p in ("q", "k")]
+        norms = [
+            read(f"self_attn.{p}_norm.weight", c.head_dim)[pairs] * math.sqrt(c.head_dim)
+            for p in ("q", "k")
+        ]
         norms[0] *= c.head_dim**-0.5
         head_norms = torch.stack([norms[0]] * c.num_heads + [norms[1]] * c.num_kv_heads)
-    input_norm = norm("input_layernorm.weight", c.hidden_size)
-    post_norm = norm("post_attention_layernorm.weight", c.hidden_size)
-    size, inner = c.hidden_size, c.intermediate_size
-    return _Layer(
+    size = c.hidden_size
+    norm = read("input_layernorm.weight", size) * math.sqrt(size)
+    return _Attention(
         qkv=make(
-            [read_qkv("weight", size) * input_norm], read_qkv("bias") if c.has_qkv_bias else None
+            [read_qkv("weight", size) * norm],
+            read_qkv("bias") if c.has_qkv_bias else None,
+            sample,
         ),
         head_norms=head_norms,
         out=make(
             [read("self_attn.o_proj.weight", size, query_rows)],
             read("self_attn.o_proj.bias", size) if c.has_out_bias else None,
         ),
-        gate_up=make(read(f"mlp.{p}_proj.weight", inner, size) * post_norm for p in ("gate", "up")),
+    )
+
+
+def _read_mlp(
+    c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int, sample: Tensor | None
+) -> _Mlp:
+    prefix = f"model.layers.{index}."
+    size, inner = c.hidden_size, c.intermediate_size
+
+    def read(name: str, *shape: int) -> Tensor:
+        return reader.read(prefix + name, shape)
+
+    norm = read("post_attention_layernorm.weight", size) * math.sqrt(size)
+    return _Mlp(
+        gate_up=make(
+            (read(f"mlp.{p}_proj.weight", inner, size) * norm for p in ("gate", "up")),
+            sample=sample,
+        ),
         down=make([read("mlp.down_proj.weight", size, inner)]),
     )
 
