@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.core.engine.heap import trim_heap
+
 QUANTIZED_DTYPES = ("int8", "int4")
 INT4_GROUP_SIZE = 64
 # Rows of a packed int4 matrix come in blocks of this many.
@@ -85,7 +87,9 @@ class Int8Linear:
                 self._factors = _smoothing_factors(sample, block)
             quantized.append(_quantize_rows(block, self._factors))
         integers, scales, row_sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
-        del quantized
+        del quantized, block
+        # Or the gaps that the blocks leave are added to the two copies of the matrix to come.
+        trim_heap()
         zero_points = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():
             # Deprecated in PyTorch 2.13; nothing that replaces it runs this kernel.
@@ -134,14 +138,23 @@ class Int8Linear:
 
 
 class Int4Linear:
-    """Weights in 4 bits, a scale and a zero per row and group of columns (weight-only)."""
+    """Weights in 4 bits, a scale and a zero per row and group of columns (weight-only).
+
+    With a sample, columns are made alike as in int8, so that weights by which large numbers are
+    multiplied are rounded less.
+    """
 
     def __init__(
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None
     ) -> None:
         packed, scales_and_zeros, num_rows = [], [], 0
+        self._factors: Tensor | None = None
         for block in _in_rows_of(blocks, _INT4_BLOCK):
             num_rows += len(block)
+            if sample is not None and self._factors is None:
+                self._factors = _smoothing_factors(sample, block)
+            if self._factors is not None:
+                block = block / self._factors
             integers, scales, zeros = _quantize_groups(_padded(block, _INT4_BLOCK))
             packed.append(torch._convert_weight_to_int4pack_for_cpu(integers, 1))
             scales_and_zeros.append(torch.stack((scales, zeros), dim=-1))
@@ -152,6 +165,8 @@ class Int4Linear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._factors is not None:
+            x = x * self._factors
         # In float32 the kernel has no fast path.
         y = torch._weight_int4pack_mm_for_cpu(
             x.to(torch.bfloat16), self._packed, INT4_GROUP_SIZE, self._scales_and_zeros
