@@ -158,6 +158,8 @@ class Int4Linear:
             integers, scales, zeros = _quantize_groups(_padded(block, _INT4_BLOCK))
             packed.append(torch._convert_weight_to_int4pack_for_cpu(integers, 1))
             scales_and_zeros.append(torch.stack((scales, zeros), dim=-1))
+        del blocks, block, integers, scales, zeros
+        trim_heap()
         self._packed = torch.cat(packed)
         scales = torch.cat(scales_and_zeros).transpose(0, 1).contiguous()
         self._scales_and_zeros = scales.to(torch.bfloat16)
