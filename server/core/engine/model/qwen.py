@@ -71,9 +71,17 @@ class QwenModel:
         # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
-        # Stays in the file: few rows are looked up, and the file has them in full.
-        self._embeddings = reader.mapped("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
-        self._embedding_scales = reader.scales("model.embed_tokens.weight", c.vocab_size)
+        # The largest matrix first: quantizing it takes twice its size for a moment. So nothing is
+        # known yet of what it will be given.
+        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
+        self._head = make(reader.blocks(head, (c.vocab_size, c.hidden_size)))
+        if c.is_tied and isinstance(self._head, FloatLinear):
+            self._embeddings, self._embedding_scales = self._head.weight, None
+        else:
+            # Stays in the file: few rows are looked up, and the file has them in full.
+            name = "model.embed_tokens.weight"
+            self._embeddings = reader.mapped(name, (c.vocab_size, c.hidden_size))
+            self._embedding_scales = reader.scales(name, c.vocab_size)
         sample = _Sample(self, sample_ids) if sample_ids else None
         # disable=None: on a terminal only, so that no log is full of it.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
@@ -87,13 +95,6 @@ class QwenModel:
                 sample.add_mlp(mlp)
             self._layers.append((attention, mlp))
         self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
-        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
-        self._head = make(
-            reader.blocks(head, (c.vocab_size, c.hidden_size)),
-            sample=sample.normalised() * self._norm if sample else None,
-        )
-        if c.is_tied and isinstance(self._head, FloatLinear):
-            self._embeddings, self._embedding_scales = self._head.weight, None
 
     def new_memory(self, max_tokens: int, max_context: int) -> KVMemory:
         """Room for the KV caches of running sequences."""
