@@ -100,7 +100,12 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     for warning in filter(None, (services.warning, _exposure(settings))):
         try_print(f"\nWARNING: {warning}", sys.stderr)
     # Before the banner: whoever reads it and connects at once would be refused.
-    listener.listen(config.backlog)
+    try:
+        listener.listen(config.backlog)
+    except OSError as error:
+        # Another server bound the port, too, and listened first.
+        services.engine.close()
+        raise _taken(host, port, error) from error
     try_print(_banner(services.model_id, url, _page_line(settings, url)))
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
@@ -197,10 +202,13 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise OSError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port"
-        ) from error
+        raise _taken(host, port, error) from error
     return listener
+
+
+def _taken(host: str, port: int, error: OSError) -> OSError:
+    reason = f"cannot listen on {host}:{port}: {error.strerror}"
+    return OSError(f"{reason}; choose another with --port")
 
 
 def _exposure(settings: Settings) -> str | None:

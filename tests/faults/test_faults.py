@@ -78,14 +78,14 @@ def break_forward(num_tokens: int, *, is_done: bool) -> Callable[[Any, ModelRunn
 
 
 def break_sampler(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
-    sample = Sampler.sample
+    penalise = Sampler.penalise
 
-    def broken(self: Sampler, logits: Any) -> Any:
-        if self._params.seed == SEED and self._counts:
+    def broken(self: Sampler, logits: Any) -> None:
+        if self.params.seed == SEED and self.num_sampled:
             raise BrokenOnPurposeError
-        return sample(self, logits)
+        penalise(self, logits)
 
-    patch.setattr(Sampler, "sample", broken)
+    patch.setattr(Sampler, "penalise", broken)
 
 
 def break_detokenizer(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:

@@ -32,8 +32,8 @@ class Scores:
 class Engine:
     """Runs sequences in continuous batches on a thread of its own.
 
-    Without `work`, that of a request, a sequence is a work of its own. A sequence that comes when
-    the engine is closing is refused with an EngineClosedError.
+    work: the request that a sequence belongs to; None: the sequence is one of its own. Methods that
+    start a sequence raise an EngineClosedError once the engine is closing.
     """
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_rows: int) -> None:

@@ -43,7 +43,7 @@ class Runner(Protocol):
         """Whether the sequence could be admitted if the others were suspended."""
 
     def reserve(self, sequence: Sequence) -> bool:
-        """Makes room for an admitted sequence's next token, if there is any."""
+        """Makes room for an admitted sequence's next token; False if memory is short."""
 
     def suspend(self, sequence: Sequence) -> None:
         """Frees the sequence's memory; `admit` computes or copies it again."""

@@ -95,7 +95,9 @@ async def fit_judge(
     first = await measure(all_ids[0], with_labels=bool(has_label_scores[0]), is_pinned=True)
     others = await all_of(map(measure, all_ids[1:], has_label_scores[1:].tolist()))
     scores = [first, *others]
-    states = np.stack([each.hidden_states for each in scores if each.hidden_states is not None])
+    known = [each.hidden_states for each in scores if each.hidden_states is not None]
+    assert len(known) == len(scores)
+    states = np.stack(known)
     logprobs = np.array([each.logprobs for each in scores if each.logprobs])
     kinds = [example.kind for example in examples]
     # In a thread: cross-validation takes a second or two.

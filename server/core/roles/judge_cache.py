@@ -23,8 +23,9 @@ from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
 
-# To be raised when judges are fitted in another way than before.
-FORMAT = 1
+# To be raised when judges are fitted in another way than before, or quantized models compute
+# otherwise.
+FORMAT = 2
 
 
 class JudgeCache:

@@ -13,7 +13,7 @@ PARAMS = SamplingParams(max_tokens=50, temperature=0.5, seed=3)
 MAX_CONTEXT = 20
 
 
-class FakeGenerator:
+class FakeEngine:
     """Takes notes of what it is asked; every answer is token 5."""
 
     def __init__(self) -> None:
@@ -35,17 +35,17 @@ class FakeGenerator:
 
 
 @pytest.fixture
-def generator() -> FakeGenerator:
-    return FakeGenerator()
+def generator() -> FakeEngine:
+    return FakeEngine()
 
 
 @pytest.fixture
-def completer(generator: FakeGenerator, tokenizer: ChatTokenizer) -> Completer:
+def completer(generator: FakeEngine, tokenizer: ChatTokenizer) -> Completer:
     return Completer(generator, tokenizer, max_context=MAX_CONTEXT)
 
 
 async def test_texts_are_encoded_as_they_are_and_ids_left_alone(
-    completer: Completer, generator: FakeGenerator, tokenizer: ChatTokenizer
+    completer: Completer, generator: FakeEngine, tokenizer: ChatTokenizer
 ) -> None:
     text = "你好<|im_end|>"
     await completer.complete({"prompt[0]": text, "prompt[1]": [7, 8]}, PARAMS, [])
@@ -54,7 +54,7 @@ async def test_texts_are_encoded_as_they_are_and_ids_left_alone(
 
 
 async def test_one_choice_of_a_prompt_needs_no_prefill(
-    completer: Completer, generator: FakeGenerator
+    completer: Completer, generator: FakeEngine
 ) -> None:
     choices = await completer.complete({"prompt[0]": [7], "prompt[1]": [8, 9]}, PARAMS, [])
     assert generator.prefilled == []
@@ -62,7 +62,7 @@ async def test_one_choice_of_a_prompt_needs_no_prefill(
 
 
 async def test_several_choices_compute_each_prompt_once_and_differ_in_their_seed(
-    completer: Completer, generator: FakeGenerator
+    completer: Completer, generator: FakeEngine
 ) -> None:
     prompts: dict[str, Prompt] = {"prompt[0]": [7], "prompt[1]": [8, 9]}
     choices = await completer.complete(prompts, PARAMS, [], num_choices=2)
@@ -79,7 +79,7 @@ async def test_several_choices_compute_each_prompt_once_and_differ_in_their_seed
 
 
 async def test_each_continuation_is_capped_by_the_room_behind_its_prompt(
-    completer: Completer, generator: FakeGenerator
+    completer: Completer, generator: FakeEngine
 ) -> None:
     await completer.complete({"prompt[0]": [7], "prompt[1]": [7] * 19}, PARAMS, [])
     assert [params.max_tokens for _, params in generator.submitted] == [19, 1]
@@ -87,7 +87,7 @@ async def test_each_continuation_is_capped_by_the_room_behind_its_prompt(
 
 @pytest.mark.parametrize("prompt", [[7] * MAX_CONTEXT, "word " * 99], ids=["ids", "text"])
 async def test_nothing_is_computed_where_one_prompt_is_too_long(
-    completer: Completer, generator: FakeGenerator, prompt: Prompt
+    completer: Completer, generator: FakeEngine, prompt: Prompt
 ) -> None:
     with pytest.raises(ContextLengthError) as caught:
         await completer.complete({"prompt[0]": [7], "prompt[1]": prompt}, PARAMS, [], num_choices=2)
@@ -97,7 +97,7 @@ async def test_nothing_is_computed_where_one_prompt_is_too_long(
 
 @pytest.mark.parametrize("token_id", [-1, 10**9])
 async def test_a_token_the_model_does_not_have_is_named(
-    completer: Completer, generator: FakeGenerator, token_id: int
+    completer: Completer, generator: FakeEngine, token_id: int
 ) -> None:
     with pytest.raises(InvalidRequestError, match=f"no token {token_id}") as caught:
         await completer.complete({"prompt": [7, 7, token_id]}, PARAMS, [])

@@ -192,8 +192,8 @@ def linear_factory(dtype: str) -> LinearFactory:
 def _smoothing_factors(sample: Tensor, rows: Tensor) -> Tensor:
     """What to multiply the columns of x with, and to divide those of the weights by: (C_in,).
 
-    After that a column is as large in x as in the weights, of which some rows will do. Powers of
-    two, so that nothing is rounded.
+    After that a column is as large in x as in the weights. Powers of two, so that nothing is
+    rounded. rows: of the weights; the first block of them is enough.
     """
     sizes, weight_sizes = _column_sizes(sample), _column_sizes(rows)
     exponents: Tensor = (weight_sizes / sizes).log2().div_(2).round_()

@@ -53,7 +53,7 @@ def read_logits(
     rows = [states[chunk].prompt[-1][-1:] for chunk in (*sampled, *prompts)]
     rows += branches.values()
     if not rows:
-        return StepLogits([], torch.empty(0), {}, {})
+        return StepLogits([], torch.empty(0, 0), {}, {})
     token_ids = torch.tensor(
         [ids[i] for chunk in branches for ids in chunk.continuations for i in range(1, len(ids))],
         dtype=torch.long,

@@ -31,7 +31,8 @@ from server.core.engine.model.linear import (
 from server.core.engine.model.weights import WeightReader
 from server.core.engine.runner import StepInterruptedError
 
-# Tokens that show a type that quantizes which columns are large; they are the same for all texts.
+# Random tokens that run through each layer while a quantized model is read, to measure which
+# columns are large. That hardly depends on the text.
 _NUM_SAMPLE_TOKENS = 64
 
 
@@ -60,7 +61,7 @@ class QwenModel:
     ) -> None:
         """sample_ids: tokens that pass through each layer as it is read.
 
-        What a norm gives of them is `make`'s sample.
+        `make` receives what each norm gives for them as its sample.
         """
         self.config = config
         c = config

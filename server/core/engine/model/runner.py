@@ -103,9 +103,12 @@ class ModelRunner:
     ) -> dict[Sequence, StepResult | Exception]:
         if not sequences:
             return {}
-        samplers = [self._states[sequence].sampler for sequence in sequences]
-        tokens = sample([sampler for sampler in samplers if sampler is not None], logits)
-        return dict(zip(sequences, tokens, strict=True))
+        samplers = []
+        for sequence in sequences:
+            sampler = self._states[sequence].sampler
+            assert sampler is not None
+            samplers.append(sampler)
+        return dict(zip(sequences, sample(samplers, logits), strict=True))
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:

@@ -118,7 +118,9 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exc
             sampler.penalise(logits[i])
         except Exception as error:
             failed[i] = error
-    padded = F.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
+    padded = logits
+    if num_missing := -logits.shape[1] % _BLOCK:
+        padded = F.pad(logits, (0, num_missing), value=-torch.inf)
     maxima = padded.view(len(logits), -1, _BLOCK).amax(-1)
     # A NaN is its own maximum.
     for i, is_finite in enumerate(maxima.amax(1).isfinite().tolist()):
@@ -139,12 +141,12 @@ def _choose(samplers: Mapping[int, Sampler], logits: Tensor, maxima: Tensor) -> 
 
     logits: (B, V). maxima: (B, V / _BLOCK), of their blocks.
     """
-    alike = defaultdict[_Cut | None, list[int]](list)  # None: greedy
+    rows_by_cut = defaultdict[_Cut | None, list[int]](list)  # None: greedy
     for i, sampler in samplers.items():
         is_greedy = sampler.params.temperature < _MIN_TEMPERATURE
-        alike[None if is_greedy else sampler.cut].append(i)
+        rows_by_cut[None if is_greedy else sampler.cut].append(i)
     token_ids: dict[int, int] = {}
-    for cut, rows in alike.items():
+    for cut, rows in rows_by_cut.items():
         of_rows = (logits, maxima) if len(rows) == len(logits) else (logits[rows], maxima[rows])
         if cut is None:
             chosen = _argmax(*of_rows)
@@ -161,20 +163,24 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut
     logits, maxima: as `_choose` has them. cut: of each sampler.
     """
     temperatures = _column(sampler.params.temperature for sampler in samplers)
-    is_enough = [True] * len(samplers)
+    reaches_top_p = [True] * len(samplers)
     if cut.num is None:
         kept, ids = logits / temperatures, torch.arange(logits.shape[1])[None]
     else:
         top, ids = _top(logits, maxima, cut.num)
         kept = top / temperatures
-        total = (logits / temperatures if cut.is_guess else kept).logsumexp(1, keepdim=True)
+        total = kept.logsumexp(1, keepdim=True)
+        if cut.is_guess:
+            # In blocks: the sum over a long row depends on how many rows there are.
+            blocks = (logits / temperatures).view(*maxima.shape, _BLOCK)
+            total = blocks.logsumexp(2).logsumexp(1, keepdim=True)
         top_p = _column(sampler.params.top_p for sampler in samplers)
         # top_p keeps the fewest of the largest that reach it, counted among those that top_k has
         # left (arXiv 1904.09751).
         is_reached = ((kept - total).exp().cumsum(1) >= top_p).logical_and_(top_p < 1.0)
         kept[:, 1:].masked_fill_(is_reached[:, :-1], -torch.inf)
         if cut.is_guess:
-            is_enough = is_reached[:, -1].tolist()
+            reaches_top_p = is_reached[:, -1].tolist()
     # min_p keeps tokens of at least that share of the likeliest one's probability
     # (arXiv 2407.01082).
     min_p = _column(sampler.params.min_p for sampler in samplers)
@@ -185,7 +191,7 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut
     chosen = noise.log_().neg_().log_().neg_().add_(kept).argmax(1, keepdim=True)
     token_ids: list[int] = ids.expand(kept.shape).gather(1, chosen)[:, 0].tolist()
     for i, sampler in enumerate(samplers):
-        if cut.num is not None and not is_enough[i]:
+        if cut.num is not None and not reaches_top_p[i]:
             row = slice(i, i + 1)
             larger = _Cut(cut.num * 32, is_guess=cut.num * 32 < logits.shape[1])
             [token_ids[i]] = _draw([sampler], logits[row], maxima[row], larger)

@@ -68,7 +68,7 @@ class WeightReader:
     def _in_float32(self, name: str, shape: Sequence[int], rows: slice) -> Tensor:
         with self._slices(name, shape) as stored:
             tensor: Tensor = stored[rows].to(torch.float32, copy=True)
-        scales = self.scales(name, shape[0])
+        scales = self.scales(name, shape[0]) if len(shape) == 2 else None
         return tensor if scales is None else tensor.mul_(scales[rows, None])
 
     @contextmanager
@@ -82,7 +82,7 @@ class WeightReader:
                     f"{self._folder}: {name!r} has shape {rows.get_shape()}, but config.json "
                     f"asks for {list(shape)}"
                 )
-            has_scales = name + SCALES in self._paths
+            has_scales = len(shape) == 2 and name + SCALES in self._paths
             if rows.get_dtype() not in ((*DTYPES, "I8") if has_scales else DTYPES):
                 raise CheckpointError(
                     f"{self._folder}: {name!r} is of type {rows.get_dtype()}; this server reads "

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from server.core.engine.model.attention.segment import ROWS, Segment, tile_end
 
+# Scores of a head that are held at once: 15 MB of 14 heads.
+_MAX_SCORES = 2**18
+
 
 class _Grid(NamedTuple):
     """B branches, computed as if each had P tokens; further ones repeat a branch's last."""
@@ -22,8 +25,8 @@ class _Grid(NamedTuple):
 class BranchRun:
     """Branches behind S positions of a prompt, which are read in place.
 
-    One product of all rows with the prompt's keys and one of each branch with its own, a softmax
-    over both: as if each branch stood behind the prompt alone.
+    All rows are multiplied with the prompt's keys at once, and those of each branch with its own
+    keys. One softmax goes over both, as if each branch stood behind the prompt alone.
     A branch's P is the least power of two, and 4 at least, that holds it. So all sums depend on
     the branch and its prompt, and not on what it is computed with.
     """
@@ -34,7 +37,7 @@ class BranchRun:
         self._pool, self._slot = segment.pool, segment.cache.slot
         self._num_prompt = segment.positions[0]
         self._end = tile_end(self._num_prompt - 1, segment.cache.capacity)
-        self._grids = list(_grids(segment.branches))
+        self._grids = list(_grids(segment.branches, self._end))
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """queries: (T, H, D). keys, values: (T, H_kv, D). Returns (T, H D)."""
@@ -69,13 +72,16 @@ class BranchRun:
         return mixed.view(rows.shape).permute(1, 2, 0, 3, 4).reshape(num, length, -1)
 
 
-def _grids(lengths: tuple[int, ...]) -> Iterator[_Grid]:
+def _grids(lengths: tuple[int, ...], end: int) -> Iterator[_Grid]:
+    """end: S, positions of the prompt."""
     by_padded = defaultdict[int, list[tuple[int, int]]](list)
     for begin, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
         by_padded[max(ROWS, 1 << (length - 1).bit_length())].append((begin, length))
     for padded, branches in by_padded.items():
-        begins, lengths_of = torch.tensor(branches).T[:, :, None]
-        places = torch.arange(padded)
-        rows_of = begins + torch.minimum(places, lengths_of - 1)
-        filled = (places < lengths_of).flatten().nonzero()[:, 0]
-        yield _Grid(rows_of, filled, rows_of.flatten()[filled])
+        size = max(1, _MAX_SCORES // (padded * end))
+        for first in range(0, len(branches), size):
+            begins, lengths_of = torch.tensor(branches[first : first + size]).T[:, :, None]
+            places = torch.arange(padded)
+            rows_of = begins + torch.minimum(places, lengths_of - 1)
+            filled = (places < lengths_of).flatten().nonzero()[:, 0]
+            yield _Grid(rows_of, filled, rows_of.flatten()[filled])
