@@ -2,11 +2,10 @@
 
     python -m training.pack --corpus PATH --out training/runs/pack
     python -m training.train --pack training/runs/pack/pack.npz --run training/runs/mini
-    python -m training.export --run training/runs/mini --out server/models/qwen-mini
+    python -m training.export --weights training/runs/mini/weights --out server/models/qwen-mini
 
 Needs torch, numpy and safetensors alone. A run writes checkpoints and goes on from the last one
-when started again. Of the averaged weights those are kept with which the rows of both roles that
-were held out are the least surprising.
+when started again. The averaged weights of the last evaluation are kept.
 """
 
 import argparse
