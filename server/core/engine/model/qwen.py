@@ -8,7 +8,6 @@ read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,10 +20,10 @@ from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.kv_memory import KVMemory
+from server.core.engine.model.layers import Attention, Mlp, read_attention, read_mlp
 from server.core.engine.model.linear import (
     QUANTIZED_DTYPES,
     FloatLinear,
-    Linear,
     LinearFactory,
     linear_factory,
 )
@@ -34,19 +33,6 @@ from server.core.engine.runner import StepInterruptedError
 # Random tokens that run through each layer while a quantized model is read, to measure which
 # columns are large. That hardly depends on the text.
 _NUM_SAMPLE_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class _Attention:
-    qkv: Linear  # C -> (H + 2 H_kv) D: one product instead of three
-    head_norms: Tensor | None  # (H + H_kv, D): of queries and keys, Qwen3
-    out: Linear  # H D -> C
-
-
-@dataclass(frozen=True)
-class _Mlp:
-    gate_up: Linear  # C -> 2 I
-    down: Linear  # I -> C
 
 
 class QwenModel:
@@ -86,12 +72,12 @@ class QwenModel:
         sample = _Sample(self, sample_ids) if sample_ids else None
         # disable=None: on a terminal only, so that no log is full of it.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
-        self._layers = list[tuple[_Attention, _Mlp]]()
+        self._layers = list[tuple[Attention, Mlp]]()
         for i in indices:
-            attention = _read_attention(c, reader, make, i, sample.normalised() if sample else None)
+            attention = read_attention(c, reader, make, i, sample.normalised() if sample else None)
             if sample:
                 sample.add_attention(i, attention)
-            mlp = _read_mlp(c, reader, make, i, sample.normalised() if sample else None)
+            mlp = read_mlp(c, reader, make, i, sample.normalised() if sample else None)
             if sample:
                 sample.add_mlp(mlp)
             self._layers.append((attention, mlp))
@@ -173,7 +159,7 @@ class QwenModel:
     def _add_attention(
         self,
         index: int,
-        weights: _Attention,
+        weights: Attention,
         hidden: Tensor,
         attend: StepAttention,
         rotations: Tensor,
@@ -190,7 +176,7 @@ class QwenModel:
         queries, keys, values = torch.split(qkv, num_heads, dim=1)
         weights.out.add_to(hidden, attend(index, queries, keys, values))
 
-    def _add_mlp(self, weights: _Mlp, hidden: Tensor) -> None:
+    def _add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
         gate, up = weights.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
         weights.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
 
@@ -227,10 +213,10 @@ class _Sample:
         """What the next matrix behind a norm is given: (N, C)."""
         return self._model._normalised(self._hidden)
 
-    def add_attention(self, index: int, weights: _Attention) -> None:
+    def add_attention(self, index: int, weights: Attention) -> None:
         self._model._add_attention(index, weights, self._hidden, self._attend, self._rotations)
 
-    def add_mlp(self, weights: _Mlp) -> None:
+    def add_mlp(self, weights: Mlp) -> None:
         self._model._add_mlp(weights, self._hidden)
 
 
@@ -247,75 +233,3 @@ def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
         num_tokens = min(_NUM_SAMPLE_TOKENS, config.max_position_embeddings)
         sample_ids = random.Random(0).choices(range(config.vocab_size), k=num_tokens)
     return QwenModel(config, WeightReader(folder), linear_factory(dtype), sample_ids)
-
-
-def _read_attention(
-    c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int, sample: Tensor | None
-) -> _Attention:
-    prefix = f"model.layers.{index}."
-    num_rotated = c.num_heads + c.num_kv_heads
-    query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    parts = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-    pairs = _paired(c.head_dim)
-
-    def read(name: str, *shape: int) -> Tensor:
-        return reader.read(prefix + name, shape)
-
-    def read_qkv(kind: str, *columns: int) -> Tensor:
-        rows = torch.cat([read(f"self_attn.{p}.{kind}", rows, *columns) for p, rows in parts])
-        heads = rows.view(-1, c.head_dim, *columns)
-        if not c.has_qk_norm:
-            heads[: c.num_heads] *= c.head_dim**-0.5
-        return torch.cat((heads[:num_rotated, pairs], heads[num_rotated:])).flatten(0, 1)
-
-    head_norms = None
-    if c.has_qk_norm:
-        norms = [
-            read(f"self_attn.{p}_norm.weight", c.head_dim)[pairs] * math.sqrt(c.head_dim)
-            for p in ("q", "k")
-        ]
-        norms[0] *= c.head_dim**-0.5
-        head_norms = torch.stack([norms[0]] * c.num_heads + [norms[1]] * c.num_kv_heads)
-    size = c.hidden_size
-    norm = read("input_layernorm.weight", size) * math.sqrt(size)
-    return _Attention(
-        qkv=make(
-            [read_qkv("weight", size) * norm],
-            read_qkv("bias") if c.has_qkv_bias else None,
-            sample,
-        ),
-        head_norms=head_norms,
-        out=make(
-            [read("self_attn.o_proj.weight", size, query_rows)],
-            read("self_attn.o_proj.bias", size) if c.has_out_bias else None,
-        ),
-    )
-
-
-def _read_mlp(
-    c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int, sample: Tensor | None
-) -> _Mlp:
-    prefix = f"model.layers.{index}."
-    size, inner = c.hidden_size, c.intermediate_size
-
-    def read(name: str, *shape: int) -> Tensor:
-        return reader.read(prefix + name, shape)
-
-    norm = read("post_attention_layernorm.weight", size) * math.sqrt(size)
-    return _Mlp(
-        gate_up=make(
-            (read(f"mlp.{p}_proj.weight", inner, size) * norm for p in ("gate", "up")),
-            sample=sample,
-        ),
-        down=make([read("mlp.down_proj.weight", size, inner)]),
-    )
-
-
-def _paired(head_dim: int) -> Tensor:
-    """Order of a head's dimensions in which those that RoPE turns together are neighbours.
-
-    Checkpoints hold them half a head apart. Queries and keys change alike, so their products
-    stay the same.
-    """
-    half = head_dim // 2
-    return torch.arange(head_dim).view(2, half).T.flatten()
