@@ -46,7 +46,7 @@ class ScheduledChunk:
 
     @property
     def is_prompt_complete(self) -> bool:
-        """Whether the sequence has no token left to compute."""
+        """Whether the sequence has no token left to compute after this chunk."""
         return self.num_tokens == self.sequence.num_uncomputed
 
     @property

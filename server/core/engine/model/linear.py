@@ -6,7 +6,8 @@ matrix never exists in float32 as a whole.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -50,12 +51,7 @@ class FloatLinear:
     """Weights in float32 or bfloat16, multiplied as they are."""
 
     def __init__(
-        self,
-        blocks: Iterable[Tensor],
-        bias: Tensor | None = None,
-        sample: Tensor | None = None,
-        *,
-        dtype: torch.dtype,
+        self, blocks: Iterable[Tensor], bias: Tensor | None = None, *, dtype: torch.dtype
     ) -> None:
         self.weight = torch.cat([block.to(dtype) for block in blocks])
         self._bias = bias if bias is None else bias.to(dtype)
@@ -80,14 +76,10 @@ class Int8Linear:
     def __init__(
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None
     ) -> None:
-        self._factors: Tensor | None = None
-        quantized = []
-        for block in blocks:
-            if sample is not None and self._factors is None:
-                self._factors = _smoothing_factors(sample, block)
-            quantized.append(_quantize_rows(block, self._factors))
+        blocks, self._factors = _smoothed(blocks, sample)
+        quantized = [_quantize_rows(block) for block in blocks]
         integers, scales, row_sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
-        del quantized, block
+        del quantized
         # Or the gaps that the blocks leave are added to the two copies of the matrix to come.
         trim_heap()
         zero_points = torch.zeros(len(scales), dtype=torch.long)
@@ -148,13 +140,9 @@ class Int4Linear:
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None
     ) -> None:
         packed, scales_and_zeros, num_rows = [], [], 0
-        self._factors: Tensor | None = None
+        blocks, self._factors = _smoothed(blocks, sample)
         for block in _in_rows_of(blocks, _INT4_BLOCK):
             num_rows += len(block)
-            if sample is not None and self._factors is None:
-                self._factors = _smoothing_factors(sample, block)
-            if self._factors is not None:
-                block = block / self._factors
             integers, scales, zeros = _quantize_groups(_padded(block, _INT4_BLOCK))
             packed.append(torch._convert_weight_to_int4pack_for_cpu(integers, 1))
             scales_and_zeros.append(torch.stack((scales, zeros), dim=-1))
@@ -185,8 +173,23 @@ def linear_factory(dtype: str) -> LinearFactory:
     if dtype in makers:
         return makers[dtype]
     return lambda blocks, bias=None, sample=None: FloatLinear(
-        blocks, bias, sample, dtype=getattr(torch, dtype)
+        blocks, bias, dtype=getattr(torch, dtype)
     )
+
+
+def _smoothed(
+    blocks: Iterable[Tensor], sample: Tensor | None
+) -> tuple[Iterator[Tensor], Tensor | None]:
+    """The blocks with their columns divided by factors, and the factors (C_in,).
+
+    Without a sample: the blocks as they are, and None.
+    """
+    blocks = iter(blocks)
+    if sample is None:
+        return blocks, None
+    first = next(blocks)
+    factors = _smoothing_factors(sample, first)
+    return (block / factors for block in chain((first,), blocks)), factors
 
 
 def _smoothing_factors(sample: Tensor, rows: Tensor) -> Tensor:
@@ -207,12 +210,12 @@ def _column_sizes(rows: Tensor) -> Tensor:
     return sizes / sizes.mean()
 
 
-def _quantize_rows(weight: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric int8, the largest of each row at 127. factors: of the columns of x.
+def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric int8, the largest of each row at 127.
 
     Returns integers (R, C_in), scales (R,), and the sums of the rows they stand for (R,).
     """
-    weight = weight.float() if factors is None else weight / factors
+    weight = weight.float()
     scales = weight.abs().amax(1).clamp_min(_TINY) / 127
     integers = (weight / scales[:, None]).round_()
     return integers.to(torch.int8), scales, integers.sum(1) * scales

@@ -14,7 +14,7 @@ from server.core.engine.scheduler import ScheduledChunk
 LOGITS_ROWS = 64
 
 
-class States(NamedTuple):
+class ChunkStates(NamedTuple):
     """Hidden states of a chunk.
 
     prompt: (T, C) after each of its layers. branches: (R, C), of its continuations; None if there
@@ -28,8 +28,9 @@ class States(NamedTuple):
 class StepLogits(NamedTuple):
     """What a step says of the next tokens.
 
-    to_sample: (B, V), behind the `sampled` sequences' tokens. scored: (V,) behind each prompt that
-    is scored. logprobs: within its continuations, of their tokens but each one's first, in order.
+    to_sample: (B, V), of the token that follows in each of `sampled`.
+    scored: (V,), of the token behind each prompt that is scored.
+    logprobs: of the tokens of its continuations, in order, without the first token of each.
     """
 
     sampled: list[ScheduledChunk]
@@ -39,7 +40,7 @@ class StepLogits(NamedTuple):
 
 
 def read_logits(
-    model: QwenModel, vocab_size: int, states: Mapping[ScheduledChunk, States]
+    model: QwenModel, vocab_size: int, states: Mapping[ScheduledChunk, ChunkStates]
 ) -> StepLogits:
     """Computes the logits that the step's sequences need."""
     complete = [chunk for chunk in states if chunk.is_prompt_complete and chunk.num_tokens]
@@ -60,19 +61,19 @@ def read_logits(
     )
     # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
     # goes with the prompts; in most steps there is no other.
-    hidden, num_sampled, num_prompts = torch.cat(rows), len(sampled), len(sampled) + len(prompts)
-    first = model.logits(hidden[: num_prompts + LOGITS_ROWS])
-    scored = first[num_sampled:num_prompts, :vocab_size]
-    logprobs = _logprobs(first[num_prompts:, :vocab_size], token_ids[:LOGITS_ROWS])
+    hidden, num_sampled, num_single = torch.cat(rows), len(sampled), len(sampled) + len(prompts)
+    first = model.logits(hidden[: num_single + LOGITS_ROWS])
+    scored = first[num_sampled:num_single, :vocab_size]
+    logprobs = _logprobs(first[num_single:, :vocab_size], token_ids[:LOGITS_ROWS])
     for begin in range(LOGITS_ROWS, len(token_ids), LOGITS_ROWS):
-        block = model.logits(hidden[num_prompts + begin :][:LOGITS_ROWS])[:, :vocab_size]
+        block = model.logits(hidden[num_single + begin :][:LOGITS_ROWS])[:, :vocab_size]
         logprobs += _logprobs(block, token_ids[begin : begin + LOGITS_ROWS])
     parts = iter(logprobs)
     return StepLogits(
         sampled,
         first[:num_sampled],
         dict(zip(prompts, scored, strict=True)),
-        {chunk: list(islice(parts, len(rows))) for chunk, rows in branches.items()},
+        {chunk: list(islice(parts, len(hidden))) for chunk, hidden in branches.items()},
     )
 
 

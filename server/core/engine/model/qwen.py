@@ -60,15 +60,15 @@ class QwenModel:
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
         # The largest matrix first: quantizing it takes twice its size for a moment. So nothing is
         # known yet of what it will be given.
-        head = "model.embed_tokens.weight" if c.is_tied else "lm_head.weight"
+        embeddings = "model.embed_tokens.weight"
+        head = embeddings if c.is_tied else "lm_head.weight"
         self._head = make(reader.blocks(head, (c.vocab_size, c.hidden_size)))
         if c.is_tied and isinstance(self._head, FloatLinear):
             self._embeddings, self._embedding_scales = self._head.weight, None
         else:
             # Stays in the file: few rows are looked up, and the file has them in full.
-            name = "model.embed_tokens.weight"
-            self._embeddings = reader.mapped(name, (c.vocab_size, c.hidden_size))
-            self._embedding_scales = reader.scales(name, c.vocab_size)
+            self._embeddings = reader.mapped(embeddings, (c.vocab_size, c.hidden_size))
+            self._embedding_scales = reader.scales(embeddings, c.vocab_size)
         sample = _Sample(self, sample_ids) if sample_ids else None
         # disable=None: on a terminal only, so that no log is full of it.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)

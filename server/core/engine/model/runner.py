@@ -14,7 +14,7 @@ from torch import Tensor
 from server.core.engine.heap import trim_heap
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kv_cache import KVCache
-from server.core.engine.model.logits import States, StepLogits, read_logits
+from server.core.engine.model.logits import ChunkStates, StepLogits, read_logits
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel
 from server.core.engine.model.sampler import Sampler, sample
@@ -80,9 +80,9 @@ class ModelRunner:
         # There may be no row to compute: continuations of one token behind a known prompt.
         hidden = iter(self._model.forward(computed, should_stop) if computed else ())
         states = {
-            chunk: States(
+            chunk: ChunkStates(
                 next(hidden) if chunk.num_tokens else [],
-                next(hidden)[-1] if len(parts) > bool(chunk.num_tokens) else None,
+                next(hidden)[-1] if parts and parts[-1].branches else None,
             )
             for chunk, parts in segments.items()
         }

@@ -51,8 +51,8 @@ class Sampler:
         self.seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
         self.num_sampled = 0
         self._vocab_size = vocab_size
-        self._seen = set(prompt_ids)
-        self._seen_ids = torch.tensor(sorted(self._seen), dtype=torch.long)
+        # Of the prompt and the tokens sampled. One that is here twice is penalised once.
+        self._seen_ids = torch.tensor(sorted(set(prompt_ids)), dtype=torch.long)
         self._counts: Counter[int] = Counter()  # of the tokens sampled
         self._grammar = params.grammar.begin() if params.grammar else None
         self._biased = torch.tensor([token_id for token_id, _ in params.logit_bias])
@@ -93,8 +93,7 @@ class Sampler:
             self._grammar.accept(token_id)
         self.num_sampled += 1
         self._counts[token_id] += 1
-        if token_id not in self._seen:
-            self._seen.add(token_id)
+        if self._counts[token_id] == 1:
             self._seen_ids = torch.cat((self._seen_ids, torch.tensor([token_id])))
         if self.params.num_logprobs is None:
             return TokenEvent(token_id)
@@ -169,11 +168,12 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut
     else:
         top, ids = _top(logits, maxima, cut.num)
         kept = top / temperatures
-        total = kept.logsumexp(1, keepdim=True)
         if cut.is_guess:
             # In blocks: the sum over a long row depends on how many rows there are.
             blocks = (logits / temperatures).view(*maxima.shape, _BLOCK)
             total = blocks.logsumexp(2).logsumexp(1, keepdim=True)
+        else:
+            total = kept.logsumexp(1, keepdim=True)
         top_p = _column(sampler.params.top_p for sampler in samplers)
         # top_p keeps the fewest of the largest that reach it, counted among those that top_k has
         # left (arXiv 1904.09751).

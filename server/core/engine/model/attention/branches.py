@@ -18,6 +18,7 @@ class _Grid(NamedTuple):
     """B branches, computed as if each had P tokens; further ones repeat a branch's last."""
 
     rows_of: Tensor  # (B, P), rows of the run
+    is_hidden: Tensor  # (P, 1, P), True where a token may not look within its branch
     filled: Tensor  # (n,), the places in the flattened grid that are no repetitions
     rows: Tensor  # (n,), the run's rows in these places
 
@@ -43,13 +44,14 @@ class BranchRun:
         """queries: (T, H, D). keys, values: (T, H_kv, D). Returns (T, H D)."""
         mixed = torch.empty(len(queries), queries[0].numel())
         for grid in self._grids:
-            attended = self._attend(
-                layer, *(rows[grid.rows_of] for rows in (queries, keys, values))
-            )
+            of_grid = queries[grid.rows_of], keys[grid.rows_of], values[grid.rows_of]
+            attended = self._attend(layer, *of_grid, grid.is_hidden)
             mixed[grid.rows] = attended.flatten(0, 1)[grid.filled]
         return mixed
 
-    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, is_hidden: Tensor
+    ) -> Tensor:
         """queries: (B, P, H, D). keys, values: (B, P, H_kv, D). Returns (B, P, H D)."""
         num, length, num_kv_heads, head_dim = keys.shape
         prompt_keys = self._pool.keys[layer, self._slot, :, : self._end]
@@ -63,7 +65,6 @@ class BranchRun:
         to_prompt = torch.bmm(rows.flatten(1, 3), prompt_keys.transpose(1, 2))
         to_prompt[..., self._num_prompt :] = -torch.inf
         to_own = torch.bmm(rows.flatten(0, 1).flatten(1, 2), own_keys.transpose(1, 2))
-        is_hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[:, None]
         to_own.view(-1, *rows.shape[2:4], length).masked_fill_(is_hidden, -torch.inf)
         weights = torch.cat((to_prompt, to_own.view(num_kv_heads, -1, length)), -1).softmax(-1)
         mixed = torch.bmm(weights[..., : self._end], prompt_values.transpose(1, 2))
@@ -78,10 +79,11 @@ def _grids(lengths: tuple[int, ...], end: int) -> Iterator[_Grid]:
     for begin, length in zip(accumulate(lengths, initial=0), lengths, strict=False):
         by_padded[max(ROWS, 1 << (length - 1).bit_length())].append((begin, length))
     for padded, branches in by_padded.items():
+        is_hidden = torch.ones(padded, padded, dtype=torch.bool).triu(1)[:, None]
         size = max(1, _MAX_SCORES // (padded * end))
         for first in range(0, len(branches), size):
             begins, lengths_of = torch.tensor(branches[first : first + size]).T[:, :, None]
             places = torch.arange(padded)
             rows_of = begins + torch.minimum(places, lengths_of - 1)
             filled = (places < lengths_of).flatten().nonzero()[:, 0]
-            yield _Grid(rows_of, filled, rows_of.flatten()[filled])
+            yield _Grid(rows_of, is_hidden, filled, rows_of.flatten()[filled])

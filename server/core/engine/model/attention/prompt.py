@@ -47,8 +47,10 @@ class PromptRun:
         heads = queries.transpose(0, 1)
         mixed = []
         for tile in self._tiles:
-            num_rows = tile.rows.stop - tile.rows.start
-            rows = F.pad(heads[:, tile.rows], (0, 0, 0, len(tile.mask) - num_rows))
+            rows = heads[:, tile.rows]
+            num_rows = rows.shape[1]
+            if num_missing := len(tile.mask) - num_rows:
+                rows = F.pad(rows, (0, 0, 0, num_missing))
             known = all_keys[:, : tile.end], all_values[:, : tile.end]
             mixed.append(tile.attend(rows, *known, tile.mask)[:, :num_rows])
         tiles = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)
