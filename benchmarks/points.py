@@ -5,7 +5,6 @@ coarse: "to the point" means that a word of the topic is there.
 """
 
 import asyncio
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reply_quality import Answer
+from benchmarks.reply_quality import DATA, Answer, read_rows
 from server.core.roles.reply import with_cue
+from server.core.roles.tasks import text_in
 from server.services import Services
 
-DATA = Path(__file__).parent / "data"
 CELEBRATES, COMFORTS = "celebrates", "comforts"
 CONCURRENCY = 8
 
@@ -59,9 +58,10 @@ _ADMITS = re.compile(
 class Opener:
     """What somebody may say first.
 
-    never: tones that an answer must not have. topic: a regular expression of which an answer to
-    the point has a match. admits: whether what is asked for cannot be known or done here, except
-    for what matches `truth`.
+    never: tones that an answer must not have.
+    topic: a regular expression; it matches in an answer to the point.
+    admits: whether an answer should admit that it cannot know or do what is asked for.
+    truth: a regular expression; it matches in the right answer, which may stand instead.
     """
 
     text: str
@@ -75,12 +75,12 @@ class Opener:
 
 def read_openers(path: Path = DATA / "points.jsonl") -> list[Opener]:
     """The project's own openers with the topic of each."""
-    return [Opener(**row) for row in _read(path)]
+    return [Opener(**row) for row in read_rows(path)]
 
 
 def read_pairs(path: Path = DATA / "pairs.jsonl") -> list[dict[str, Any]]:
     """Groups of `users` and `replies` with their `label` and `lang`, kept out of training."""
-    return _read(path)
+    return read_rows(path)
 
 
 def tones(answer: str) -> set[str]:
@@ -132,10 +132,10 @@ async def pair_loss(services: Services) -> dict[str, float]:
 
     async def score(group: dict[str, Any], user: str, reply: str) -> tuple[str, float, int]:
         cue = labels[group["label"]].cue or {}
-        said = [{"role": "system", "content": _of(persona, group["lang"])},
+        said = [{"role": "system", "content": text_in(persona, group["lang"])},
                 {"role": "user", "content": user}]  # fmt: skip
         if cue:
-            said = with_cue(said, _of(cue, group["lang"]), position)
+            said = with_cue(said, text_in(cue, group["lang"]), position)
         ids = services.tokenizer.encode_text(reply)
         async with gate:
             scores = await services.engine.score(services.tokenizer.encode_chat(said), [ids])
@@ -151,11 +151,3 @@ async def pair_loss(services: Services) -> dict[str, float]:
         loss = -sum(p for p, _ in own) / max(1, sum(n for _, n in own))
         losses[f"log-loss {lang}".strip()] = round(loss, 4) if math.isfinite(loss) else math.inf
     return {"pairs": len(results), **losses}
-
-
-def _of(texts: dict[str, str], lang: str) -> str:
-    return texts[lang] if lang in texts else next(iter(texts.values()))
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

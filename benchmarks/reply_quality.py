@@ -88,12 +88,12 @@ class Answer:
 
 def read_openers(path: Path = DATA / "openers.jsonl") -> list[Opener]:
     """The project's own openers, none of which any training saw."""
-    return [Opener(**row) for row in _read(path)]
+    return [Opener(**row) for row in read_rows(path)]
 
 
 def read_abilities(path: Path = DATA / "abilities.jsonl") -> list[Ability]:
     """The project's own small tasks."""
-    return [Ability(**row) for row in _read(path)]
+    return [Ability(**row) for row in read_rows(path)]
 
 
 async def answers(
@@ -217,5 +217,6 @@ def _bare(text: str) -> str:
     return _NO_LETTERS.sub("", _PERSONS.sub("", text)).lower()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

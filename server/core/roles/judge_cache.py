@@ -23,8 +23,7 @@ from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
 
-# To be raised when judges are fitted in another way than before, or quantized models compute
-# otherwise.
+# Raise this number when the fitting of judges changes, or the arithmetic of quantized models does.
 FORMAT = 2
 
 

@@ -41,8 +41,7 @@ class FormatTooComplexError(InvalidRequestError):
 class GrammarState:
     """Where one completion stands in its grammar.
 
-    Raises:
-        FormatTooComplexError: to tell what may come takes more steps than there may be.
+    Both methods raise a FormatTooComplexError if the parser needs more steps than it is allowed.
     """
 
     def __init__(self, matcher: LLMatcher) -> None:

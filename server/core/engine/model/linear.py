@@ -21,7 +21,7 @@ INT4_GROUP_SIZE = 64
 # Rows of a packed int4 matrix come in blocks of this many.
 _INT4_BLOCK = 64
 _TINY = torch.finfo(torch.float32).tiny
-# Columns smaller than this share of the largest are taken as so large.
+# A column's size counts as at least this share of the largest column's.
 _SMALLEST_COLUMN = 1e-3
 
 
@@ -67,10 +67,10 @@ class Int8Linear:
     """Weights in int8 with a scale per row, multiplied by activations in 8 bits (dynamic).
 
     Every row of x is quantized to its own range, from its smallest to its largest number, so
-    its result does not depend on what it shares a batch with. With a sample, its columns are
-    first made alike in size (SmoothQuant, arXiv 2211.10438): a few columns of what a norm made
-    are twenty times the others, which would have three or four bits left. FBGEMM's kernel reads
-    the weights at the memory's full speed from 1 to 8 rows, and is bound by arithmetic above.
+    its result does not depend on what it shares a batch with. With a sample, the columns of x are
+    first made alike in size (SmoothQuant, arXiv 2211.10438): a few columns of a norm's output are
+    twenty times as large as the others, which would have three or four bits left. FBGEMM's kernel
+    reads the weights at the memory's full speed from 1 to 8 rows, and is bound by arithmetic above.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Int8Linear:
         quantized = [_quantize_rows(block) for block in blocks]
         integers, scales, row_sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
         del quantized
-        # Or the gaps that the blocks leave are added to the two copies of the matrix to come.
+        # Returns the memory of the blocks before the matrix is copied twice more.
         trim_heap()
         zero_points = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from server.core.engine.sequence import SamplingParams, TokenEvent
 _SMALL_NUCLEUS = 256
 # Below this the likeliest token has all the probability, and the division may overflow.
 _MIN_TEMPERATURE = 1e-5
-# The largest logits are looked for by the maxima of blocks of so many.
+# Logits in a block. The largest logits are found by the blocks' maxima.
 _BLOCK = 64
 # 2^64 over the golden ratio: the step from one counter of SplitMix64 to the next.
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -25,9 +25,10 @@ _MASK = 2**64 - 1
 
 
 class _Cut(NamedTuple):
-    """The largest logits that are looked at; None: all of them, in no order.
+    """How many of the largest logits are drawn from.
 
-    is_guess: whether more are looked at where these do not reach top_p.
+    num: None means all of them, unsorted.
+    is_guess: whether to try again with more of them if these do not reach top_p.
     """
 
     num: int | None
@@ -60,7 +61,7 @@ class Sampler:
 
     @property
     def cut(self) -> _Cut:
-        """By what the logits are cut before anything is drawn."""
+        """How many of this sequence's logits are drawn from."""
         if 0 < self.params.top_k < self._vocab_size:
             return _Cut(self.params.top_k)
         return _Cut(_SMALL_NUCLEUS, is_guess=True) if self.params.top_p < 1.0 else _Cut(None)
@@ -88,7 +89,7 @@ class Sampler:
             logits[: self._vocab_size].masked_fill_(~allowed, -torch.inf)
 
     def accept(self, token_id: int, logits: Tensor) -> TokenEvent:
-        """Goes on by the token, which was chosen from these penalised logits (V,)."""
+        """Records the chosen token. logits: (V,), penalised, from which it was chosen."""
         if self._grammar is not None:
             self._grammar.accept(token_id)
         self.num_sampled += 1
@@ -107,7 +108,7 @@ class Sampler:
 
 
 def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exception]:
-    """A token of each sequence, or what is wrong with it.
+    """The next token of each sequence, or the error that fails it.
 
     logits: (B, V) in float32, one row for each sampler; they are penalised in place.
     """

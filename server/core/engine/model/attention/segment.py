@@ -19,8 +19,8 @@ class Segment:
     """New tokens of one sequence, T of them; its KV cache has room for those it keeps.
 
     is_decode: whether its only token was sampled. It is then computed together with others'.
-    branches: lengths of the continuations that the tokens are, if they are any. Each attends to
-    the tokens in the cache and to itself, and is not kept.
+    branches: if the tokens are continuations to score, the length of each. A continuation attends
+    to the tokens in the cache and to itself, and is not kept.
     layers: those after which its hidden states are wanted, rising from 1. The segment leaves
     the forward after the last of them. None means the model's last layer.
     """
