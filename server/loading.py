@@ -9,7 +9,13 @@ from server.config import Settings
 from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from server.core.engine.engine import Engine
 from server.core.engine.generation_config import GenerationDefaults, read_generation_defaults
-from server.core.engine.model import choose_dtype, load_runner, read_model_config, weights_digest
+from server.core.engine.model import (
+    choose_dtype,
+    kv_bytes_per_token,
+    load_runner,
+    read_model_config,
+    weights_digest,
+)
 from server.core.engine.model.config import ModelConfig
 from server.core.roles.classifier import Classifier
 from server.core.roles.judge_cache import JudgeCache
@@ -34,6 +40,7 @@ class _Model:
     checkpoint: Checkpoint
     task_file: TaskFile
     config: ModelConfig
+    dtype: str
     tokenizer: ChatTokenizer
     defaults: GenerationDefaults
     max_kv_tokens: int
@@ -66,7 +73,8 @@ def _find_model(settings: Settings) -> _Model:
             f"only {config.vocab_size}; they are of different checkpoints"
         )
     defaults = read_generation_defaults(checkpoint.folder)
-    max_kv_tokens = settings.max_kv_mib * 2**20 // config.kv_bytes_per_token
+    dtype = choose_dtype(settings.dtype, config)
+    max_kv_tokens = settings.max_kv_mib * 2**20 // kv_bytes_per_token(config, dtype)
     # Not set: as long as the model allows and leaves a quarter of the memory to other requests.
     max_context = settings.max_context or max_kv_tokens * 3 // 4
     max_context = min(max_context, config.max_position_embeddings)
@@ -82,13 +90,14 @@ def _find_model(settings: Settings) -> _Model:
             f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
-    return _Model(checkpoint, task_file, config, tokenizer, defaults, max_kv_tokens, max_context)
+    return _Model(
+        checkpoint, task_file, config, dtype, tokenizer, defaults, max_kv_tokens, max_context
+    )
 
 
 def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge]]:
     """Reads the weights, starts the engine and gives every task its judge."""
     folder = model.checkpoint.folder
-    dtype = choose_dtype(settings.dtype, model.config)
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
     # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).
@@ -98,7 +107,7 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge
             load_runner,
             folder,
             model.config,
-            dtype=dtype,
+            dtype=model.dtype,
             vocab_size=model.tokenizer.vocab_size,
             num_threads=settings.num_threads,
             max_kv_tokens=model.max_kv_tokens,
@@ -113,7 +122,7 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge
             model.task_file.tasks.values(),
             engine,
             model.tokenizer,
-            JudgeCache(settings.cache_folder, f"{digest.result()} {dtype}"),
+            JudgeCache(settings.cache_folder, f"{digest.result()} {model.dtype}"),
             num_layers=model.config.num_layers,
             max_context=model.max_context,
         )

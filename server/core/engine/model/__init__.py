@@ -5,13 +5,21 @@ from pathlib import Path
 import torch
 
 from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.model.backend import kv_bytes_per_token
 from server.core.engine.model.config import ModelConfig, read_model_config
 from server.core.engine.model.linear import INT4_GROUP_SIZE, Int8Linear
 from server.core.engine.model.qwen import load_qwen
 from server.core.engine.model.runner import ModelRunner
 from server.core.engine.model.weights import weights_digest
 
-__all__ = ["ModelConfig", "choose_dtype", "load_runner", "read_model_config", "weights_digest"]
+__all__ = [
+    "ModelConfig",
+    "choose_dtype",
+    "kv_bytes_per_token",
+    "load_runner",
+    "read_model_config",
+    "weights_digest",
+]
 
 # Below this size the float32 weights fit the CPU's caches and fewer bits gain little.
 _SMALL_MODEL = 100_000_000

@@ -13,8 +13,9 @@ class Arena:
     """
 
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, *, num_tokens: int
-    ) -> None:
+        self, num_layers: int, num_kv_heads: int, head_dim: int,
+        dtype: torch.dtype = torch.float32, *, num_tokens: int,
+    ) -> None:  # fmt: skip
         """Reserves address space, and no more of it later.
 
         Raises:
@@ -22,27 +23,37 @@ class Arena:
         """
         self._num_layers, self._num_kv_heads, self._head_dim = num_layers, num_kv_heads, head_dim
         self._num_tokens = num_tokens
-        # float32 whatever the weights are: faster than bfloat16 on a CPU, and exact.
-        self._token_bytes = 4 * num_kv_heads * head_dim  # of one layer's keys
+        self._dtype = dtype
+        self._token_bytes = dtype.itemsize * num_kv_heads * head_dim  # of one layer's keys
         self._maps = [_reserve(num_layers * num_tokens * self._token_bytes) for _ in range(2)]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values in all layers."""
+        return 2 * self._num_layers * self._token_bytes
 
     def slots(self, capacity: int, first_token: int) -> tuple[Tensor, Tensor]:
         """The memory from `first_token` on, divided into as many slots as there is room for.
 
         keys: (layers, slots, H_kv, capacity, D). values: (layers, slots, H_kv, D, capacity).
+        The values of a dimension are neighbours in memory, and so are the keys in bfloat16. In
+        float32 a token's keys are: so a decode step reads both along their rows, which is how
+        PyTorch's products run at the memory's speed.
         """
         num_slots = (self._num_tokens - first_token) // capacity
         num_floats = self._num_kv_heads * self._head_dim
         used = slice(first_token * num_floats, (first_token + num_slots * capacity) * num_floats)
         keys, values = (
-            torch.frombuffer(pages, dtype=torch.float32).view(self._num_layers, -1)[:, used]
+            torch.frombuffer(pages, dtype=self._dtype).view(self._num_layers, -1)[:, used]
             for pages in self._maps
         )
         first = (self._num_layers, num_slots, self._num_kv_heads)
-        return (
-            keys.view(*first, capacity, self._head_dim),
-            values.view(*first, self._head_dim, capacity),
-        )
+        by_dimension = (*first, self._head_dim, capacity)
+        if self._dtype == torch.float32:
+            keys = keys.view(*first, capacity, self._head_dim)
+        else:
+            keys = keys.view(by_dimension).transpose(-1, -2)
+        return keys, values.view(by_dimension)
 
     def give_back(self, begin: int, end: int) -> None:
         """Gives the whole pages of these tokens back to the system; what was there is lost."""

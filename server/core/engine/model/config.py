@@ -37,11 +37,6 @@ class ModelConfig:
     has_out_bias: bool
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Memory of one token's keys and values in all layers, in float32."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * 4
-
-    @property
     def num_parameters(self) -> int:
         """Approximate number of weights, embeddings counted once."""
         attention = self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads) * 2

@@ -7,7 +7,6 @@ for all of them in one call.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -62,11 +61,8 @@ class KVPrefix:
         return KVPrefix(self.keys[index : index + 1], self.values[index : index + 1])
 
     def clone(self) -> "KVPrefix":
-        """The same in memory of its own, and no more of it."""
-        return KVPrefix(
-            self.keys.clone(memory_format=torch.contiguous_format),
-            self.values.clone(memory_format=torch.contiguous_format),
-        )
+        """The same in memory of its own, in the same order and no more of it."""
+        return KVPrefix(self.keys.clone(), self.values.clone())
 
     def copy_(self, other: "KVPrefix") -> None:
         """Overwrites this one."""
@@ -85,8 +81,7 @@ class Copy(NamedTuple):
 class KVPool:
     """Slots of one capacity; `caches` use those from `begin` on, in order and without gaps.
 
-    keys: (layers, slots, H_kv, capacity, D). values: (layers, slots, H_kv, D, capacity):
-    transposed, so that a decode step reads both along their rows, at the memory's speed.
+    keys: (layers, slots, H_kv, capacity, D). values: (layers, slots, H_kv, D, capacity).
     Both are views of the whole arena; other pools may use the memory of the other slots.
     """
 
@@ -98,6 +93,10 @@ class KVPool:
     caches: list[KVCache] = field(default_factory=list)
 
     @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[2]
+
+    @property
     def num_tokens(self) -> int:
         """Room of its slots in use."""
         return len(self.caches) * self.capacity
@@ -105,8 +104,12 @@ class KVPool:
     @property
     def tokens(self) -> range:
         """Where in the arena its slots in use are."""
-        first = self.first_token + self.begin * self.capacity
+        first = self.first_token_of(self.begin)
         return range(first, first + self.num_tokens)
+
+    def first_token_of(self, slot: int) -> int:
+        """Where in the arena the slot begins, in tokens."""
+        return self.first_token + slot * self.capacity
 
     def view(self, slot: int, length: int) -> KVPrefix:
         """The first tokens of a slot, in place."""

@@ -5,6 +5,8 @@ All memory is reserved at the start; a move allocates no more than one layer of 
 
 from collections.abc import Collection
 
+import torch
+
 from server.core.engine.model.arena import Arena
 from server.core.engine.model.kv_cache import Copy, KVCache, KVPool, KVPrefix
 
@@ -22,8 +24,8 @@ class KVMemory:
     """
 
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, *, max_tokens: int,
-        max_context: int,
+        self, num_layers: int, num_kv_heads: int, head_dim: int,
+        dtype: torch.dtype = torch.float32, *, max_tokens: int, max_context: int,
     ) -> None:  # fmt: skip
         """max_tokens: room of all slots together. max_context: that of the largest slot.
 
@@ -32,7 +34,7 @@ class KVMemory:
         """
         assert max_tokens >= max_context
         self._max_tokens = max_tokens
-        self._arena = Arena(num_layers, num_kv_heads, head_dim, num_tokens=max_tokens)
+        self._arena = Arena(num_layers, num_kv_heads, head_dim, dtype, num_tokens=max_tokens)
         capacities = [MIN_CAPACITY]
         while capacities[0] < max_context:
             capacities.insert(0, 2 * capacities[0])
@@ -42,6 +44,11 @@ class KVMemory:
         self._last = KVPool(max_context, *slots, first_token, begin=slots[0].shape[1])
         self._pools = (*self._doubling, self._last)  # in the order of the arena
         self._rising = (*reversed(self._doubling), self._last)  # by capacity
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values in all layers. Any thread."""
+        return self._arena.bytes_per_token
 
     @property
     def num_tokens(self) -> int:

@@ -76,8 +76,8 @@ class Int8Linear:
     def __init__(
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None
     ) -> None:
-        blocks, self._factors = _smoothed(blocks, sample)
-        quantized = [_quantize_rows(block) for block in blocks]
+        blocks, self._factors = smoothed(blocks, sample)
+        quantized = [quantize_rows(block) for block in blocks]
         integers, scales, row_sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
         del quantized
         # Returns the memory of the blocks before the matrix is copied twice more.
@@ -140,7 +140,7 @@ class Int4Linear:
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None
     ) -> None:
         packed, scales_and_zeros, num_rows = [], [], 0
-        blocks, self._factors = _smoothed(blocks, sample)
+        blocks, self._factors = smoothed(blocks, sample)
         for block in _in_rows_of(blocks, _INT4_BLOCK):
             num_rows += len(block)
             integers, scales, zeros = _quantize_groups(_padded(block, _INT4_BLOCK))
@@ -177,7 +177,7 @@ def linear_factory(dtype: str) -> LinearFactory:
     )
 
 
-def _smoothed(
+def smoothed(
     blocks: Iterable[Tensor], sample: Tensor | None
 ) -> tuple[Iterator[Tensor], Tensor | None]:
     """The blocks with their columns divided by factors, and the factors (C_in,).
@@ -210,7 +210,7 @@ def _column_sizes(rows: Tensor) -> Tensor:
     return sizes / sizes.mean()
 
 
-def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Symmetric int8, the largest of each row at 127.
 
     Returns integers (R, C_in), scales (R,), and the sums of the rows they stand for (R,).

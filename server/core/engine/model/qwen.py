@@ -17,16 +17,12 @@ from tqdm import tqdm
 
 from server.core.engine.model.attention.segment import Segment, step_order
 from server.core.engine.model.attention.step import StepAttention
+from server.core.engine.model.backend import Backend, choose_backend
 from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.kv_memory import KVMemory
 from server.core.engine.model.layers import Attention, Mlp, read_attention, read_mlp
-from server.core.engine.model.linear import (
-    QUANTIZED_DTYPES,
-    FloatLinear,
-    LinearFactory,
-    linear_factory,
-)
+from server.core.engine.model.linear import QUANTIZED_DTYPES, FloatLinear
 from server.core.engine.model.weights import WeightReader
 from server.core.engine.runner import StepInterruptedError
 
@@ -42,19 +38,16 @@ class QwenModel:
         self,
         config: ModelConfig,
         reader: WeightReader,
-        make: LinearFactory,
+        backend: Backend,
         sample_ids: Sequence[int] = (),
     ) -> None:
         """sample_ids: tokens that pass through each layer as it is read.
 
-        `make` receives what each norm gives for them as its sample.
+        The factory of matrices receives what each norm gives for them as its sample.
         """
         self.config = config
-        c = config
-        self._epsilons = {
-            size: torch.tensor(math.sqrt(size * c.rms_norm_eps))
-            for size in (c.hidden_size, c.head_dim)
-        }
+        self._operations, self._attention = backend
+        c, make = config, self._operations.make
         # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
@@ -87,8 +80,9 @@ class QwenModel:
         """Room for the KV caches of running sequences."""
         c = self.config
         return KVMemory(
-            c.num_layers, c.num_kv_heads, c.head_dim, max_tokens=max_tokens, max_context=max_context
-        )
+            c.num_layers, c.num_kv_heads, c.head_dim, self._attention.kv_dtype,
+            max_tokens=max_tokens, max_context=max_context,
+        )  # fmt: skip
 
     def forward(
         self, segments: Sequence[Segment], should_stop: Callable[[], bool] = lambda: False
@@ -103,7 +97,7 @@ class QwenModel:
         """
         order = step_order(segments)
         ordered = [segments[i] for i in order]
-        attend = StepAttention(ordered)
+        attend = StepAttention(self._attention, ordered)
         states: list[list[Tensor]] = [[] for _ in segments]
         # The layers after which something is wanted or leaves; in most steps the last one alone.
         stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
@@ -112,8 +106,8 @@ class QwenModel:
         for i, (attention, mlp) in enumerate(self._layers):
             if should_stop():
                 raise StepInterruptedError
-            self._add_attention(i, attention, hidden, attend, rotations)
-            self._add_mlp(mlp, hidden)
+            self._operations.add_attention(i, attention, hidden, attend, rotations)
+            self._operations.add_mlp(mlp, hidden)
             if i + 1 not in stops:
                 continue
             num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
@@ -146,7 +140,7 @@ class QwenModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32."""
-        return self._head(self._normalised(hidden) * self._norm)
+        return self._operations.logits(self._head, self._norm, hidden)
 
     def _embedded(self, token_ids: Sequence[int]) -> Tensor:
         """(N,) -> (N, C)."""
@@ -156,42 +150,10 @@ class QwenModel:
             hidden *= self._embedding_scales[ids, None]
         return hidden
 
-    def _add_attention(
-        self,
-        index: int,
-        weights: Attention,
-        hidden: Tensor,
-        attend: StepAttention,
-        rotations: Tensor,
-    ) -> None:
-        c = self.config
-        qkv = weights.qkv(self._normalised(hidden)).view(len(hidden), -1, c.head_dim)
-        if weights.head_norms is not None:
-            rotated = qkv[:, : len(weights.head_norms)]
-            rotated.copy_(self._normalised(rotated) * weights.head_norms)
-        # RoPE turns pairs of numbers, which is a product of complex ones.
-        pairs = torch.view_as_complex(qkv.view(*qkv.shape[:2], -1, 2))
-        pairs[:, : c.num_heads + c.num_kv_heads].mul_(rotations)
-        num_heads = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
-        queries, keys, values = torch.split(qkv, num_heads, dim=1)
-        weights.out.add_to(hidden, attend(index, queries, keys, values))
-
-    def _add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
-        gate, up = weights.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
-        weights.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
-
-        The square root is in the weights. hypot adds epsilon under the root, in one kernel.
-        """
-        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / norms.hypot(self._epsilons[x.shape[-1]])
-
     def _rotations(self, positions: Sequence[int]) -> Tensor:
-        """Each position as unit complex numbers, one for each pair: (N, 1, D / 2)."""
+        """Each position as unit complex numbers, one for each pair: (N, D / 2)."""
         angles = torch.tensor(positions, dtype=torch.float32)[:, None] * self._inverse_frequencies
-        return torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.polar(torch.ones_like(angles), angles)
 
 
 class _Sample:
@@ -204,20 +166,22 @@ class _Sample:
         )
         assert is_reserved
         segment = Segment(token_ids, range(len(token_ids)), cache)
-        self._model = model
-        self._attend = StepAttention([segment])
+        self._operations = model._operations
+        self._norm_eps = model.config.rms_norm_eps
+        self._attend = StepAttention(model._attention, [segment])
         self._rotations = model._rotations(segment.positions)
         self._hidden = model._embedded(token_ids)
 
     def normalised(self) -> Tensor:
         """What the next matrix behind a norm is given: (N, C)."""
-        return self._model._normalised(self._hidden)
+        size = self._hidden.shape[1]
+        return F.rms_norm(self._hidden, (size,), eps=self._norm_eps) / math.sqrt(size)
 
     def add_attention(self, index: int, weights: Attention) -> None:
-        self._model._add_attention(index, weights, self._hidden, self._attend, self._rotations)
+        self._operations.add_attention(index, weights, self._hidden, self._attend, self._rotations)
 
     def add_mlp(self, weights: Mlp) -> None:
-        self._model._add_mlp(weights, self._hidden)
+        self._operations.add_mlp(weights, self._hidden)
 
 
 def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
@@ -232,4 +196,4 @@ def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
         # well as sentences, and need no tokenizer.
         num_tokens = min(_NUM_SAMPLE_TOKENS, config.max_position_embeddings)
         sample_ids = random.Random(0).choices(range(config.vocab_size), k=num_tokens)
-    return QwenModel(config, WeightReader(folder), linear_factory(dtype), sample_ids)
+    return QwenModel(config, WeightReader(folder), choose_backend(config, dtype), sample_ids)

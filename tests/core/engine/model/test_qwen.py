@@ -107,10 +107,11 @@ def test_a_batch_of_prefills_and_decodes_equals_its_sequences_alone(
 
 
 def test_a_decoded_token_in_int8_is_the_same_to_the_last_bit_alone_and_among_others(
-    checkpoint: Path, memory: KVMemory
+    checkpoint: Path,
 ) -> None:
     # Float products add in another order for other numbers of rows; integers do not.
     model = load_qwen(checkpoint, read_model_config(checkpoint), "int8")
+    memory = model.new_memory(max_tokens=4096, max_context=256)
     lengths = (5, 17, 3, 126, 9, 200)
     prompts = [random_ids(n + 1, seed=n) for n in lengths]
 
@@ -132,9 +133,10 @@ def test_a_decoded_token_in_int8_is_the_same_to_the_last_bit_alone_and_among_oth
 
 @pytest.mark.parametrize("sizes", [(1, 130), (13, 64, 7)])
 def test_a_prompt_in_int8_is_the_same_to_the_last_bit_however_it_is_divided(
-    checkpoint: Path, memory: KVMemory, sizes: tuple[int, ...]
+    checkpoint: Path, sizes: tuple[int, ...]
 ) -> None:
     model = load_qwen(checkpoint, read_model_config(checkpoint), "int8")
+    memory = model.new_memory(max_tokens=4096, max_context=256)
     ids = random_ids(200)
     whole, divided = KVCache(), KVCache()
     expected_logits = run(model, memory, ids, whole)
@@ -158,9 +160,10 @@ def test_a_prompt_in_int8_is_the_same_to_the_last_bit_however_it_is_divided(
 
 @pytest.mark.parametrize(("dtype", "error"), [("bfloat16", 0.01), ("int8", 0.06)])
 def test_fewer_bits_stay_near_float32(
-    checkpoint: Path, memory: KVMemory, oracle: PreTrainedModel, dtype: str, error: float
+    checkpoint: Path, oracle: PreTrainedModel, dtype: str, error: float
 ) -> None:
     model = load_qwen(checkpoint, read_model_config(checkpoint), dtype)
+    memory = model.new_memory(max_tokens=4096, max_context=256)
     ids = random_ids(40)
     theirs = expected(oracle, ids)
     ours = run(model, memory, ids, KVCache())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.core.engine.model.attention.segment import ROWS, Segment, tile_end
+from server.core.engine.model.attention.segment import ROWS, Segment, split_heads, tile_end
 
 # Scores of a head that are held at once: 15 MB of 14 heads.
 _MAX_SCORES = 2**18
@@ -40,8 +40,9 @@ class BranchRun:
         self._end = tile_end(self._num_prompt - 1, segment.cache.capacity)
         self._grids = list(_grids(segment.branches, self._end))
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries: (T, H, D). keys, values: (T, H_kv, D). Returns (T, H D)."""
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        """heads: (T, H + 2 H_kv, D). Returns (T, H D)."""
+        queries, keys, values = split_heads(heads, self._pool.num_kv_heads)
         mixed = torch.empty(len(queries), queries[0].numel())
         for grid in self._grids:
             of_grid = queries[grid.rows_of], keys[grid.rows_of], values[grid.rows_of]
@@ -54,8 +55,8 @@ class BranchRun:
     ) -> Tensor:
         """queries: (B, P, H, D). keys, values: (B, P, H_kv, D). Returns (B, P, H D)."""
         num, length, num_kv_heads, head_dim = keys.shape
-        prompt_keys = self._pool.keys[layer, self._slot, :, : self._end]
-        prompt_values = self._pool.values[layer, self._slot, ..., : self._end]
+        prompt_keys = self._pool.keys[layer, self._slot, :, : self._end].float()
+        prompt_values = self._pool.values[layer, self._slot, ..., : self._end].float()
         # G query heads share a key head; they are rows behind one another for each token.
         grouped = queries.view(num, length, num_kv_heads, -1, head_dim)
         rows = grouped.permute(2, 0, 1, 3, 4).contiguous()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.core.engine.model.attention.segment import Segment, tile_end
+from server.core.engine.model.attention.segment import Segment, split_heads, tile_end
 from server.core.engine.model.kv_cache import KVPool
 
 
@@ -29,6 +29,7 @@ class DecodeRun:
     def __init__(self, row: int, segments: Sequence[Segment]) -> None:
         """row: where the run begins among the step's tokens. segments: `are_neighbours`."""
         self.rows = slice(row, row + len(segments))
+        self._num_kv_heads = segments[0].pool.num_kv_heads
         self._lengths = torch.tensor([segment.cache.length for segment in segments])
         self._end = end = _end(segments[0])
         slots = slice(segments[0].cache.slot, segments[0].cache.slot + len(segments))
@@ -38,8 +39,9 @@ class DecodeRun:
             self._mask = (torch.arange(end) > self._lengths[:, None])[:, None, :, None]
         self._views = _views(segments[0].pool, slots, end, self._lengths)
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries: (B, H, D). keys, values: (B, H_kv, D). Returns (B, H D)."""
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        """heads: (B, H + 2 H_kv, D). Returns (B, H D)."""
+        queries, keys, values = split_heads(heads, self._num_kv_heads)
         views = self._views[layer]
         num_sequences, num_kv_heads, head_dim = keys.shape
         if num_sequences == 1:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.core.engine.model.attention.segment import Segment, rounded, tile_end
+from server.core.engine.model.attention.segment import Segment, rounded, split_heads, tile_end
 
 # Up to this many positions two plain products beat F.scaled_dot_product_attention, which is made
 # for many: 32 rows over 128 take 129 instead of 160 µs, 128 over 2,048 three times as long.
@@ -35,8 +35,9 @@ class PromptRun:
         assert self._positions.stop <= cache.capacity
         self._tiles = list(_tiles(self._positions, cache.capacity))
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries: (T, H, D). keys, values: (T, H_kv, D). Returns (T, H D)."""
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        """heads: (T, H + 2 H_kv, D). Returns (T, H D)."""
+        queries, keys, values = split_heads(heads, self._pool.num_kv_heads)
         all_keys, all_values = (
             self._pool.keys[layer, self._slot],
             self._pool.values[layer, self._slot],
@@ -44,10 +45,10 @@ class PromptRun:
         all_keys[:, self._positions] = keys.transpose(0, 1)
         all_values[..., self._positions] = values.permute(1, 2, 0)
         all_values = all_values.transpose(1, 2)
-        heads = queries.transpose(0, 1)
+        queries = queries.transpose(0, 1)
         mixed = []
         for tile in self._tiles:
-            rows = heads[:, tile.rows]
+            rows = queries[:, tile.rows]
             num_rows = rows.shape[1]
             if num_missing := len(tile.mask) - num_rows:
                 rows = F.pad(rows, (0, 0, 0, num_missing))

@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from server.core.engine.model.kv_cache import KVCache, KVPool
 
 # A token attends to all positions up to the end of its tile of this many; those behind it are
@@ -73,3 +76,10 @@ def tile_end(position: int, capacity: int) -> int:
 def rounded(num_rows: int) -> int:
     """The number of rows with which a product is computed."""
     return -(-num_rows // ROWS) * ROWS
+
+
+def split_heads(heads: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H + 2 H_kv, D) -> queries (T, H, D), keys and values (T, H_kv, D)."""
+    sizes = [heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
+    queries, keys, values = torch.split(heads, sizes, dim=1)
+    return queries, keys, values

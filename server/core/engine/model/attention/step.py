@@ -1,6 +1,7 @@
 """Where all tokens of a step are kept, and what they attend to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,40 +12,68 @@ from server.core.engine.model.attention.prompt import PromptRun
 from server.core.engine.model.attention.segment import Segment
 
 
+class Run(Protocol):
+    """Neighbouring tokens of a step that attend in one call."""
+
+    rows: slice  # of the step's tokens
+
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        """heads: queries, already scaled, keys and values: (T, H + 2 H_kv, D).
+
+        Stores the new keys and values. Returns (T, H D).
+        """
+
+
+class AttentionKind(NamedTuple):
+    """One way to compute attention.
+
+    kv_dtype: of the keys and values it reads, float32 or bfloat16.
+    are_neighbours: whether two segments, the second behind the first, belong in one run.
+    make_run: the run of such segments; row: where it begins among the step's tokens.
+    """
+
+    kv_dtype: torch.dtype
+    are_neighbours: Callable[[Segment, Segment], bool]
+    make_run: Callable[[int, Sequence[Segment]], Run]
+
+
 class StepAttention:
     """Attention of one step; the same for all layers.
 
     The segments must come in the order that `step_order` gives.
     """
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self._runs = list[BranchRun | DecodeRun | PromptRun]()
+    def __init__(self, kind: AttentionKind, segments: Sequence[Segment]) -> None:
+        self._runs = list[Run]()
         begin = row = 0
         while begin < len(segments):
             end = begin + 1
-            while end < len(segments) and are_neighbours(segments[end - 1], segments[end]):
+            while end < len(segments) and kind.are_neighbours(segments[end - 1], segments[end]):
                 end += 1
-            self._runs.append(_run(row, segments[begin:end]))
+            self._runs.append(kind.make_run(row, segments[begin:end]))
             begin, row = end, self._runs[-1].rows.stop
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Stores the new keys and values and mixes the values.
+    def __call__(self, layer: int, heads: Tensor) -> Tensor:
+        """heads: as a run has them, (N, H + 2 H_kv, D). Returns (N, H D).
 
-        queries: (N, H, D), already scaled. keys, values: (N, H_kv, D). Returns (N, H D).
         N is smaller in layers that the last segments of the step do not reach.
         Does not change the caches' lengths: all layers write at the same place.
         """
         mixed = []
         for run in self._runs:
-            if run.rows.start >= len(queries):
+            if run.rows.start >= len(heads):
                 break
-            mixed.append(run(layer, queries[run.rows], keys[run.rows], values[run.rows]))
+            mixed.append(run(layer, heads[run.rows]))
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
-def _run(row: int, segments: Sequence[Segment]) -> BranchRun | DecodeRun | PromptRun:
-    """The run that begins at a row of the step. Only decodes have several segments."""
+def _make_run(row: int, segments: Sequence[Segment]) -> Run:
+    """Only decodes have several segments."""
     if segments[0].is_decode:
         return DecodeRun(row, segments)
     [segment] = segments
     return BranchRun(row, segment) if segment.branches else PromptRun(row, segment)
+
+
+# By PyTorch, on any processor.
+TORCH_ATTENTION = AttentionKind(torch.float32, are_neighbours, _make_run)

@@ -1,0 +1,42 @@
+"""Compiles functions for this processor with numba, once: the result is kept on disk.
+
+A kernel is compiled when its module is imported, for the types that are given, so that no request
+waits for a compiler.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+
+# numba finds the OpenMP that PyTorch has loaded, so both use the same threads.
+numba.config.NUMBA_NUM_THREADS = torch.get_num_threads()  # type: ignore[attr-defined]
+
+# Sums may be taken in another order, in vectors. NaN and infinity keep their meaning: a model that
+# computes them has to be noticed.
+_FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
+_njit: Any = numba.njit
+
+Kernel = Callable[..., None]
+
+
+def kernel(signature: Any) -> Callable[[Kernel], Kernel]:
+    """Compiles a function whose `numba.prange` loops run on all threads, without the GIL."""
+
+    def decorate(function: Kernel) -> Kernel:
+        options = {"parallel": True, "nogil": True, "fastmath": _FASTMATH}
+        try:
+            compiled: Kernel = _njit(signature, cache=True, **options)(function)
+        except RuntimeError:
+            # Neither the package's folder nor the user's can be written to. Compiles at each start.
+            compiled = _njit(signature, **options)(function)
+        return compiled
+
+    return decorate
+
+
+def helper(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function that kernels call; it becomes part of each of them."""
+    compiled: Callable[..., Any] = _njit(fastmath=_FASTMATH)(function)
+    return compiled

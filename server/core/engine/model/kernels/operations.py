@@ -1,0 +1,64 @@
+"""What a layer computes, in 8 bits: few passes over the rows between the products."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.core.engine.model.attention.step import StepAttention
+from server.core.engine.model.config import ModelConfig
+from server.core.engine.model.kernels import rows
+from server.core.engine.model.kernels.matrix import (
+    Floats,
+    Int8Matrix,
+    Quantized,
+    empty_rows,
+    measure_num_many,
+    quantize,
+)
+from server.core.engine.model.layers import Attention, Mlp
+from server.core.engine.model.linear import Linear, LinearFactory
+
+
+class KernelOperations:
+    """The operations on matrices of 8-bit integers, in kernels that are compiled for them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.make: LinearFactory = partial(Int8Matrix, num_many=measure_num_many())
+        self._config = config
+        self._epsilon = np.float32(config.hidden_size * config.rms_norm_eps)
+        self._head_epsilon = np.float32(config.head_dim * config.rms_norm_eps)
+        self._no_norms = np.empty((config.num_heads + config.num_kv_heads, 0), np.float32)
+
+    def add_attention(
+        self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
+        rotations: Tensor,
+    ) -> None:  # fmt: skip
+        qkv, out = _int8(weights.qkv), _int8(weights.out)
+        norms = self._no_norms if weights.head_norms is None else weights.head_norms.numpy()
+        heads = qkv.product(self._normalised(hidden, qkv.factors))
+        heads = heads.reshape(len(hidden), -1, self._config.head_dim)
+        rows.rotate(
+            heads, torch.view_as_real(rotations).flatten(1).numpy(), norms, self._head_epsilon
+        )
+        mixed = attend(index, torch.from_numpy(heads))
+        out.add_product(hidden.numpy(), quantize(mixed.numpy()))
+
+    def add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
+        gate_up, down = _int8(weights.gate_up), _int8(weights.down)
+        gated = gate_up.gated(self._normalised(hidden, gate_up.factors))
+        down.add_product(hidden.numpy(), gated)
+
+    def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
+        return torch.from_numpy(_int8(head).product(self._normalised(hidden, norm.numpy())))
+
+    def _normalised(self, hidden: Tensor, factors: Floats) -> Quantized:
+        quantized = empty_rows(*hidden.shape)
+        rows.normalise(hidden.numpy(), factors, self._epsilon, *quantized)
+        return quantized
+
+
+def _int8(matrix: Linear) -> Int8Matrix:
+    assert isinstance(matrix, Int8Matrix)
+    return matrix

@@ -1,0 +1,107 @@
+"""What happens to the rows of a step between two products, each in one pass.
+
+A product of 8-bit integers is raw: its sums of integers as float32, (N, C_out). Its value is
+((raw * column scale) - zero * column sum) * row scale + bias. Rows do not depend on each other, so
+a row's result is the same in any company.
+"""
+
+import numpy as np
+from numba import boolean, float32, prange, uint8, void
+
+from server.core.engine.model.kernels.compiling import helper, kernel
+from server.core.engine.model.kernels.floats import exp, from_ordered, ordered
+
+_TINY = np.float32(1.1754944e-38)
+_ROWS, _COLUMNS = float32[:, ::1], float32[::1]
+
+
+@helper
+def _quantize(row, factor, quantized):
+    """Quantizes factor * row to its own range, from its smallest to its largest number.
+
+    Returns scale and zero: a number is (integer - zero) * scale. The scale is NaN if a number is.
+    """
+    lowest = highest = np.int32(0)
+    for i in range(len(row)):
+        place = ordered(row[i])
+        lowest, highest = min(lowest, place), max(highest, place)
+    low, high = from_ordered(lowest), from_ordered(highest)
+    scale = (high - low) / np.float32(255) + _TINY
+    zero = np.rint(-low / scale)
+    inverse = np.float32(1) / scale
+    for i in range(len(row)):
+        quantized[i] = np.uint8(np.int32(np.rint(row[i] * inverse) + zero))
+    return scale * factor, zero
+
+
+@kernel(void(_ROWS, uint8[:, ::1], _COLUMNS, _COLUMNS))
+def quantize(x, quantized, scales, zeros):
+    """x: (N, C). Fills the others: (N, C), (N,), (N,)."""
+    for n in prange(len(x)):
+        scales[n], zeros[n] = _quantize(x[n], np.float32(1), quantized[n])
+
+
+@kernel(void(_ROWS, _COLUMNS, float32, uint8[:, ::1], _COLUMNS, _COLUMNS))
+def normalise(hidden, factors, epsilon, quantized, scales, zeros):
+    """Quantizes factors * x / sqrt(sum of squares + epsilon) for each row x of hidden, (N, C).
+
+    factors: (C,). RMSNorm's sqrt(C) is in the weights of the next product.
+    """
+    for n in prange(len(hidden)):
+        row = np.empty(hidden.shape[1], np.float32)
+        total = np.float32(0)
+        for i in range(len(row)):
+            total += hidden[n, i] * hidden[n, i]
+            row[i] = hidden[n, i] * factors[i]
+        factor = np.float32(1) / np.sqrt(total + epsilon)
+        scales[n], zeros[n] = _quantize(row, factor, quantized[n])
+
+
+@kernel(void(_ROWS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, uint8[:, ::1], _COLUMNS, _COLUMNS))
+def gate(raw, row_scales, row_zeros, column_scales, column_sums, quantized, scales, zeros):
+    """Quantizes silu(gate) * up; raw: the product with both matrices, (N, 2 I)."""
+    size = raw.shape[1] // 2
+    for n in prange(len(raw)):
+        row = np.empty(size, np.float32)
+        scale, zero = row_scales[n], row_zeros[n]
+        for i in range(size):
+            x = (raw[n, i] * column_scales[i] - zero * column_sums[i]) * scale
+            j = size + i
+            up = (raw[n, j] * column_scales[j] - zero * column_sums[j]) * scale
+            row[i] = x / (np.float32(1) + exp(-x)) * up
+        scales[n], zeros[n] = _quantize(row, np.float32(1), quantized[n])
+
+
+@kernel(void(_ROWS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _ROWS, boolean))
+def finish(raw, row_scales, row_zeros, column_scales, column_sums, bias, y, is_added):
+    """The product's values, (N, C_out): written to y or added to it. raw may be y."""
+    for n in prange(len(raw)):
+        scale, zero = row_scales[n], row_zeros[n]
+        for i in range(raw.shape[1]):
+            value = (raw[n, i] * column_scales[i] - zero * column_sums[i]) * scale + bias[i]
+            y[n, i] = y[n, i] + value if is_added else value
+
+
+@kernel(void(float32[:, :, ::1], _ROWS, _ROWS, float32))
+def rotate(heads, rotations, norms, epsilon):
+    """Turns the first heads of each token, in place: (N, H + 2 H_kv, D).
+
+    rotations: (N, D), cosine and sine of each pair. norms: (H + H_kv, D), by which x / sqrt(sum of
+    squares + epsilon) is multiplied first; (H + H_kv, 0) if there is no norm.
+    """
+    size = heads.shape[2]
+    for n in prange(len(heads)):
+        for h in range(len(norms)):
+            head = heads[n, h]
+            if norms.shape[1]:
+                total = np.float32(0)
+                for i in range(size):
+                    total += head[i] * head[i]
+                factor = np.float32(1) / np.sqrt(total + epsilon)
+                for i in range(size):
+                    head[i] *= factor * norms[h, i]
+            for i in range(0, size, 2):
+                cosine, sine = rotations[n, i], rotations[n, i + 1]
+                x, y = head[i], head[i + 1]
+                head[i] = x * cosine - y * sine
+                head[i + 1] = x * sine + y * cosine
