@@ -8,7 +8,7 @@ import torch
 
 from server.core.engine.model.attention.step import TORCH_ATTENTION, AttentionKind
 from server.core.engine.model.config import ModelConfig
-from server.core.engine.model.linear import linear_factory
+from server.core.engine.model.linear import QUANTIZED_DTYPES, linear_factory
 from server.core.engine.model.operations import Operations, TorchOperations
 
 # Columns of a tile, which the sizes of a model have to be multiples of.
@@ -26,12 +26,12 @@ class Backend(NamedTuple):
 def choose_backend(config: ModelConfig, dtype: str) -> Backend:
     """The fastest that has been seen to be exact enough for the type of weights."""
     operations: Operations = TorchOperations(config, linear_factory(dtype))
-    if dtype == "int8" and _has_kernels_for(config):
+    if dtype in QUANTIZED_DTYPES and _has_kernels_for(config):
         # Imported only here: the kernels are compiled as they are imported.
         matrix = importlib.import_module(f"{_KERNELS}.matrix")
         if matrix.is_layout_known():
             module = importlib.import_module(f"{_KERNELS}.operations")
-            operations = module.KernelOperations(config)
+            operations = module.KernelOperations(config, dtype)
     return Backend(operations, _attention_of(config, dtype))
 
 

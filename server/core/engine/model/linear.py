@@ -141,9 +141,9 @@ class Int4Linear:
     ) -> None:
         packed, scales_and_zeros, num_rows = [], [], 0
         blocks, self._factors = smoothed(blocks, sample)
-        for block in _in_rows_of(blocks, _INT4_BLOCK):
+        for block in in_rows_of(blocks, _INT4_BLOCK):
             num_rows += len(block)
-            integers, scales, zeros = _quantize_groups(_padded(block, _INT4_BLOCK))
+            integers, scales, zeros = _quantize_groups(padded(block, _INT4_BLOCK))
             packed.append(torch._convert_weight_to_int4pack_for_cpu(integers, 1))
             scales_and_zeros.append(torch.stack((scales, zeros), dim=-1))
         del blocks, block, integers, scales, zeros
@@ -234,7 +234,7 @@ def _quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return integers.flatten(1).to(torch.int32), scales, low + 8 * scales
 
 
-def _in_rows_of(blocks: Iterable[Tensor], size: int) -> Iterable[Tensor]:
+def in_rows_of(blocks: Iterable[Tensor], size: int) -> Iterable[Tensor]:
     """The same rows, cut so that every block but the last has a multiple of `size`."""
     rest: Tensor | None = None
     for block in blocks:
@@ -247,5 +247,6 @@ def _in_rows_of(blocks: Iterable[Tensor], size: int) -> Iterable[Tensor]:
         yield rest
 
 
-def _padded(rows: Tensor, size: int) -> Tensor:
+def padded(rows: Tensor, size: int) -> Tensor:
+    """With rows of zeros behind, so that there is a multiple of `size`."""
     return F.pad(rows, (0, 0, 0, -len(rows) % size))

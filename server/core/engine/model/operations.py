@@ -14,9 +14,10 @@ from server.core.engine.model.linear import Linear, LinearFactory
 
 
 class Operations(Protocol):
-    """Computes the parts of a layer with the matrices that `make` makes, and changes `hidden`."""
+    """Computes the parts of a layer with the matrices that it makes, and changes `hidden`."""
 
     make: LinearFactory
+    make_head: LinearFactory  # of the output matrix
 
     def add_attention(
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
@@ -38,7 +39,7 @@ class TorchOperations:
     """The operations, each a few calls of PyTorch."""
 
     def __init__(self, config: ModelConfig, make: LinearFactory) -> None:
-        self.make = make
+        self.make = self.make_head = make
         self._config = config
         self._epsilons = {
             size: torch.tensor(math.sqrt(size * config.rms_norm_eps))

@@ -55,7 +55,7 @@ class QwenModel:
         # known yet of what it will be given.
         embeddings = "model.embed_tokens.weight"
         head = embeddings if c.is_tied else "lm_head.weight"
-        self._head = make(reader.blocks(head, (c.vocab_size, c.hidden_size)))
+        self._head = self._operations.make_head(reader.blocks(head, (c.vocab_size, c.hidden_size)))
         if c.is_tied and isinstance(self._head, FloatLinear):
             self._embeddings, self._embedding_scales = self._head.weight, None
         else:

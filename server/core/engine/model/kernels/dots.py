@@ -43,9 +43,14 @@ class _Instruction(NamedTuple):
     sums: ir.VectorType
     factors: ir.VectorType
 
+    def declared(self, module: ir.Module) -> ir.Function:
+        """To be called with sums and two factors; returns sums."""
+        kind = ir.FunctionType(self.sums, [self.sums, self.factors, self.factors])
+        return cgutils.get_or_insert_function(module, kind, self.name)
 
-_INT8 = _Instruction("llvm.x86.avx512.vpdpbusd.512", _WORDS, ir.VectorType(_BYTE, 64))
-_BFLOAT16 = _Instruction("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, ir.VectorType(_BFloat(), 32))
+
+INT8 = _Instruction("llvm.x86.avx512.vpdpbusd.512", _WORDS, ir.VectorType(_BYTE, 64))
+BFLOAT16 = _Instruction("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, ir.VectorType(_BFloat(), 32))
 
 
 def _dots(instruction: _Instruction, *, is_added: bool) -> Callable[..., None]:
@@ -74,39 +79,26 @@ def _generate(
     b: ir.IRBuilder, instruction: _Instruction, num_rows: int, is_added: bool,
     rows: Any, row_bytes: Any, tile: Any, num_groups: Any, sums: Any, sum_bytes: Any,
 ) -> None:  # fmt: skip
-    of_sums, of_factors = instruction.sums, instruction.factors
-    multiply = cgutils.get_or_insert_function(
-        b.module, ir.FunctionType(of_sums, [of_sums, of_factors, of_factors]), instruction.name
-    )
-
-    def at(address: Any, offset: Any, kind: ir.Type) -> Any:
-        return b.inttoptr(b.add(address, offset), kind.as_pointer())
-
-    def times(value: Any, factor: int) -> Any:
-        return b.mul(value, ir.Constant(_INT, factor))
-
+    multiply = instruction.declared(b.module)
     places = [
-        at(b.add(sums, times(sum_bytes, row)), ir.Constant(_INT, 64 * j), of_sums)
+        at(b, b.add(sums, times(b, sum_bytes, row)), 64 * j, instruction.sums)
         for row in range(num_rows)
         for j in range(_VECTORS)
     ]
     # LLVM keeps these in registers.
     totals = []
     for place in places:
-        begin = b.load(place, align=4) if is_added else of_sums(None)
+        begin = b.load(place, align=4) if is_added else instruction.sums(None)
         totals.append(cgutils.alloca_once_value(b, begin))
     with cgutils.for_range(b, num_groups) as loop:
-        begin = b.add(tile, times(loop.index, 4 * TILE))
+        begin = b.add(tile, times(b, loop.index, 4 * TILE))
         columns = [
-            b.load(at(begin, ir.Constant(_INT, 64 * j), of_factors), align=4)
-            for j in range(_VECTORS)
+            b.load(at(b, begin, 64 * j, instruction.factors), align=4) for j in range(_VECTORS)
         ]
         for row in range(num_rows):
-            address = b.add(rows, times(row_bytes, row))
-            group = b.load(at(address, times(loop.index, 4), _WORD), align=4)
-            lanes = b.insert_element(_WORDS(ir.Undefined), group, _WORD(0))
-            lanes = b.shuffle_vector(lanes, _WORDS(ir.Undefined), _WORDS([0] * 16))
-            factors = b.bitcast(lanes, of_factors)
+            address = b.add(rows, times(b, row_bytes, row))
+            group = splat_word(b, b.add(address, times(b, loop.index, 4)), 0)
+            factors = b.bitcast(group, instruction.factors)
             for j in range(_VECTORS):
                 total = totals[row * _VECTORS + j]
                 b.store(b.call(multiply, [b.load(total), factors, columns[j]]), total)
@@ -114,8 +106,25 @@ def _generate(
         b.store(b.load(total), place, align=4)
 
 
+def at(b: ir.IRBuilder, address: Any, offset: int, kind: ir.Type) -> Any:
+    """A pointer to what lies `offset` bytes behind an address."""
+    return b.inttoptr(b.add(address, _INT(offset)), kind.as_pointer())
+
+
+def times(b: ir.IRBuilder, value: Any, factor: int) -> Any:
+    """A 64-bit product."""
+    return b.mul(value, _INT(factor))
+
+
+def splat_word(b: ir.IRBuilder, address: Any, offset: int) -> Any:
+    """Sixteen times the 32 bits `offset` bytes behind an address."""
+    word = b.load(at(b, address, offset, _WORD), align=4)
+    lanes = b.insert_element(_WORDS(ir.Undefined), word, _WORD(0))
+    return b.shuffle_vector(lanes, _WORDS(ir.Undefined), _WORDS([0] * 16))
+
+
 # Sums in int32, of rows in uint8 and columns in int8.
-int8_dots = _dots(_INT8, is_added=False)
+int8_dots = _dots(INT8, is_added=False)
 # Sums in float32, of bfloat16.
-bfloat16_dots = _dots(_BFLOAT16, is_added=False)
-add_bfloat16_dots = _dots(_BFLOAT16, is_added=True)
+bfloat16_dots = _dots(BFLOAT16, is_added=False)
+add_bfloat16_dots = _dots(BFLOAT16, is_added=True)

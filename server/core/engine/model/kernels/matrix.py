@@ -1,9 +1,9 @@
-"""A matrix in 8 bits, multiplied by rows in 8 bits with the processor's dot products."""
+"""Matrices in 8 and 4 bits, multiplied by rows in 8 bits with the processor's dot products."""
 
 import ctypes
 import timeit
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.core.engine.heap import trim_heap
-from server.core.engine.model.kernels import product, rows
+from server.core.engine.model.kernels import int4, product, rows
 from server.core.engine.model.kernels.dots import TILE
-from server.core.engine.model.linear import quantize_rows, smoothed
+from server.core.engine.model.linear import in_rows_of, padded, quantize_rows, smoothed
 
 Floats = NDArray[np.float32]
 # Numbers of rows from which on oneDNN's product may be faster than ours.
@@ -41,97 +41,163 @@ def quantize(x: Floats) -> Quantized:
     return quantized
 
 
-class Int8Matrix:
-    """A `Linear` with weights in int8 and a scale per row; C_in is a multiple of 64.
+class Packed(Protocol):
+    """A matrix of integers, (C_out, C_in), as the processor's instructions read it."""
+
+    def multiply(self, x: NDArray[np.uint8]) -> Floats:
+        """(N, C_in) -> (N, C_out): the sums of integers, as float32."""
+
+
+class PackedRows(NamedTuple):
+    """A matrix: its integers, the scale of each row, and the sums of the rows they stand for."""
+
+    packed: Packed
+    scales: Tensor
+    sums: Tensor
+
+
+# From blocks of rows, and how much each column matters, (C_in,).
+Pack = Callable[[Iterable[Tensor], Tensor | None], PackedRows]
+
+
+class KernelMatrix:
+    """A `Linear` of packed integers; C_in is a multiple of 64.
 
     Every row of x is quantized to its own range. With a sample, the columns of x are first made
-    alike in size (SmoothQuant, arXiv 2211.10438). oneDNN lays the weights out, and its product and
-    ours read the same memory. Sums of integers are exact, so both give the same.
+    alike in size (SmoothQuant, arXiv 2211.10438).
     """
 
     def __init__(
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None,
-        *, num_many: int = _MANY_ROWS[0],
+        *, pack: Pack,
     ) -> None:  # fmt: skip
-        """num_many: rows from which on oneDNN computes the product."""
-        self._num_many = num_many
         blocks, factors = smoothed(blocks, sample)
-        quantized = [quantize_rows(block) for block in blocks]
-        integers, scales, sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
-        del quantized
-        # Returns the memory of the blocks before the matrix is copied once more.
+        importance = None
+        if sample is not None and factors is not None:
+            importance = (sample * factors).square().mean(0)
+        self._packed, scales, sums = pack(blocks, importance)
+        # Returns the memory of the blocks.
         trim_heap()
-        self.num_rows, self.num_columns = integers.shape
-        self._packed = torch.ops.onednn.qlinear_prepack(integers, None)
-        self._bytes = _bytes_of(self._packed)
-        self._ones, self._zeros = torch.ones(self.num_rows), torch.zeros(self.num_rows).long()
-        if factors is None:
-            factors = torch.ones(self.num_columns)
-        self.factors = factors.numpy()
+        self.num_rows = len(scales)
+        # Of the columns of x, (C_in,); None: all 1.
+        self.factors = None if factors is None else factors.numpy()
         bias = torch.zeros(self.num_rows) if bias is None else bias.float()
         self._columns = scales.numpy(), sums.numpy(), bias.numpy()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(
-            self.product(quantize((x * torch.from_numpy(self.factors)).numpy()))
-        )
+        return torch.from_numpy(self.product(self._quantized(x)))
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
-        self.add_product(residual.numpy(), quantize((x * torch.from_numpy(self.factors)).numpy()))
+        self.add_product(residual.numpy(), self._quantized(x))
 
     def product(self, x: Quantized) -> Floats:
         """(N, C_in) -> (N, C_out)."""
-        y = self.raw_product(x)
+        y = self._packed.multiply(x.integers)
         rows.finish(y, x.scales, x.zeros, *self._columns, y, False)
         return y
 
     def add_product(self, residual: Floats, x: Quantized) -> None:
         """Adds the product to `residual`, (N, C_out)."""
-        rows.finish(self.raw_product(x), x.scales, x.zeros, *self._columns, residual, True)
+        raw = self._packed.multiply(x.integers)
+        rows.finish(raw, x.scales, x.zeros, *self._columns, residual, True)
 
     def gated(self, x: Quantized) -> Quantized:
         """The product without bias is gate and up, (N, 2 I). Returns silu(gate) * up, (N, I)."""
         scales, sums, _ = self._columns
         gated = empty_rows(len(x.integers), self.num_rows // 2)
-        rows.gate(self.raw_product(x), x.scales, x.zeros, scales, sums, *gated)
+        raw = self._packed.multiply(x.integers)
+        rows.gate(raw, x.scales, x.zeros, scales, sums, *gated)
         return gated
 
-    def raw_product(self, x: Quantized) -> Floats:
-        """Sums of integers as float32, (N, C_out)."""
-        if len(x.integers) < self._num_many:
-            raw = np.empty((len(x.integers), self.num_rows), np.float32)
-            product.multiply(x.integers, self._bytes, raw)
+    def _quantized(self, x: Tensor) -> Quantized:
+        return quantize(x.numpy() if self.factors is None else x.numpy() * self.factors)
+
+
+class _Int8:
+    """Tiles that oneDNN lays out, and reads if there are many rows."""
+
+    def __init__(self, integers: Tensor, num_many: int) -> None:
+        """num_many: rows from which on oneDNN computes the product."""
+        self._num_rows, self._num_many = len(integers), num_many
+        self._packed = torch.ops.onednn.qlinear_prepack(integers, None)
+        self._bytes = _bytes_of(self._packed)
+        self._ones, self._zeros = torch.ones(self._num_rows), torch.zeros(self._num_rows).long()
+
+    def multiply(self, x: NDArray[np.uint8]) -> Floats:
+        """Sums of integers are exact: ours and oneDNN's are the same."""
+        if len(x) < self._num_many:
+            raw = np.empty((len(x), self._num_rows), np.float32)
+            product.multiply(x, self._bytes, raw)
             return raw
         result: Tensor = torch.ops.onednn.qlinear_pointwise(
-            torch.from_numpy(x.integers), 1.0, 0, self._packed, self._ones, self._zeros, None,
-            1.0, 0, torch.float32, "none", [], "",
+            torch.from_numpy(x), 1.0, 0, self._packed, self._ones, self._zeros, None, 1.0, 0,
+            torch.float32, "none", [], "",
         )  # fmt: skip
         return result.numpy()
 
 
+class _Int4:
+    """Tiles of 4-bit integers."""
+
+    def __init__(self, tiles: NDArray[np.uint8], num_rows: int) -> None:
+        self._tiles, self._num_rows = tiles, num_rows
+
+    def multiply(self, x: NDArray[np.uint8]) -> Floats:
+        raw = np.empty((len(x), self._num_rows), np.float32)
+        int4.multiply(x, self._tiles, raw)
+        return raw
+
+
+def int8_packer(num_many: int) -> Pack:
+    """Rounds to 8 bits, the largest weight of each row to 127. num_many: as `_Int8` has it."""
+
+    def pack(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows:
+        quantized = [quantize_rows(block) for block in blocks]
+        integers, scales, sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
+        del quantized
+        # Returns the memory of the blocks before the matrix is copied once more.
+        trim_heap()
+        return PackedRows(_Int8(integers, num_many), scales, sums)
+
+    return pack
+
+
+def pack_int4(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows:
+    """Rounds to 4 bits, with ranges of groups that make the weighted error small."""
+    parts, num_rows = [], 0
+    for block in in_rows_of(blocks, TILE):
+        num_rows += len(block)
+        weights = padded(block.float(), TILE).contiguous()
+        of_columns = torch.ones(weights.shape[1]) if importance is None else importance
+        tiles = int4.empty_tiles(*weights.shape)
+        scales, sums = np.empty((2, len(weights)), np.float32)
+        int4.pack(weights.numpy(), of_columns.numpy(), tiles, scales, sums)
+        parts.append((tiles, scales, sums))
+    tiles, scales, sums = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    of_rows = (torch.from_numpy(array[:num_rows]) for array in (scales, sums))
+    return PackedRows(_Int4(tiles, num_rows), *of_rows)
+
+
 def measure_num_many() -> int:
     """Rows from which on oneDNN's product is the faster one on this processor. Some 100 ms."""
+    integers = torch.ones(4096, 1024, dtype=torch.int8)
     for num_rows in _MANY_ROWS:
-        x = quantize(np.ones((num_rows, 1024), np.float32))
-        ours, theirs = (
-            Int8Matrix([torch.ones(4096, 1024)], num_many=n) for n in (num_rows + 1, num_rows)
-        )
+        x = np.ones((num_rows, 1024), np.uint8)
+        ours, theirs = _Int8(integers, num_rows + 1), _Int8(integers, num_rows)
         if _seconds(theirs, x) < _seconds(ours, x):
             return num_rows
     return 2 * num_rows
 
 
-def _seconds(matrix: Int8Matrix, x: Quantized) -> float:
+def _seconds(matrix: Packed, x: NDArray[np.uint8]) -> float:
     """Of a product, the least of several."""
-    return min(timeit.repeat(lambda: matrix.raw_product(x), number=1, repeat=5))
+    return min(timeit.repeat(lambda: matrix.multiply(x), number=1, repeat=5))
 
 
 def is_layout_known() -> bool:
     """Whether oneDNN lays matrices out in the tiles that `dots` describes."""
-    rows_, columns = 2 * TILE, 4 * TILE
-    integers = torch.arange(rows_ * columns).mul(7).remainder(251).sub(125).to(torch.int8)
-    integers = integers.view(rows_, columns)
-    packed = torch.ops.onednn.qlinear_prepack(integers, None)
+    integers = torch.arange(2 * TILE * 4 * TILE).mul(7).remainder(251).sub(125).to(torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(integers.view(2 * TILE, 4 * TILE), None)
     tiles = integers.view(2, TILE, -1, 4).transpose(1, 2).flatten()
     return np.array_equal(_bytes_of(packed)[: tiles.numel()], tiles.numpy())
 

@@ -11,10 +11,12 @@ from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.kernels import rows
 from server.core.engine.model.kernels.matrix import (
     Floats,
-    Int8Matrix,
+    KernelMatrix,
     Quantized,
     empty_rows,
+    int8_packer,
     measure_num_many,
+    pack_int4,
     quantize,
 )
 from server.core.engine.model.layers import Attention, Mlp
@@ -22,20 +24,27 @@ from server.core.engine.model.linear import Linear, LinearFactory
 
 
 class KernelOperations:
-    """The operations on matrices of 8-bit integers, in kernels that are compiled for them."""
+    """The operations on matrices of 8 or 4 bits, in kernels that are compiled for them."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.make: LinearFactory = partial(Int8Matrix, num_many=measure_num_many())
+    def __init__(self, config: ModelConfig, dtype: str) -> None:
+        """dtype: "int8" or "int4"."""
+        int8 = int8_packer(measure_num_many())
+        self.make: LinearFactory = partial(
+            KernelMatrix, pack=int8 if dtype == "int8" else pack_int4
+        )
+        # The matrix whose rounding in 4 bits costs the most.
+        self.make_head: LinearFactory = partial(KernelMatrix, pack=int8)
         self._config = config
         self._epsilon = np.float32(config.hidden_size * config.rms_norm_eps)
         self._head_epsilon = np.float32(config.head_dim * config.rms_norm_eps)
+        self._ones = np.ones(config.hidden_size, np.float32)
         self._no_norms = np.empty((config.num_heads + config.num_kv_heads, 0), np.float32)
 
     def add_attention(
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
         rotations: Tensor,
     ) -> None:  # fmt: skip
-        qkv, out = _int8(weights.qkv), _int8(weights.out)
+        qkv, out = _kernel_matrix(weights.qkv), _kernel_matrix(weights.out)
         norms = self._no_norms if weights.head_norms is None else weights.head_norms.numpy()
         heads = qkv.product(self._normalised(hidden, qkv.factors))
         heads = heads.reshape(len(hidden), -1, self._config.head_dim)
@@ -46,19 +55,22 @@ class KernelOperations:
         out.add_product(hidden.numpy(), quantize(mixed.numpy()))
 
     def add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
-        gate_up, down = _int8(weights.gate_up), _int8(weights.down)
+        gate_up, down = _kernel_matrix(weights.gate_up), _kernel_matrix(weights.down)
         gated = gate_up.gated(self._normalised(hidden, gate_up.factors))
         down.add_product(hidden.numpy(), gated)
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
-        return torch.from_numpy(_int8(head).product(self._normalised(hidden, norm.numpy())))
+        return torch.from_numpy(
+            _kernel_matrix(head).product(self._normalised(hidden, norm.numpy()))
+        )
 
-    def _normalised(self, hidden: Tensor, factors: Floats) -> Quantized:
+    def _normalised(self, hidden: Tensor, factors: Floats | None) -> Quantized:
         quantized = empty_rows(*hidden.shape)
+        factors = self._ones if factors is None else factors
         rows.normalise(hidden.numpy(), factors, self._epsilon, *quantized)
         return quantized
 
 
-def _int8(matrix: Linear) -> Int8Matrix:
-    assert isinstance(matrix, Int8Matrix)
+def _kernel_matrix(matrix: Linear) -> KernelMatrix:
+    assert isinstance(matrix, KernelMatrix)
     return matrix

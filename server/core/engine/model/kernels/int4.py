@@ -1,0 +1,120 @@
+"""Rounds a matrix to 4 bits, and multiplies rows in uint8 with it."""
+
+import numpy as np
+from numba import float32, prange, uint8, void
+
+from server.core.engine.model.kernels.compiling import helper, kernel
+from server.core.engine.model.kernels.dots import TILE
+from server.core.engine.model.kernels.floats import from_ordered, ordered
+from server.core.engine.model.kernels.int4_tiles import (
+    GROUP,
+    GROUP_BYTES,
+    MAX_DIRECT_ROWS,
+    direct_dots,
+    expand,
+)
+from server.core.engine.model.kernels.product import multiply_tile
+
+_TINY = np.float32(1.1754944e-38)
+# A range of the integers may leave out the outermost weights: down to this share of them all.
+_LEAST_RANGE = np.float32(0.75)
+
+
+@helper
+def _error(weights, importance, scale, least):
+    """Squared error of a group if it were rounded so, weighted by the columns' importance."""
+    total, inverse = np.float32(0), np.float32(1) / scale
+    for i in range(GROUP):
+        integer = min(max(np.rint((weights[i] - least) * inverse), np.float32(0)), np.float32(15))
+        error = integer * scale + least - weights[i]
+        total += importance[i] * error * error
+    return total
+
+
+@helper
+def _best_range(weights, importance):
+    """Scale and least of a group, integers in float32, so that the error is the least."""
+    lowest = highest = ordered(weights[0])
+    for i in range(GROUP):
+        place = ordered(weights[i])
+        lowest, highest = min(lowest, place), max(highest, place)
+    low, high = from_ordered(lowest), from_ordered(highest)
+    most = np.ceil((high - low) / 15)
+    best_error, best_scale, best_least = np.float32(np.inf), np.float32(1), np.float32(0)
+    scale = max(most, np.float32(1))
+    while scale >= max(_LEAST_RANGE * (high - low) / 15, np.float32(1)):
+        for shift in range(-1, 2):
+            least = np.rint((high + low) / 2 - scale * (np.float32(7.5) + np.float32(shift) / 3))
+            least = min(max(least, np.float32(-128)), 127 - 15 * scale)
+            error = _error(weights, importance, scale, least)
+            if error < best_error:
+                best_error, best_scale, best_least = error, scale, least
+        scale -= np.float32(1)
+    return best_scale, best_least
+
+
+@kernel(void(float32[:, ::1], float32[::1], uint8[:, :, ::1], float32[::1], float32[::1]))
+def pack(weights, importance, packed, scales, sums):
+    """Rounds rows and lays them out.
+
+    weights: (R, C_in), R a multiple of 64. importance: (C_in,). Fills the others: tiles,
+    (R / 64, C_in / 32, GROUP_BYTES); what a row's integers are multiplied by to be weights, (R,),
+    and the sum of these, (R,).
+    """
+    num_rows, num_columns = weights.shape
+    for n in prange(num_rows):
+        tile, column = packed[n // TILE], n % TILE
+        largest = np.float32(0)
+        for i in range(num_columns):
+            largest = max(largest, abs(weights[n, i]))
+        unit = largest / np.float32(127) + _TINY
+        total = np.float32(0)
+        group_weights = np.empty(GROUP, np.float32)
+        for group in range(num_columns // GROUP):
+            begin = group * GROUP
+            for i in range(GROUP):
+                group_weights[i] = weights[n, begin + i] / unit
+            scale, least = _best_range(group_weights, importance[begin : begin + GROUP])
+            for i in range(GROUP):
+                ratio = np.rint((group_weights[i] - least) / scale)
+                integer = min(max(ratio, np.float32(0)), np.float32(15))
+                total += integer * scale + least
+                place, bits = 4 * TILE * (i % 16 // 4) + 4 * column + i % 4, np.uint8(integer)
+                if i < GROUP // 2:
+                    tile[group, place] = bits
+                else:
+                    tile[group, place] |= bits << 4
+            tile[group, GROUP * TILE // 2 + column] = np.uint8(scale)
+            tile[group, GROUP * TILE // 2 + TILE + column] = np.uint8(np.int32(least) & 0xFF)
+        scales[n], sums[n] = unit, total * unit
+
+
+@kernel(void(uint8[:, ::1], uint8[:, :, ::1], float32[:, ::1]))
+def multiply(rows, packed, raw):
+    """rows: (N, C_in). packed: as `pack` gives it. raw: (N, C_out), the sums of integers."""
+    num_rows, num_groups = len(rows), packed.shape[1]
+    is_direct = num_rows <= MAX_DIRECT_ROWS
+    group_sums = np.zeros((num_rows, num_groups), np.int32)
+    if is_direct:
+        for n in range(num_rows):
+            for i in range(rows.shape[1]):
+                group_sums[n, i // GROUP] += rows[n, i]
+    for tile in prange(len(packed)):
+        if is_direct:
+            sums = np.empty((MAX_DIRECT_ROWS, TILE), np.int32)
+            direct_dots(
+                num_rows, rows.ctypes.data, rows.shape[1], group_sums.ctypes.data, 4 * num_groups,
+                packed[tile].ctypes.data, num_groups, sums.ctypes.data,
+            )  # fmt: skip
+            for n in range(num_rows):
+                for i in range(min(TILE, raw.shape[1] - tile * TILE)):
+                    raw[n, tile * TILE + i] = np.float32(sums[n, i])
+        else:
+            expanded = np.empty(num_groups * GROUP * TILE, np.int8)
+            expand(packed[tile].ctypes.data, num_groups, expanded.ctypes.data)
+            multiply_tile(rows, expanded.ctypes.data, raw, tile * TILE)
+
+
+def empty_tiles(num_rows: int, num_columns: int) -> np.ndarray:
+    """For `pack`."""
+    return np.empty((num_rows // TILE, num_columns // GROUP, GROUP_BYTES), np.uint8)
