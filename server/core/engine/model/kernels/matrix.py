@@ -3,6 +3,7 @@
 import ctypes
 import timeit
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,8 @@ from server.core.engine.model.linear import in_rows_of, padded, quantize_rows, s
 Floats = NDArray[np.float32]
 # Numbers of rows from which on oneDNN's product may be faster than ours.
 _MANY_ROWS = (16, 32, 64, 128)
+# Rows that are rounded at once; each copy in float32 that it takes is as large.
+_ROWS_AT_ONCE = 512
 
 
 class Quantized(NamedTuple):
@@ -152,7 +155,8 @@ def int8_packer(num_many: int) -> Pack:
     """Rounds to 8 bits, the largest weight of each row to 127. num_many: as `_Int8` has it."""
 
     def pack(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows:
-        quantized = [quantize_rows(block) for block in blocks]
+        parts = chain.from_iterable(block.split(_ROWS_AT_ONCE) for block in blocks)
+        quantized = [quantize_rows(part) for part in parts]
         integers, scales, sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
         del quantized
         # Returns the memory of the blocks before the matrix is copied once more.
