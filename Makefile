@@ -1,5 +1,6 @@
 # make serve   set up and start the server      make test    set up and run the tests
-# make check   lint and type-check              make bench   measure against the peers
+# make check   lint and type-check              make bench   measure against the peers,
+#              on the model that QWEN_REAL names or on random weights
 # make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
 	--extra-index-url $(TORCH_INDEX) --constraint constraints.txt
 
-.PHONY: serve test soak check bench format clean
+# OpenVINO needs other versions than the project, so it is measured in an environment of its own.
+OPENVINO := benchmarks/cache/openvino
+
+.PHONY: serve test soak check bench openvino format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -26,8 +30,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench openvino
 	$(BIN)/python -m benchmarks $(ARGS)
+
+openvino: $(OPENVINO)/.ready
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -51,3 +57,12 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev,bench]'
 	touch $@ $(VENV)/.dev $(VENV)/.serve
+
+# Where the CPU index cannot be reached, PyTorch's CPU wheel meets a torchvision made for CUDA, with
+# which transformers cannot be imported. A language model needs none.
+$(OPENVINO)/.ready: benchmarks/openvino.txt
+	$(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -m pip install --disable-pip-version-check --retries 1 \
+		--extra-index-url $(TORCH_INDEX) --requirement $<
+	$(OPENVINO)/bin/python -m pip uninstall --yes torchvision
+	touch $@

@@ -1,9 +1,12 @@
-"""Makes a checkpoint of Qwen1.5-0.5B's exact shape with random weights: speed is the same.
+"""The checkpoint that is measured: a real one, or random weights of Qwen1.5-0.5B's exact shape.
 
-python -m benchmarks.checkpoint --out benchmarks/cache/qwen-random
+Speed hardly depends on the weights' values; perplexity does. This makes the random one:
+
+    python -m benchmarks.checkpoint --out benchmarks/cache/qwen-random
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -30,8 +33,14 @@ def qwen_shape() -> Qwen2Config:
     )  # fmt: skip
 
 
+def real_checkpoint() -> Path | None:
+    """The folder that QWEN_REAL names; None if it names none."""
+    folder = os.environ.get("QWEN_REAL")
+    return Path(folder) if folder else None
+
+
 def make_checkpoint(folder: Path = DEFAULT_FOLDER) -> Path:
-    """Writes the checkpoint unless it is there; 930 MB."""
+    """Writes the random checkpoint unless it is there; 930 MB."""
     if (folder / "model.safetensors").exists():
         return folder
     torch.manual_seed(0)

@@ -1,8 +1,48 @@
-"""Minimum, median and maximum of figures, and their table."""
+"""Figures of several rounds: medians, ratios within a round, and what these should reach."""
 
+import itertools
 import statistics
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+Figure = tuple[str, str]  # whose, and of what
+Figures = dict[Figure, list[float]]  # a value a round, or one for all
+COLUMN = 10  # characters
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure should reach, or its ratio in each round to the highest of its peers'.
+
+    reach: "at least 1.2" or "at most 1.6"; None: the ratio is only told.
+    """
+
+    figure: Figure
+    peers: Sequence[Figure] = ()
+    reach: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`ours: case`, `ours / peer or peer: case`, or `ours: case / other case`."""
+        engine, case = self.figure
+        names, cases = zip(*self.peers, strict=True) if self.peers else ((), ())
+        peers = "" if set(names) <= {engine} else f" / {' or '.join(names)}"
+        others = "" if set(cases) <= {case} else f" / {' or '.join(cases)}"
+        return f"{engine}{peers}: {case}{others}"
+
+    def is_known(self, figures: Figures) -> bool:
+        """Whether all it needs was measured: the best of fewer peers would say something else."""
+        return {self.figure, *self.peers} <= figures.keys()
+
+    def values(self, figures: Figures) -> list[float]:
+        """The ratios."""
+        if not self.peers:
+            return figures[self.figure]
+        rounds = zip(*(figures[peer] for peer in self.peers), strict=True)
+        best = [max(values) for values in rounds]
+        return [ours / peer for ours, peer in zip(figures[self.figure], best, strict=True)]
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -11,10 +51,43 @@ def summary(values: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in triple.items()}
 
 
+def report_goals(figures: Figures, goals: Sequence[Goal]) -> dict[str, Any]:
+    """Prints those whose figures are known; returns them by name."""
+    rows = {
+        goal.name: {**summary(goal.values(figures)), "goal": goal.reach}
+        for goal in goals
+        if goal.is_known(figures)
+    }
+    print_table("ratios, round by round", rows)
+    return rows
+
+
 def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """A row each; beside it what is to be reached, where there is such a goal."""
-    print(f"{title:60} {'min':>9} {'median':>9} {'max':>9}")
+    width = max(60, *map(len, rows)) if rows else 60
+    print(f"{title:{width}} {'min':>9} {'median':>9} {'max':>9}")
     for name, row in rows.items():
         goal = f"   to reach: {row['goal']}" if row.get("goal") else ""
-        print(f"{name:60} {row['min']:>9} {row['median']:>9} {row['max']:>9}{goal}")
+        print(f"{name:{width}} {row['min']:>9} {row['median']:>9} {row['max']:>9}{goal}")
     print(flush=True)
+
+
+def print_medians(title: str, figures: Figures) -> None:
+    """A row for each of whom there are figures, a column for each of what."""
+    names, cases = (list(dict.fromkeys(column)) for column in zip(*figures, strict=True))
+    width = max(map(len, names))
+    print(title)
+    headings = (textwrap.wrap(case.replace("_", " "), COLUMN) for case in cases)
+    for line in itertools.zip_longest(*headings, fillvalue=""):
+        print(" " * width, *(f"{part:>{COLUMN}}" for part in line))
+    for name in names:
+        cells = (_cell(figures.get((name, case))) for case in cases)
+        print(f"{name:{width}}", *(f"{cell:>{COLUMN}}" for cell in cells))
+    print(flush=True)
+
+
+def _cell(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    median = statistics.median(values)
+    return f"{median:.2f}" if median < 100 else f"{median:.0f}"

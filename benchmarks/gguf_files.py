@@ -1,4 +1,4 @@
-"""The random checkpoint as llama.cpp reads it: BF16, and quantized by llama.cpp itself."""
+"""A checkpoint as llama.cpp reads it: BF16, and quantized by llama.cpp itself."""
 
 import json
 from pathlib import Path
@@ -9,23 +9,30 @@ import torch
 from safetensors import safe_open
 from transformers import Qwen2Config
 
+from benchmarks.engines.llama import IGNORE_LOG
+
 FILE_TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
 
 
-def gguf_file(checkpoint: Path, kind: str) -> Path:
-    """The checkpoint as a GGUF of `kind` ("bf16", "q8_0" or "q4_0"), made unless it is there."""
-    path = checkpoint / f"model-{kind}.gguf"
+def gguf_file(checkpoint: Path, folder: Path, kind: str) -> Path:
+    """The checkpoint as a GGUF of `kind` ("bf16", "q8_0" or "q4_0"), made unless it is there.
+
+    folder: where it is kept.
+    """
+    path = folder / f"{kind}.gguf"
     if path.exists():
         return path
+    llama_cpp.llama_log_set(IGNORE_LOG, None)
+    unfinished = path.with_suffix(".part")
     if kind == "bf16":
-        _write_bf16(checkpoint, path)
-        return path
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = FILE_TYPES[kind]
-    source = gguf_file(checkpoint, "bf16")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params):
-        raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
-    return path
+        _write_bf16(checkpoint, unfinished)
+    else:
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype = FILE_TYPES[kind]
+        source = gguf_file(checkpoint, folder, "bf16")
+        if llama_cpp.llama_model_quantize(str(source).encode(), str(unfinished).encode(), params):
+            raise RuntimeError(f"llama.cpp could not quantize {source} to {kind}")
+    return unfinished.rename(path)
 
 
 def _write_bf16(checkpoint: Path, path: Path) -> None:
@@ -51,7 +58,7 @@ def _write_bf16(checkpoint: Path, path: Path) -> None:
             else:
                 writer.add_tensor(
                     target,
-                    tensor.contiguous().view(torch.uint8).numpy(),
+                    tensor.to(torch.bfloat16).contiguous().view(torch.uint8).numpy(),
                     raw_dtype=gguf.GGMLQuantizationType.BF16,
                 )
     writer.write_header_to_file()

@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.exports import OPENVINO_PYTHON
+
 
 class Worker:
     """An engine in a process of its own."""
 
-    def __init__(self, name: str, checkpoint: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.engines", name, str(checkpoint)]
+    def __init__(self, engine: str, model: Path) -> None:
+        """model: in the engine's own format, see `benchmarks.exports`."""
+        python = OPENVINO_PYTHON if engine.startswith("openvino") else sys.executable
+        command = [python, "-m", "benchmarks.engines", engine, model]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -24,8 +28,8 @@ class Worker:
         return self._answer()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes the pipes and waits
+            self._process.kill()
 
     def _answer(self) -> dict[str, float]:
         assert self._process.stdout is not None
