@@ -36,7 +36,7 @@ import httpx
 
 from benchmarks.figures import summary
 from benchmarks.heavy import Request, Writer
-from benchmarks.latency import Server, our_server
+from benchmarks.servers import Server, our_server
 from benchmarks.waiting import PATIENCE_S, WINDOW_S, Load, Probe, Waiting
 
 MAX_PROMPT_TOKENS = 30_000

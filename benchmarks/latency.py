@@ -1,9 +1,9 @@
 """What a client waits for: time to first token, tokens per second, texts per second, over HTTP.
 
-Starts a server of its own and, with --peers, `transformers serve` on the same checkpoint or
-a BERT-base classifier; measures every case in turns for several rounds. Ratios are taken
-round by round, because absolute numbers of a shared machine are noisy. Prints a table for
-people and, last, one line of JSON.
+Starts a server of its own and, with --peers, `transformers serve` on the same checkpoint, a
+BERT-base classifier, or our engine without HTTP; measures every case in turns for several rounds.
+Ratios are taken round by round, because absolute numbers of a shared machine are noisy. Prints
+a table for people and, last, one line of JSON.
 
     python -m benchmarks.latency --model mini --rounds 7
 """
@@ -12,95 +12,25 @@ import argparse
 import asyncio
 import itertools
 import json
-import re
-import socket
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
 from openai import AsyncOpenAI
 
-from benchmarks.figures import print_table, summary
+from benchmarks import light_client
+from benchmarks.engines import BERT
+from benchmarks.figures import Figures, Goal, print_medians, report_goals, summary
+from benchmarks.servers import OURS, SERVE, Server, our_server, transformers_server
 from benchmarks.worker import Worker
 
 NUM_STREAMS = 8
 NUM_TEXTS = 64
 NUM_TEXT_TOKENS = 30
 MAX_TOKENS = 64
-START_S = 120
-START = re.compile(r"Serving (\S+) on (http://\S+)")
-Figures = dict[tuple[str, str], list[float]]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server that speaks OpenAI's protocol."""
-
-    name: str
-    model: str
-    base_url: str
-    process_id: int
-
-
-@contextmanager
-def our_server(model: str, *options: str, tree: Path | None = None) -> Iterator[Server]:
-    """A fresh process of ours.
-
-    options: as on the command line. tree: a checkout of another commit, whose server is run.
-    """
-    command = [sys.executable, "-m", "server", "--port", "0", "--model", model]
-    process = subprocess.Popen(
-        [*command, "--log-level", "error", *options], stdout=subprocess.PIPE, text=True, cwd=tree
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := START.search(line):
-                _until_answered(found[2], process)
-                yield Server(OURS, found[1], f"{found[2]}/v1", process.pid)
-                return
-        raise RuntimeError("the server did not start")
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
-def transformers_server(model: str) -> Iterator[Server]:
-    """A fresh process of `transformers serve`, with the model loaded."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", model]
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _until_answered(url, process)
-        yield Server(SERVE, model, f"{url}/v1", process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _until_answered(url: str, process: subprocess.Popen[Any]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            httpx.get(f"{url}/health")
-        except httpx.TransportError:
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError(f"no server answers at {url}")
 
 
 class Cases:
@@ -108,7 +38,7 @@ class Cases:
 
     def __init__(self, server: Server) -> None:
         self._client = AsyncOpenAI(base_url=server.base_url, api_key="unused", timeout=600)
-        self._model = server.model
+        self._server, self._model = server, server.model
         self._plain = f"{server.model}:plain" if server.name == OURS else server.model
         self._numbers = itertools.count()
 
@@ -165,6 +95,10 @@ class Cases:
     async def tokens_per_s_8_streams(self) -> float:
         return await self._tokens_per_s(NUM_STREAMS)
 
+    async def tokens_per_s_light_client(self) -> float:
+        seeds = [next(self._numbers) for _ in range(NUM_STREAMS)]
+        return await light_client.tokens_per_s(self._server, seeds)
+
     async def classify_texts_per_s(self) -> float:
         texts = [self._fresh_text() for _ in range(NUM_TEXTS)]
         begin = time.perf_counter()
@@ -178,63 +112,69 @@ OUR_CASES = [
     "ttft_cached_label_ms",
     "tokens_per_s_1_stream",
     "tokens_per_s_8_streams",
+    "tokens_per_s_light_client",
     "classify_texts_per_s",
 ]
 SERVE_CASES = ["ttft_plain_ms", "tokens_per_s_1_stream", "tokens_per_s_8_streams"]
-OURS, SERVE, BERT = "ours", "transformers serve", "bert-base"
-PEERS = (SERVE, BERT)
-# Above, below, what to reach (at most for latencies, at least for the others).
-RATIOS = [
-    ((OURS, "ttft_fresh_sentiment_ms"), (OURS, "ttft_plain_ms"), 1.4),
-    ((OURS, "ttft_cached_label_ms"), (OURS, "ttft_plain_ms"), 1.05),
-    ((OURS, "tokens_per_s_8_streams"), (OURS, "tokens_per_s_1_stream"), 4.0),
-    ((OURS, "classify_texts_per_s"), (BERT, "classify_texts_per_s"), 1.3),
-    ((OURS, "ttft_plain_ms"), (SERVE, "ttft_plain_ms"), None),
-    ((OURS, "tokens_per_s_1_stream"), (SERVE, "tokens_per_s_1_stream"), None),
-    ((OURS, "tokens_per_s_8_streams"), (SERVE, "tokens_per_s_8_streams"), None),
+ENGINE = "ours-int8"
+PEERS = (SERVE, BERT, ENGINE)
+# What the peers that are no servers are asked for, and of how much.
+GENERATE = {"case": "generate", "num_streams": NUM_STREAMS, **light_client.WORKLOAD}
+CLASSIFY = {"case": "classify", "num_texts": NUM_TEXTS, "num_tokens": NUM_TEXT_TOKENS}
+WORKER_CASES = {
+    ENGINE: ("tokens_per_s_light_client", GENERATE, NUM_STREAMS * light_client.NUM_NEW),
+    BERT: ("classify_texts_per_s", CLASSIFY, NUM_TEXTS),
+}
+
+
+def ours_to(who: str, case: str, reach: str | None = None) -> Goal:
+    return Goal((OURS, case), [(who, case)], reach)
+
+
+GOALS = [
+    ours_to(BERT, "classify_texts_per_s", "at least 1.8"),
+    Goal((OURS, "ttft_fresh_sentiment_ms"), [(OURS, "ttft_plain_ms")], "at most 1.6"),
+    Goal((OURS, "ttft_cached_label_ms"), [(OURS, "ttft_plain_ms")], "at most 1.05"),
+    ours_to(ENGINE, "tokens_per_s_light_client", "at least 0.92"),
+    ours_to(SERVE, "ttft_plain_ms"),
+    ours_to(SERVE, "tokens_per_s_1_stream"),
+    ours_to(SERVE, "tokens_per_s_8_streams"),
 ]
 
 
-async def measure(servers: list[Server], bert: Worker | None, rounds: int) -> Figures:
+async def measure(servers: list[Server], workers: dict[str, Worker], rounds: int) -> Figures:
     """Every case of everyone once a round, after a round to warm up."""
     figures: Figures = defaultdict(list)
     cases = {server.name: Cases(server) for server in servers}
     for number in range(rounds + 1):
+        if number == 1:
+            figures.clear()
         for case in OUR_CASES:
             for server in servers:
                 if server.name == OURS or case in SERVE_CASES:
                     figure = await getattr(cases[server.name], case)()
-                    if number:
-                        figures[server.name, case].append(figure)
-        if bert is not None:
-            request = {"case": "classify", "num_texts": NUM_TEXTS, "num_tokens": NUM_TEXT_TOKENS}
-            figure = NUM_TEXTS / bert.ask(request)["seconds"]
-            if number:
-                figures[BERT, "classify_texts_per_s"].append(figure)
+                    figures[server.name, case].append(figure)
+        for name, worker in workers.items():
+            case, request, amount = WORKER_CASES[name]
+            figures[name, case].append(amount / worker.ask(request)["seconds"])
     return figures
 
 
 def run(model: str, rounds: int, peers: Collection[str] = PEERS) -> dict[str, Any]:
-    """Measures, prints the table, and returns all figures."""
+    """Measures, prints the tables, and returns all figures."""
     with ExitStack() as stack:
         servers = [stack.enter_context(our_server(model))]
-        bert = None
+        workers = {}
         if SERVE in peers:
             servers.append(stack.enter_context(transformers_server(model)))
-        if BERT in peers:
-            bert = Worker(BERT, Path(model))
-            stack.callback(bert.close)
-        figures = asyncio.run(measure(servers, bert, rounds))
+        for name in WORKER_CASES:
+            if name in peers:
+                workers[name] = Worker(name, Path(model))
+                stack.callback(workers[name].close)
+        figures = asyncio.run(measure(servers, workers, rounds))
+    print_medians("over HTTP, medians", figures)
     rows = {f"{name}: {case}": summary(values) for (name, case), values in figures.items()}
-    ratios = {}
-    for above, below, goal in RATIOS:
-        if above in figures and below in figures:
-            pairs = zip(figures[above], figures[below], strict=True)
-            name = f"{above[0]} {above[1]} / {below[0]} {below[1]}"
-            ratios[name] = {**summary([a / b for a, b in pairs]), "goal": goal}
-    print_table("over HTTP", rows)
-    print_table("ratios, round by round", ratios)
-    return {**rows, **ratios}
+    return {**rows, **report_goals(figures, GOALS)}
 
 
 def main() -> None:
