@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 CACHE = Path("benchmarks/cache")
@@ -50,5 +51,6 @@ def _openvino_folder(checkpoint: Path, weights: str) -> Path:
             "--weight-format", weights, unfinished,
         ],
         check=True,
+        stdout=sys.stderr,  # for the bench's last line of output is JSON
     )  # fmt: skip
     return unfinished.rename(folder)

@@ -58,13 +58,14 @@ def report_goals(figures: Figures, goals: Sequence[Goal]) -> dict[str, Any]:
         for goal in goals
         if goal.is_known(figures)
     }
-    print_table("ratios, round by round", rows)
+    if rows:
+        print_table("ratios, round by round", rows)
     return rows
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     """A row each; beside it what is to be reached, where there is such a goal."""
-    width = max(60, *map(len, rows)) if rows else 60
+    width = max(60, *map(len, rows))
     print(f"{title:{width}} {'min':>9} {'median':>9} {'max':>9}")
     for name, row in rows.items():
         goal = f"   to reach: {row['goal']}" if row.get("goal") else ""
