@@ -8,7 +8,7 @@ matrix never exists in float32 as a whole.
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,14 @@ class LinearFactory(Protocol):
     def __call__(
         self, blocks: Iterable[Tensor], bias: Tensor | None = None, sample: Tensor | None = None
     ) -> Linear: ...
+
+
+class Factories(NamedTuple):
+    """Makes the matrices of a model, by where they are."""
+
+    attention: LinearFactory
+    mlp: LinearFactory
+    head: LinearFactory
 
 
 class FloatLinear:

@@ -10,14 +10,13 @@ from torch import Tensor
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.layers import Attention, Mlp
-from server.core.engine.model.linear import Linear, LinearFactory
+from server.core.engine.model.linear import Factories, Linear, LinearFactory
 
 
 class Operations(Protocol):
     """Computes the parts of a layer with the matrices that it makes, and changes `hidden`."""
 
-    make: LinearFactory
-    make_head: LinearFactory  # of the output matrix
+    factories: Factories
 
     def add_attention(
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
@@ -39,7 +38,7 @@ class TorchOperations:
     """The operations, each a few calls of PyTorch."""
 
     def __init__(self, config: ModelConfig, make: LinearFactory) -> None:
-        self.make = self.make_head = make
+        self.factories = Factories(make, make, make)
         self._config = config
         self._epsilons = {
             size: torch.tensor(math.sqrt(size * config.rms_norm_eps))

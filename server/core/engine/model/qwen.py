@@ -47,7 +47,7 @@ class QwenModel:
         """
         self.config = config
         self._operations, self._attention = backend
-        c, make = config, self._operations.make
+        c, make = config, self._operations.factories
         # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
@@ -55,7 +55,7 @@ class QwenModel:
         # known yet of what it will be given.
         embeddings = "model.embed_tokens.weight"
         head = embeddings if c.is_tied else "lm_head.weight"
-        self._head = self._operations.make_head(reader.blocks(head, (c.vocab_size, c.hidden_size)))
+        self._head = make.head(reader.blocks(head, (c.vocab_size, c.hidden_size)))
         if c.is_tied and isinstance(self._head, FloatLinear):
             self._embeddings, self._embedding_scales = self._head.weight, None
         else:
@@ -67,10 +67,12 @@ class QwenModel:
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
         self._layers = list[tuple[Attention, Mlp]]()
         for i in indices:
-            attention = read_attention(c, reader, make, i, sample.normalised() if sample else None)
+            attention = read_attention(
+                c, reader, make.attention, i, sample.normalised() if sample else None
+            )
             if sample:
                 sample.add_attention(i, attention)
-            mlp = read_mlp(c, reader, make, i, sample.normalised() if sample else None)
+            mlp = read_mlp(c, reader, make.mlp, i, sample.normalised() if sample else None)
             if sample:
                 sample.add_mlp(mlp)
             self._layers.append((attention, mlp))

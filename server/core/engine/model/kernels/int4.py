@@ -1,21 +1,24 @@
 """Rounds a matrix to 4 bits, and multiplies rows in uint8 with it."""
 
 import numpy as np
-from numba import float32, prange, uint8, void
+from numba import float32, int64, prange, uint8, void
 
 from server.core.engine.model.kernels.compiling import helper, kernel
-from server.core.engine.model.kernels.dots import TILE
+from server.core.engine.model.kernels.dots import MAX_ROWS, TILE
 from server.core.engine.model.kernels.floats import from_ordered, ordered
 from server.core.engine.model.kernels.int4_tiles import (
     GROUP,
     GROUP_BYTES,
-    MAX_DIRECT_ROWS,
     direct_dots,
     expand,
 )
 from server.core.engine.model.kernels.product import multiply_tile
+from server.core.engine.model.kernels.rows import store
 
 _TINY = np.float32(1.1754944e-38)
+_COLUMNS = float32[::1]
+# From this many rows on it is faster to turn a tile into 8-bit integers first.
+_MANY_ROWS = 20
 # A range of the integers may leave out the outermost weights: down to this share of them all.
 _LEAST_RANGE = np.float32(0.75)
 
@@ -89,30 +92,56 @@ def pack(weights, importance, packed, scales, sums):
         scales[n], sums[n] = unit, total * unit
 
 
-@kernel(void(uint8[:, ::1], uint8[:, :, ::1], float32[:, ::1]))
-def multiply(rows, packed, raw):
-    """rows: (N, C_in). packed: as `pack` gives it. raw: (N, C_out), the sums of integers."""
+@helper
+def _multiply_directly(
+    rows, group_sums, tile, begin, how, row_scales, row_zeros, scales, sums, bias, y
+):
+    """Multiplies rows with a tile as it is; the rest is as `multiply_tile` has it.
+
+    group_sums: of the rows' groups, (N, C_in / 32).
+    """
+    num_rows, row_bytes = rows.shape
+    num_groups = group_sums.shape[1]
+    num_parts = -(-num_rows // MAX_ROWS)
+    products = np.empty((MAX_ROWS, TILE), np.int32)
+    row = 0
+    for part in range(num_parts):
+        end = num_rows * (part + 1) // num_parts
+        direct_dots(
+            end - row, rows.ctypes.data + row * row_bytes, row_bytes,
+            group_sums.ctypes.data + 4 * row * num_groups, 4 * num_groups, tile, num_groups,
+            products.ctypes.data,
+        )  # fmt: skip
+        store(products[: end - row], row, begin, how, row_scales, row_zeros, scales, sums, bias, y)
+        row = end
+
+
+@kernel(
+    void(
+        uint8[:, ::1], _COLUMNS, _COLUMNS, uint8[:, :, ::1], _COLUMNS, _COLUMNS, _COLUMNS,
+        float32[:, ::1], int64,
+    )
+)  # fmt: skip
+def multiply(rows, row_scales, row_zeros, packed, scales, sums, bias, y, how):
+    """rows: (N, C_in). packed: as `pack` gives it. y: (N, C_out). how: as `store` has it."""
     num_rows, num_groups = len(rows), packed.shape[1]
-    is_direct = num_rows <= MAX_DIRECT_ROWS
-    group_sums = np.zeros((num_rows, num_groups), np.int32)
-    if is_direct:
-        for n in range(num_rows):
-            for i in range(rows.shape[1]):
-                group_sums[n, i // GROUP] += rows[n, i]
+    is_direct = num_rows < _MANY_ROWS
+    group_sums = np.zeros((num_rows if is_direct else 0, num_groups), np.int32)
+    for n in range(len(group_sums)):
+        for i in range(rows.shape[1]):
+            group_sums[n, i // GROUP] += rows[n, i]
     for tile in prange(len(packed)):
+        address, begin = packed[tile].ctypes.data, tile * TILE
         if is_direct:
-            sums = np.empty((MAX_DIRECT_ROWS, TILE), np.int32)
-            direct_dots(
-                num_rows, rows.ctypes.data, rows.shape[1], group_sums.ctypes.data, 4 * num_groups,
-                packed[tile].ctypes.data, num_groups, sums.ctypes.data,
-            )  # fmt: skip
-            for n in range(num_rows):
-                for i in range(min(TILE, raw.shape[1] - tile * TILE)):
-                    raw[n, tile * TILE + i] = np.float32(sums[n, i])
+            _multiply_directly(
+                rows, group_sums, address, begin, how, row_scales, row_zeros, scales, sums, bias, y
+            )
         else:
             expanded = np.empty(num_groups * GROUP * TILE, np.int8)
-            expand(packed[tile].ctypes.data, num_groups, expanded.ctypes.data)
-            multiply_tile(rows, expanded.ctypes.data, raw, tile * TILE)
+            expand(address, num_groups, expanded.ctypes.data)
+            multiply_tile(
+                rows, expanded.ctypes.data, begin, how, row_scales, row_zeros, scales, sums, bias, y
+            )
 
 
 def empty_tiles(num_rows: int, num_columns: int) -> np.ndarray:

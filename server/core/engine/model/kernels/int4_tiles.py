@@ -16,13 +16,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.core.engine.model.kernels.dots import INT8, TILE, at, splat_word, times
+from server.core.engine.model.kernels.dots import INT8, MAX_ROWS, TILE, at, splat_word, times
 
 GROUP = 32
 GROUP_BYTES = GROUP * TILE // 2 + 2 * TILE
-# Rows that are multiplied with 4-bit integers as they are; for more a tile is turned first.
-MAX_DIRECT_ROWS = 2
-
 _VECTORS = TILE // 16
 _BYTE, _WORD, _INT = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 _BYTES, _WORDS = ir.VectorType(_BYTE, 64), ir.VectorType(_WORD, 16)
@@ -61,7 +58,7 @@ def expand(typing_context, tile, num_groups, expanded):
 def direct_dots(
     typing_context, num_rows, rows, row_bytes, group_sums, sum_bytes, tile, num_groups, sums
 ):
-    """Sums in int32 of 1 to MAX_DIRECT_ROWS rows in uint8, (num_rows, 64), without turning.
+    """Sums in int32 of 1 to MAX_ROWS rows in uint8, (num_rows, 64), without turning.
 
     group_sums: of each row's groups, int32. All but num_rows and num_groups are addresses and
     distances in bytes.
@@ -69,7 +66,7 @@ def direct_dots(
 
     def generate(context, builder, signature, arguments):
         num_rows, *others = arguments
-        for number in range(1, MAX_DIRECT_ROWS + 1):
+        for number in range(1, MAX_ROWS + 1):
             with builder.if_then(builder.icmp_signed("==", num_rows, _INT(number))):
                 _generate_dots(builder, number, *others)
         return context.get_dummy_value()

@@ -3,6 +3,7 @@
 import ctypes
 import timeit
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -44,11 +45,21 @@ def quantize(x: Floats) -> Quantized:
     return quantized
 
 
+class Columns(NamedTuple):
+    """What turns sums of integers into values, of each of the C_out columns of a product."""
+
+    scales: Floats
+    sums: Floats  # of the weights that a column is multiplied with
+    bias: Floats
+
+
 class Packed(Protocol):
     """A matrix of integers, (C_out, C_in), as the processor's instructions read it."""
 
-    def multiply(self, x: NDArray[np.uint8]) -> Floats:
-        """(N, C_in) -> (N, C_out): the sums of integers, as float32."""
+    def multiply(
+        self, x: Quantized, columns: Columns, how: int, residual: Floats | None = None
+    ) -> Floats:
+        """(N, C_in) -> (N, C_out). how: `rows.RAW`, `rows.VALUE`, or `rows.ADDED` to residual."""
 
 
 class PackedRows(NamedTuple):
@@ -85,7 +96,7 @@ class KernelMatrix:
         # Of the columns of x, (C_in,); None: all 1.
         self.factors = None if factors is None else factors.numpy()
         bias = torch.zeros(self.num_rows) if bias is None else bias.float()
-        self._columns = scales.numpy(), sums.numpy(), bias.numpy()
+        self._columns = Columns(scales.numpy(), sums.numpy(), bias.numpy())
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.product(self._quantized(x)))
@@ -95,20 +106,17 @@ class KernelMatrix:
 
     def product(self, x: Quantized) -> Floats:
         """(N, C_in) -> (N, C_out)."""
-        y = self._packed.multiply(x.integers)
-        rows.finish(y, x.scales, x.zeros, *self._columns, y, False)
-        return y
+        return self._packed.multiply(x, self._columns, rows.VALUE)
 
     def add_product(self, residual: Floats, x: Quantized) -> None:
         """Adds the product to `residual`, (N, C_out)."""
-        raw = self._packed.multiply(x.integers)
-        rows.finish(raw, x.scales, x.zeros, *self._columns, residual, True)
+        self._packed.multiply(x, self._columns, rows.ADDED, residual)
 
     def gated(self, x: Quantized) -> Quantized:
         """The product without bias is gate and up, (N, 2 I). Returns silu(gate) * up, (N, I)."""
-        scales, sums, _ = self._columns
         gated = empty_rows(len(x.integers), self.num_rows // 2)
-        raw = self._packed.multiply(x.integers)
+        scales, sums, _ = self._columns
+        raw = self._packed.multiply(x, self._columns, rows.RAW)
         rows.gate(raw, x.scales, x.zeros, scales, sums, *gated)
         return gated
 
@@ -126,29 +134,45 @@ class _Int8:
         self._bytes = _bytes_of(self._packed)
         self._ones, self._zeros = torch.ones(self._num_rows), torch.zeros(self._num_rows).long()
 
-    def multiply(self, x: NDArray[np.uint8]) -> Floats:
+    def multiply(
+        self, x: Quantized, columns: Columns, how: int, residual: Floats | None = None
+    ) -> Floats:
         """Sums of integers are exact: ours and oneDNN's are the same."""
-        if len(x) < self._num_many:
-            raw = np.empty((len(x), self._num_rows), np.float32)
-            product.multiply(x, self._bytes, raw)
-            return raw
-        result: Tensor = torch.ops.onednn.qlinear_pointwise(
+        if len(x.integers) < self._num_many:
+            y = _empty_product(x, columns) if residual is None else residual
+            product.multiply(*x, self._bytes, *columns, y, how)
+            return y
+        raw = self._multiply_by_onednn(x.integers).numpy()
+        y = raw if residual is None else residual
+        if how != rows.RAW:
+            rows.finish(raw, x.scales, x.zeros, *columns, y, how)
+        return y
+
+    def _multiply_by_onednn(self, x: NDArray[np.uint8]) -> Tensor:
+        """(N, C_in) -> (N, C_out): the sums."""
+        raw: Tensor = torch.ops.onednn.qlinear_pointwise(
             torch.from_numpy(x), 1.0, 0, self._packed, self._ones, self._zeros, None, 1.0, 0,
             torch.float32, "none", [], "",
         )  # fmt: skip
-        return result.numpy()
+        return raw
 
 
 class _Int4:
     """Tiles of 4-bit integers."""
 
-    def __init__(self, tiles: NDArray[np.uint8], num_rows: int) -> None:
-        self._tiles, self._num_rows = tiles, num_rows
+    def __init__(self, tiles: NDArray[np.uint8]) -> None:
+        self._tiles = tiles
 
-    def multiply(self, x: NDArray[np.uint8]) -> Floats:
-        raw = np.empty((len(x), self._num_rows), np.float32)
-        int4.multiply(x, self._tiles, raw)
-        return raw
+    def multiply(
+        self, x: Quantized, columns: Columns, how: int, residual: Floats | None = None
+    ) -> Floats:
+        y = _empty_product(x, columns) if residual is None else residual
+        int4.multiply(*x, self._tiles, *columns, y, how)
+        return y
+
+
+def _empty_product(x: Quantized, columns: Columns) -> Floats:
+    return np.empty((len(x.integers), len(columns.scales)), np.float32)
 
 
 def int8_packer(num_many: int) -> Pack:
@@ -179,23 +203,27 @@ def pack_int4(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows
         parts.append((tiles, scales, sums))
     tiles, scales, sums = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     of_rows = (torch.from_numpy(array[:num_rows]) for array in (scales, sums))
-    return PackedRows(_Int4(tiles, num_rows), *of_rows)
+    return PackedRows(_Int4(tiles), *of_rows)
 
 
 def measure_num_many() -> int:
     """Rows from which on oneDNN's product is the faster one on this processor. Some 100 ms."""
     integers = torch.ones(4096, 1024, dtype=torch.int8)
     for num_rows in _MANY_ROWS:
-        x = np.ones((num_rows, 1024), np.uint8)
         ours, theirs = _Int8(integers, num_rows + 1), _Int8(integers, num_rows)
-        if _seconds(theirs, x) < _seconds(ours, x):
+        if _seconds(theirs, num_rows) < _seconds(ours, num_rows):
             return num_rows
     return 2 * num_rows
 
 
-def _seconds(matrix: Packed, x: NDArray[np.uint8]) -> float:
-    """Of a product, the least of several."""
-    return min(timeit.repeat(lambda: matrix.multiply(x), number=1, repeat=5))
+def _seconds(matrix: Packed, num_rows: int) -> float:
+    """Of a product with a matrix of (4096, 1024), the least of several."""
+    x, columns = (
+        quantize(np.ones((num_rows, 1024), np.float32)),
+        Columns(*np.ones((3, 4096), np.float32)),
+    )
+    multiply = partial(matrix.multiply, x, columns, rows.VALUE)
+    return min(timeit.repeat(multiply, number=1, repeat=5))
 
 
 def is_layout_known() -> bool:

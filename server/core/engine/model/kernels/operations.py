@@ -20,7 +20,7 @@ from server.core.engine.model.kernels.matrix import (
     quantize,
 )
 from server.core.engine.model.layers import Attention, Mlp
-from server.core.engine.model.linear import Linear, LinearFactory
+from server.core.engine.model.linear import Factories, Linear
 
 
 class KernelOperations:
@@ -28,12 +28,10 @@ class KernelOperations:
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """dtype: "int8" or "int4"."""
-        int8 = int8_packer(measure_num_many())
-        self.make: LinearFactory = partial(
-            KernelMatrix, pack=int8 if dtype == "int8" else pack_int4
-        )
-        # The matrix whose rounding in 4 bits costs the most.
-        self.make_head: LinearFactory = partial(KernelMatrix, pack=int8)
+        int8 = partial(KernelMatrix, pack=int8_packer(measure_num_many()))
+        int4 = partial(KernelMatrix, pack=pack_int4)
+        # In int4, too: the matrices of attention are small, and the head's rounding costs the most.
+        self.factories = Factories(attention=int8, mlp=int8 if dtype == "int8" else int4, head=int8)
         self._config = config
         self._epsilon = np.float32(config.hidden_size * config.rms_norm_eps)
         self._head_epsilon = np.float32(config.head_dim * config.rms_norm_eps)

@@ -1,39 +1,44 @@
 """Products of 8-bit integers: rows in uint8, a matrix in int8."""
 
 import numpy as np
-from numba import float32, int8, prange, uint8, void
+from numba import float32, int8, int64, prange, uint8, void
 
 from server.core.engine.model.kernels.compiling import helper, kernel
 from server.core.engine.model.kernels.dots import MAX_ROWS, TILE, int8_dots
+from server.core.engine.model.kernels.rows import store
+
+_COLUMNS = float32[::1]
 
 
 @helper
-def multiply_tile(rows, tile, raw, begin):
+def multiply_tile(rows, tile, begin, how, row_scales, row_zeros, scales, sums, bias, y):
     """Multiplies rows with a tile, as evenly many at a time as may be.
 
-    rows: (N, C_in). tile: address of one as `dots` has them. raw: (N, C_out), of which the columns
-    from `begin` on are filled with the sums.
+    rows: (N, C_in). tile: address of one as `dots` has them. The rest is as `store` has it.
     """
     num_rows, row_bytes = rows.shape
-    width = min(TILE, raw.shape[1] - begin)
     num_parts = -(-num_rows // MAX_ROWS)
-    sums = np.empty((MAX_ROWS, TILE), np.int32)
+    products = np.empty((MAX_ROWS, TILE), np.int32)
     row = 0
     for part in range(num_parts):
         end = num_rows * (part + 1) // num_parts
         int8_dots(
             end - row, rows.ctypes.data + row * row_bytes, row_bytes, tile, row_bytes // 4,
-            sums.ctypes.data, 4 * TILE,
+            products.ctypes.data, 4 * TILE,
         )  # fmt: skip
-        for n in range(row, end):
-            for i in range(width):
-                raw[n, begin + i] = np.float32(sums[n - row, i])
+        store(products[: end - row], row, begin, how, row_scales, row_zeros, scales, sums, bias, y)
         row = end
 
 
-@kernel(void(uint8[:, ::1], int8[::1], float32[:, ::1]))
-def multiply(rows, packed, raw):
-    """rows: (N, C_in). packed: tiles as `dots` has them. raw: (N, C_out), the sums."""
-    for tile in prange(-(-raw.shape[1] // TILE)):
+@kernel(
+    void(
+        uint8[:, ::1], _COLUMNS, _COLUMNS, int8[::1], _COLUMNS, _COLUMNS, _COLUMNS, float32[:, ::1],
+        int64,
+    )
+)  # fmt: skip
+def multiply(rows, row_scales, row_zeros, packed, scales, sums, bias, y, how):
+    """rows: (N, C_in). packed: tiles as `dots` has them. y: (N, C_out). how: as `store` has it."""
+    for tile in prange(-(-y.shape[1] // TILE)):
         begin = tile * TILE
-        multiply_tile(rows, packed.ctypes.data + begin * rows.shape[1], raw, begin)
+        address = packed.ctypes.data + begin * rows.shape[1]
+        multiply_tile(rows, address, begin, how, row_scales, row_zeros, scales, sums, bias, y)

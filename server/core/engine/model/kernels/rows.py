@@ -6,12 +6,14 @@ a row's result is the same in any company.
 """
 
 import numpy as np
-from numba import boolean, float32, prange, uint8, void
+from numba import float32, int64, prange, uint8, void
 
 from server.core.engine.model.kernels.compiling import helper, kernel
 from server.core.engine.model.kernels.floats import exp, from_ordered, ordered
 
 _TINY = np.float32(1.1754944e-38)
+# What becomes of a product: sums of integers, values, or values added to what is there.
+RAW, VALUE, ADDED = 0, 1, 2
 _ROWS, _COLUMNS = float32[:, ::1], float32[::1]
 
 
@@ -32,6 +34,11 @@ def _quantize(row, factor, quantized):
     for i in range(len(row)):
         quantized[i] = np.uint8(np.int32(np.rint(row[i] * inverse) + zero))
     return scale * factor, zero
+
+
+@helper
+def _value(raw, row_scale, row_zero, column_scale, column_sum, bias):
+    return (raw * column_scale - row_zero * column_sum) * row_scale + bias
 
 
 @kernel(void(_ROWS, uint8[:, ::1], _COLUMNS, _COLUMNS))
@@ -65,21 +72,46 @@ def gate(raw, row_scales, row_zeros, column_scales, column_sums, quantized, scal
         row = np.empty(size, np.float32)
         scale, zero = row_scales[n], row_zeros[n]
         for i in range(size):
-            x = (raw[n, i] * column_scales[i] - zero * column_sums[i]) * scale
-            j = size + i
-            up = (raw[n, j] * column_scales[j] - zero * column_sums[j]) * scale
+            j, none = size + i, np.float32(0)
+            x = _value(raw[n, i], scale, zero, column_scales[i], column_sums[i], none)
+            up = _value(raw[n, j], scale, zero, column_scales[j], column_sums[j], none)
             row[i] = x / (np.float32(1) + exp(-x)) * up
         scales[n], zeros[n] = _quantize(row, np.float32(1), quantized[n])
 
 
-@kernel(void(_ROWS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _ROWS, boolean))
-def finish(raw, row_scales, row_zeros, column_scales, column_sums, bias, y, is_added):
-    """The product's values, (N, C_out): written to y or added to it. raw may be y."""
+@helper
+def store(sums, first_row, begin, how, row_scales, row_zeros, column_scales, column_sums, bias, y):
+    """Puts the sums of a tile, (N, 64) in int32, to their place in y, (rows, C_out).
+
+    The tile's place is from `first_row` and from column `begin` on. how: `RAW`, `VALUE` or `ADDED`.
+    """
+    width = min(sums.shape[1], y.shape[1] - begin)
+    scales, of_rows = column_scales[begin : begin + width], column_sums[begin : begin + width]
+    biases = bias[begin : begin + width]
+    for n in range(len(sums)):
+        row_sums, row = sums[n], y[first_row + n][begin : begin + width]
+        scale, zero = row_scales[first_row + n], row_zeros[first_row + n]
+        if how == RAW:
+            for i in range(width):
+                row[i] = np.float32(row_sums[i])
+        elif how == VALUE:
+            for i in range(width):
+                raw = np.float32(row_sums[i])
+                row[i] = _value(raw, scale, zero, scales[i], of_rows[i], biases[i])
+        else:
+            for i in range(width):
+                raw = np.float32(row_sums[i])
+                row[i] += _value(raw, scale, zero, scales[i], of_rows[i], biases[i])
+
+
+@kernel(void(_ROWS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _ROWS, int64))
+def finish(raw, row_scales, row_zeros, column_scales, column_sums, bias, y, how):
+    """The values of a raw product, (N, C_out). how: `VALUE` or `ADDED`. raw may be y."""
     for n in prange(len(raw)):
         scale, zero = row_scales[n], row_zeros[n]
         for i in range(raw.shape[1]):
-            value = (raw[n, i] * column_scales[i] - zero * column_sums[i]) * scale + bias[i]
-            y[n, i] = y[n, i] + value if is_added else value
+            value = _value(raw[n, i], scale, zero, column_scales[i], column_sums[i], bias[i])
+            y[n, i] = y[n, i] + value if how == ADDED else value
 
 
 @kernel(void(float32[:, :, ::1], _ROWS, _ROWS, float32))

@@ -3,17 +3,37 @@
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from server.core.engine.model.kernels import matrix
-from server.core.engine.model.kernels.matrix import KernelMatrix, Pack, int8_packer, pack_int4
+from server.core.engine.model.kernels.matrix import (
+    Columns,
+    Floats,
+    KernelMatrix,
+    Pack,
+    PackedRows,
+    Quantized,
+    int8_packer,
+    pack_int4,
+)
+from server.core.engine.model.kernels.rows import RAW
+
+Bytes = NDArray[np.uint8]
 
 MANY = 10**6
 OURS, ONEDNN = int8_packer(MANY), int8_packer(0)
 MAX_ERRORS: dict[Pack, float] = {OURS: 0.02, ONEDNN: 0.02, int8_packer(5): 0.02, pack_int4: 0.12}
 
 
-def random_bytes(*shape: int) -> np.ndarray:  # type: ignore[type-arg]
+def random_bytes(*shape: int) -> Bytes:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def sums(rows: PackedRows, x: Bytes) -> Floats:
+    """Of the products of integers."""
+    ones, zeros = np.ones((2, len(rows.scales)), np.float32), np.zeros(len(rows.scales), np.float32)
+    of_x = Quantized(x, np.ones(len(x), np.float32), np.zeros(len(x), np.float32))
+    return rows.packed.multiply(of_x, Columns(*ones, zeros), RAW)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 8, 13, 48])
@@ -21,8 +41,8 @@ def random_bytes(*shape: int) -> np.ndarray:  # type: ignore[type-arg]
 def test_ours_and_onednn_give_the_same_sums(shape: tuple[int, int], num_rows: int) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(shape), random_bytes(num_rows, shape[1])
-    ours = OURS([weight], None).packed.multiply(x)
-    assert np.array_equal(ours, ONEDNN([weight], None).packed.multiply(x))
+    ours = sums(OURS([weight], None), x)
+    assert np.array_equal(ours, sums(ONEDNN([weight], None), x))
     scales = weight.abs().amax(1, keepdim=True) / 127
     integers = (weight / scales).round().to(torch.int64).numpy()
     assert np.array_equal(ours, (x.astype(np.int64) @ integers.T).astype(np.float32))
@@ -31,7 +51,7 @@ def test_ours_and_onednn_give_the_same_sums(shape: tuple[int, int], num_rows: in
 def test_the_largest_sums_do_not_overflow() -> None:
     x = np.full((2, 8192), 255, np.uint8)
     for pack in (OURS, pack_int4):
-        assert (pack([torch.ones(3, 8192)], None).packed.multiply(x) == 8192 * 127 * 255).all()
+        assert (sums(pack([torch.ones(3, 8192)], None), x) == 8192 * 127 * 255).all()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (200, 128), (70, 320), (1, 64)], ids=str)
@@ -43,17 +63,17 @@ def test_4_bits_are_multiplied_the_same_as_they_are_and_turned_into_8(
         torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None],
         random_bytes(7, shape[1]),
     )
-    packed, scales, _ = pack_int4(weight.split(50), None)
-    turned = packed.multiply(x)
-    for num in (1, 2):
-        assert np.array_equal(packed.multiply(x[:num]), turned[:num])
+    packed = pack_int4(weight.split(50), None)
+    turned = sums(packed, x)
+    for num in (1, 2, 5, 6, 7, 13):
+        assert np.array_equal(sums(packed, x[:num]), turned[:num])
     # One column of x at a time gives the integers themselves.
-    units = packed.multiply(np.eye(shape[1], dtype=np.uint8)).T
+    units = sums(packed, np.eye(shape[1], dtype=np.uint8)).T
     assert np.abs(units).max() <= 128
     assert np.array_equal(
         turned, (x.astype(np.int64) @ units.T.astype(np.int64)).astype(np.float32)
     )
-    errors = torch.from_numpy(units) * scales[:, None] - weight
+    errors = torch.from_numpy(units) * packed.scales[:, None] - weight
     groups, of_groups = weight.view(len(weight), -1, 32), errors.view(len(weight), -1, 32)
     steps = (groups.amax(-1) - groups.amin(-1)) / 15
     # A rounding to the nearest of 16 has an error of 0.29 steps.
@@ -66,9 +86,9 @@ def test_4_bits_are_rounded_least_where_it_matters_most() -> None:
     importance[[5, 40]] = 1000
 
     def error(of_columns: torch.Tensor | None) -> torch.Tensor:
-        packed, scales, _ = pack_int4([weight], of_columns)
-        units = torch.from_numpy(packed.multiply(np.eye(64, dtype=np.uint8)).T)
-        return (units * scales[:, None] - weight).square()[:, [5, 40]].mean()
+        packed = pack_int4([weight], of_columns)
+        units = torch.from_numpy(sums(packed, np.eye(64, dtype=np.uint8)).T)
+        return (units * packed.scales[:, None] - weight).square()[:, [5, 40]].mean()
 
     assert error(importance) < 0.7 * error(None)
 

@@ -79,7 +79,9 @@ def test_a_raw_product_gets_its_value(is_added: bool) -> None:
     row_scales, row_zeros, y = np.abs(random(6)), random(6, seed=1), random(6, 100, seed=5)
     exact = (raw * scales - row_zeros[:, None] * sums) * row_scales[:, None] + bias
     exact = exact + y if is_added else exact
-    rows.finish(raw, row_scales, row_zeros, scales, sums, bias, y, is_added)
+    rows.finish(
+        raw, row_scales, row_zeros, scales, sums, bias, y, rows.ADDED if is_added else rows.VALUE
+    )
     np.testing.assert_allclose(y, exact, atol=1e-5)
 
 
