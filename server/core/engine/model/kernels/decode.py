@@ -8,7 +8,7 @@ from server.core.engine.model.kernels.floats import exp, from_bfloat16, largest,
 
 # Positions whose scores are held at once. A sequence's positions are divided at its multiples, so
 # its sums do not depend on other sequences, nor on the number of threads.
-_CHUNK = 512
+_CHUNK = 1024
 # Dimensions of the keys that are added to the scores at once.
 _FEW = 4
 

@@ -20,6 +20,9 @@ from server.core.engine.model.linear import in_rows_of, padded, quantize_rows, s
 Floats = NDArray[np.float32]
 # Numbers of rows from which on oneDNN's product may be faster than ours.
 _MANY_ROWS = (16, 32, 64, 128)
+# oneDNN keeps a program of nearly 1 MB for each number of rows and each matrix's shape, so it is
+# given multiples of this many rows.
+_ROWS_OF_SHAPE = 32
 # Rows that are rounded at once; each copy in float32 that it takes is as large.
 _ROWS_AT_ONCE = 512
 
@@ -150,11 +153,13 @@ class _Int8:
 
     def _multiply_by_onednn(self, x: NDArray[np.uint8]) -> Tensor:
         """(N, C_in) -> (N, C_out): the sums."""
+        padded_x = np.empty((-(-len(x) // _ROWS_OF_SHAPE) * _ROWS_OF_SHAPE, x.shape[1]), np.uint8)
+        padded_x[: len(x)] = x
         raw: Tensor = torch.ops.onednn.qlinear_pointwise(
-            torch.from_numpy(x), 1.0, 0, self._packed, self._ones, self._zeros, None, 1.0, 0,
+            torch.from_numpy(padded_x), 1.0, 0, self._packed, self._ones, self._zeros, None, 1.0, 0,
             torch.float32, "none", [], "",
         )  # fmt: skip
-        return raw
+        return raw[: len(x)]
 
 
 class _Int4:

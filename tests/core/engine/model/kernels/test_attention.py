@@ -81,7 +81,7 @@ def test_a_divided_prompt_is_equal_to_the_last_bit(sizes: tuple[int, ...]) -> No
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sampled_tokens_attend_to_their_own_slots_only(shape: tuple[int, int, int]) -> None:
     num_heads, num_kv, size = shape
-    capacity, lengths = 1280, [0, 63, 511, 512, 1200]
+    capacity, lengths = 1280, [0, 63, 1023, 1024, 1200]
     keys, values = random_slots(2 * len(lengths), num_kv, size, capacity).chunk(2)
     for slot, length in enumerate(lengths):
         keys[slot, ..., length:] = values[slot, ..., length:] = torch.nan
