@@ -46,7 +46,8 @@ def _openvino_folder(checkpoint: Path, weights: str) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     subprocess.run(
         [
-            OPENVINO_PYTHON.with_name("optimum-cli"), "export", "openvino",
+            # By its module: the script `optimum-cli` names the folder where it was installed.
+            OPENVINO_PYTHON, "-m", "optimum.commands.optimum_cli", "export", "openvino",
             "--model", checkpoint, "--task", "text-generation-with-past",
             "--weight-format", weights, unfinished,
         ],
