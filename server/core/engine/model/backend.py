@@ -24,7 +24,7 @@ class Backend(NamedTuple):
 
 
 def choose_backend(config: ModelConfig, dtype: str) -> Backend:
-    """The fastest that has been seen to be exact enough for the type of weights."""
+    """Kernels, if this processor and the model's sizes allow them; else PyTorch."""
     operations: Operations = TorchOperations(config, linear_factory(dtype))
     if dtype in QUANTIZED_DTYPES and _has_kernels_for(config):
         # Imported only here: the kernels are compiled as they are imported.

@@ -82,10 +82,14 @@ def test_without_what_the_kernels_need_pytorch_computes(
 
 
 @needs_kernels
+@pytest.mark.parametrize("has_bfloat16", [True, False])
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.05), ("int4", 0.4)])
 def test_kernels_and_pytorch_compute_the_same(
-    folder: Path, config: ModelConfig, dtype: str, error: float
-) -> None:
+    folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, dtype: str, error: float,
+    has_bfloat16: bool,
+) -> None:  # fmt: skip
+    # Without it the attention is PyTorch's, in float32.
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     ids = torch.randint(0, 300, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def logits(model: QwenModel) -> torch.Tensor:
