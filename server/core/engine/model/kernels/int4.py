@@ -67,10 +67,12 @@ def pack(weights, importance, packed, scales, sums):
     num_rows, num_columns = weights.shape
     for n in prange(num_rows):
         tile, column = packed[n // TILE], n % TILE
-        largest = np.float32(0)
+        largest, probe = np.float32(0), np.float32(0)
         for i in range(num_columns):
             largest = max(largest, abs(weights[n, i]))
-        unit = largest / np.float32(127) + _TINY
+            probe += np.float32(0) * weights[n, i]
+        # NaN if a weight is none or infinite, so that the model is known to be broken.
+        unit = largest / np.float32(127) + _TINY + probe
         total = np.float32(0)
         group_weights = np.empty(GROUP, np.float32)
         for group in range(num_columns // GROUP):

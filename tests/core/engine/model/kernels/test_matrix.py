@@ -133,6 +133,16 @@ def test_zeros_do_no_harm(pack: Pack) -> None:
     assert (layer(x) - exact).abs().mean() < MAX_ERRORS[pack] * exact.abs().mean()
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pack", [OURS, pack_int4], ids=["int8", "int4"])
+def test_a_weight_that_is_no_number_is_not_hidden(pack: Pack, number: float) -> None:
+    weight = torch.randn(70, 64)
+    weight[3, 40] = number
+    y = KernelMatrix([weight], pack=pack)(torch.randn(2, 64))
+    assert not y[:, 3].isfinite().any()
+    assert y[:, 4:].isfinite().all()
+
+
 def test_the_number_of_rows_from_which_onednn_is_faster_is_measured() -> None:
     assert matrix.measure_num_many() in (16, 32, 64, 128, 256)
 
