@@ -11,6 +11,7 @@ from server.core.engine.model.attention.branches import BranchRun
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.attention.step import AttentionKind, Run
 from server.core.engine.model.kernels import decode, prompt
+from server.core.engine.model.kernels.compiling import match_threads
 
 Bits = NDArray[np.uint16]  # of numbers in bfloat16
 
@@ -63,6 +64,7 @@ def _are_decodes(a: Segment, b: Segment) -> bool:
 
 
 def _make_run(row: int, segments: Sequence[Segment]) -> Run:
+    match_threads()
     if segments[0].is_decode:
         return DecodeRun(row, segments)
     [segment] = segments

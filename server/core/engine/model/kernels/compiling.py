@@ -10,9 +10,6 @@ from typing import Any
 import numba
 import torch
 
-# numba finds the OpenMP that PyTorch has loaded, so both use the same threads.
-numba.config.NUMBA_NUM_THREADS = torch.get_num_threads()  # type: ignore[attr-defined]
-
 # Sums may be taken in another order, in vectors. NaN and infinity keep their meaning: a model that
 # computes them has to be noticed.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -40,3 +37,12 @@ def helper(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function that kernels call; it becomes part of each of them."""
     compiled: Callable[..., Any] = _njit(fastmath=_FASTMATH)(function)
     return compiled
+
+
+def match_threads() -> None:
+    """Lets the kernels that this thread calls use as many threads as PyTorch does.
+
+    numba finds the OpenMP that PyTorch has loaded, so these are the same threads.
+    """
+    most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(torch.get_num_threads(), most))

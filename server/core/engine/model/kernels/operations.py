@@ -9,6 +9,7 @@ from torch import Tensor
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.kernels import rows
+from server.core.engine.model.kernels.compiling import match_threads
 from server.core.engine.model.kernels.matrix import (
     Floats,
     KernelMatrix,
@@ -42,6 +43,8 @@ class KernelOperations:
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
         rotations: Tensor,
     ) -> None:  # fmt: skip
+        if index == 0:
+            match_threads()
         qkv, out = _kernel_matrix(weights.qkv), _kernel_matrix(weights.out)
         norms = self._no_norms if weights.head_norms is None else weights.head_norms.numpy()
         heads = qkv.product(self._normalised(hidden, qkv.factors))
