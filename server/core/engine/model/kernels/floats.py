@@ -48,9 +48,9 @@ def from_bfloat16(bits):
 
 @helper
 def ordered(x):
-    """An int32 that is larger for a larger float32; NaN is beyond infinity, on its sign's side.
+    """An int32 that is larger for a larger float32. A NaN is beyond the infinity of its sign.
 
-    The largest of floats takes a loop of single steps, because of NaN; of integers, vectors do it.
+    numba compares floats one by one, because of NaN. It compares integers in vectors.
     """
     bits = np.float32(x).view(np.int32)
     return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
@@ -58,13 +58,16 @@ def ordered(x):
 
 @helper
 def from_ordered(bits):
-    """The float32 that `ordered` gave."""
+    """The inverse of `ordered`."""
     return np.int32(bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
 
 
 @helper
 def largest(row):
-    """NaN, if there is a positive one. row: not empty, float32."""
+    """The largest number of a row, or NaN if the row has a positive NaN.
+
+    row: float32, not empty.
+    """
     top = ordered(row[0])
     for i in range(len(row)):
         top = max(top, ordered(row[i]))
