@@ -5,6 +5,8 @@ import mmap
 import torch
 from torch import Tensor
 
+from server.core.engine.model.kv_layout import BY_TOKEN, KVLayout
+
 
 class Arena:
     """Keys and values of a fixed number of tokens; a page takes memory when it is first written.
@@ -14,7 +16,7 @@ class Arena:
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int,
-        dtype: torch.dtype = torch.float32, *, num_tokens: int,
+        layout: KVLayout = BY_TOKEN, *, num_tokens: int,
     ) -> None:  # fmt: skip
         """Reserves address space, and no more of it later.
 
@@ -23,8 +25,8 @@ class Arena:
         """
         self._num_layers, self._num_kv_heads, self._head_dim = num_layers, num_kv_heads, head_dim
         self._num_tokens = num_tokens
-        self._dtype = dtype
-        self._token_bytes = dtype.itemsize * num_kv_heads * head_dim  # of one layer's keys
+        self._layout = layout
+        self._token_bytes = layout.dtype.itemsize * num_kv_heads * head_dim  # of one layer's keys
         self._maps = [_reserve(num_layers * num_tokens * self._token_bytes) for _ in range(2)]
 
     @property
@@ -35,25 +37,18 @@ class Arena:
     def slots(self, capacity: int, first_token: int) -> tuple[Tensor, Tensor]:
         """The memory from `first_token` on, divided into as many slots as there is room for.
 
-        keys: (layers, slots, H_kv, capacity, D). values: (layers, slots, H_kv, D, capacity).
-        The values of a dimension are neighbours in memory, and so are the keys in bfloat16. In
-        float32 a token's keys are: so a decode step reads both along their rows, which is how
-        PyTorch's products run at the memory's speed.
+        Returns keys and values, each (layers, slots, H_kv, *shape); the layout has the shapes.
         """
         num_slots = (self._num_tokens - first_token) // capacity
         num_floats = self._num_kv_heads * self._head_dim
         used = slice(first_token * num_floats, (first_token + num_slots * capacity) * num_floats)
         keys, values = (
-            torch.frombuffer(pages, dtype=self._dtype).view(self._num_layers, -1)[:, used]
+            torch.frombuffer(pages, dtype=self._layout.dtype).view(self._num_layers, -1)[:, used]
             for pages in self._maps
         )
         first = (self._num_layers, num_slots, self._num_kv_heads)
-        by_dimension = (*first, self._head_dim, capacity)
-        if self._dtype == torch.float32:
-            keys = keys.view(*first, capacity, self._head_dim)
-        else:
-            keys = keys.view(by_dimension).transpose(-1, -2)
-        return keys, values.view(by_dimension)
+        key_shape, value_shape = self._layout.shapes(capacity, self._head_dim)
+        return keys.view(*first, *key_shape), values.view(*first, *value_shape)
 
     def give_back(self, begin: int, end: int) -> None:
         """Gives the whole pages of these tokens back to the system; what was there is lost."""

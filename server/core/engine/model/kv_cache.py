@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from server.core.engine.model.kv_layout import BY_TOKEN, KVLayout
+
 
 @dataclass(eq=False)
 class KVCache:
@@ -32,17 +34,15 @@ class KVCache:
 
 @dataclass(frozen=True)
 class KVPrefix:
-    """Computed tokens of one sequence.
+    """Computed tokens of one sequence, in whole blocks of their layout.
 
-    keys: (layers, H_kv, length, D). values: (layers, H_kv, D, length).
+    keys, values: (layers, H_kv, *shape); the layout has the shapes.
     """
 
     keys: Tensor
     values: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
+    length: int
+    layout: KVLayout = BY_TOKEN
 
     @property
     def num_layers(self) -> int:
@@ -54,15 +54,25 @@ class KVPrefix:
 
     def first(self, length: int, num_layers: int | None = None) -> "KVPrefix":
         """Its first tokens in the first layers (None: in all), in the same memory."""
-        return KVPrefix(self.keys[:num_layers, :, :length], self.values[:num_layers, ..., :length])
+        num_blocks = self.layout.num_blocks(length)
+        keys = self.keys[:num_layers, :, :num_blocks]
+        values = self.values[:num_layers].narrow(2 + self.layout.value_axis, 0, num_blocks)
+        return KVPrefix(keys, values, length, self.layout)
 
     def layer(self, index: int) -> "KVPrefix":
         """All of it in one layer, in the same memory."""
-        return KVPrefix(self.keys[index : index + 1], self.values[index : index + 1])
+        layer = slice(index, index + 1)
+        return KVPrefix(self.keys[layer], self.values[layer], self.length, self.layout)
+
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of its only layer in float32: (H_kv, length, D) and (H_kv, D, length)."""
+        [keys], [values] = self.keys, self.values
+        keys, values = self.layout.by_token(keys, values)
+        return keys[:, : self.length].float(), values[..., : self.length].float()
 
     def clone(self) -> "KVPrefix":
         """The same in memory of its own, in the same order and no more of it."""
-        return KVPrefix(self.keys.clone(), self.values.clone())
+        return KVPrefix(self.keys.clone(), self.values.clone(), self.length, self.layout)
 
     def copy_(self, other: "KVPrefix") -> None:
         """Overwrites this one."""
@@ -81,11 +91,12 @@ class Copy(NamedTuple):
 class KVPool:
     """Slots of one capacity; `caches` use those from `begin` on, in order and without gaps.
 
-    keys: (layers, slots, H_kv, capacity, D). values: (layers, slots, H_kv, D, capacity).
-    Both are views of the whole arena; other pools may use the memory of the other slots.
+    keys, values: (layers, slots, H_kv, *shape); the layout has the shapes. Both are views of the
+    whole arena; other pools may use the memory of the other slots.
     """
 
     capacity: int
+    layout: KVLayout
     keys: Tensor
     values: Tensor
     first_token: int  # of the arena: where slot 0 begins
@@ -113,7 +124,8 @@ class KVPool:
 
     def view(self, slot: int, length: int) -> KVPrefix:
         """The first tokens of a slot, in place."""
-        return KVPrefix(self.keys[:, slot], self.values[:, slot]).first(length)
+        whole = KVPrefix(self.keys[:, slot], self.values[:, slot], self.capacity, self.layout)
+        return whole.first(length)
 
     def move(self, cache: KVCache, slot: int) -> Copy:
         """Gives the cache another slot; the caller runs the copy."""

@@ -5,10 +5,9 @@ All memory is reserved at the start; a move allocates no more than one layer of 
 
 from collections.abc import Collection
 
-import torch
-
 from server.core.engine.model.arena import Arena
 from server.core.engine.model.kv_cache import Copy, KVCache, KVPool, KVPrefix
+from server.core.engine.model.kv_layout import BY_TOKEN, KVLayout
 
 MIN_CAPACITY = 128
 
@@ -25,30 +24,33 @@ class KVMemory:
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int,
-        dtype: torch.dtype = torch.float32, *, max_tokens: int, max_context: int,
+        layout: KVLayout = BY_TOKEN, *, max_tokens: int, max_context: int,
     ) -> None:  # fmt: skip
         """max_tokens: room of all slots together. max_context: that of the largest slot.
+
+        Both are rounded up to whole blocks of the layout.
 
         Raises:
             OSError: the system refuses as much memory.
         """
         assert max_tokens >= max_context
+        max_tokens, max_context = layout.rounded(max_tokens), layout.rounded(max_context)
         self._max_tokens = max_tokens
-        self._arena = Arena(num_layers, num_kv_heads, head_dim, dtype, num_tokens=max_tokens)
+        self._layout = layout
+        self._arena = Arena(num_layers, num_kv_heads, head_dim, layout, num_tokens=max_tokens)
         capacities = [MIN_CAPACITY]
         while capacities[0] < max_context:
             capacities.insert(0, 2 * capacities[0])
-        self._doubling = [KVPool(c, *self._arena.slots(c, 0), 0) for c in capacities[1:]]
+        self._doubling = [KVPool(c, layout, *self._arena.slots(c, 0), 0) for c in capacities[1:]]
         first_token = max_tokens % max_context
         slots = self._arena.slots(max_context, first_token)
-        self._last = KVPool(max_context, *slots, first_token, begin=slots[0].shape[1])
+        self._last = KVPool(max_context, layout, *slots, first_token, begin=slots[0].shape[1])
         self._pools = (*self._doubling, self._last)  # in the order of the arena
         self._rising = (*reversed(self._doubling), self._last)  # by capacity
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of keys and values in all layers. Any thread."""
-        return self._arena.bytes_per_token
+    def num_bytes(self, num_tokens: int) -> int:
+        """Of the keys and values of one sequence in all layers. Any thread."""
+        return self._layout.rounded(num_tokens) * self._arena.bytes_per_token
 
     @property
     def num_tokens(self) -> int:

@@ -82,7 +82,7 @@ class QwenModel:
         """Room for the KV caches of running sequences."""
         c = self.config
         return KVMemory(
-            c.num_layers, c.num_kv_heads, c.head_dim, self._attention.kv_dtype,
+            c.num_layers, c.num_kv_heads, c.head_dim, self._attention.layout,
             max_tokens=max_tokens, max_context=max_context,
         )  # fmt: skip
 

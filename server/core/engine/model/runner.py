@@ -158,7 +158,7 @@ class ModelRunner:
 
     def is_kept(self, num_tokens: int) -> bool:
         """Whether a prompt of that length, once computed, is kept for others. Any thread."""
-        return self._prefixes.has_room_for(num_tokens * self._memory.bytes_per_token)
+        return self._prefixes.has_room_for(self._memory.num_bytes(num_tokens))
 
     def rest(self) -> None:
         """Returns free memory to the system. Called when the engine is idle."""

@@ -62,7 +62,7 @@ def test_few_bits_are_computed_by_kernels_and_other_weights_by_pytorch(config: M
     assert is_of_torch(choose_backend(config, "float32"))
     chosen = choose_backend(config, "bfloat16")
     assert isinstance(chosen.operations, TorchOperations)
-    assert chosen.attention.kv_dtype == torch.bfloat16
+    assert chosen.attention.layout.dtype == torch.bfloat16
     assert kv_bytes_per_token(config, "int8") * 2 == kv_bytes_per_token(config, "float32")
 
 
@@ -109,3 +109,25 @@ def test_kernels_and_pytorch_compute_the_same(
     exact = logits(load_qwen(folder, config, "float32"))
     for quantized in (ours, theirs):
         assert (quantized - exact).abs().mean() < error * exact.std()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_in_kernels_a_token_is_the_same_to_the_last_bit_sampled_or_of_a_prompt(
+    folder: Path, config: ModelConfig, dtype: str
+) -> None:
+    # So a conversation goes on alike, whether its beginning is kept or computed again.
+    model = load_qwen(folder, config, dtype)
+    ids = torch.randint(0, 300, (230,), generator=torch.Generator().manual_seed(0)).tolist()
+    memory, states = model.new_memory(1024, 256), list[torch.Tensor]()
+    for sizes in ([230], [100, *[1] * 60, 70]):
+        cache, parts = KVCache(), list[torch.Tensor]()
+        assert memory.reserve(cache, len(ids))
+        for size in sizes:
+            part = range(cache.length, cache.length + size)
+            segment = Segment([ids[i] for i in part], part, cache, is_decode=size == 1)
+            with torch.inference_mode():
+                [[hidden]] = model.forward([segment])
+            parts.append(hidden)
+        states.append(torch.cat(parts))
+    assert torch.equal(*states)

@@ -167,7 +167,7 @@ class Model:
         self.next_number += count
         shape = (LAYERS, self.num_kv_heads)
         keys, values = numbers.view(*shape, -1, HEAD_DIM), -numbers.view(*shape, HEAD_DIM, -1)
-        return KVPrefix(keys, values)
+        return KVPrefix(keys, values, keys.shape[2])
 
     def extend(self, cache: KVCache, num_tokens: int) -> None:
         """Reserves, if there should be room for it, and writes."""
@@ -178,14 +178,13 @@ class Model:
         assert self.memory.reserve(cache, num_tokens) is has_room
         if not has_room:
             return
-        new = self.prefix(num_tokens)
+        new, end = self.prefix(num_tokens), cache.length + num_tokens
         if before := self.expected.get(cache):
             keys, values = [before.keys, new.keys], [before.values, new.values]
-            self.expected[cache] = KVPrefix(torch.cat(keys, 2), torch.cat(values, 3))
+            self.expected[cache] = KVPrefix(torch.cat(keys, 2), torch.cat(values, 3), end)
         else:
             self.expected[cache] = new
         assert cache.pool is not None
-        end = cache.length + num_tokens
         slot = cache.pool.view(cache.slot, end)
         slot.keys[:, :, cache.length :] = new.keys
         slot.values[..., cache.length :] = new.values

@@ -35,14 +35,15 @@ class BranchRun:
     def __init__(self, row: int, segment: Segment) -> None:
         """row: where the run begins among the step's tokens."""
         self.rows = slice(row, row + len(segment.token_ids))
-        self._pool, self._slot = segment.pool, segment.cache.slot
+        self._num_kv_heads = segment.pool.num_kv_heads
         self._num_prompt = segment.positions[0]
         self._end = tile_end(self._num_prompt - 1, segment.cache.capacity)
+        self._prompt = segment.pool.view(segment.cache.slot, self._end)
         self._grids = list(_grids(segment.branches, self._end))
 
     def __call__(self, layer: int, heads: Tensor) -> Tensor:
         """heads: (T, H + 2 H_kv, D). Returns (T, H D)."""
-        queries, keys, values = split_heads(heads, self._pool.num_kv_heads)
+        queries, keys, values = split_heads(heads, self._num_kv_heads)
         mixed = torch.empty(len(queries), queries[0].numel())
         for grid in self._grids:
             of_grid = queries[grid.rows_of], keys[grid.rows_of], values[grid.rows_of]
@@ -55,8 +56,7 @@ class BranchRun:
     ) -> Tensor:
         """queries: (B, P, H, D). keys, values: (B, P, H_kv, D). Returns (B, P, H D)."""
         num, length, num_kv_heads, head_dim = keys.shape
-        prompt_keys = self._pool.keys[layer, self._slot, :, : self._end].float()
-        prompt_values = self._pool.values[layer, self._slot, ..., : self._end].float()
+        prompt_keys, prompt_values = self._prompt.layer(layer).by_token()
         # G query heads share a key head; they are rows behind one another for each token.
         grouped = queries.view(num, length, num_kv_heads, -1, head_dim)
         rows = grouped.permute(2, 0, 1, 3, 4).contiguous()

@@ -10,6 +10,7 @@ from server.core.engine.model.attention.branches import BranchRun
 from server.core.engine.model.attention.decodes import DecodeRun, are_neighbours
 from server.core.engine.model.attention.prompt import PromptRun
 from server.core.engine.model.attention.segment import Segment
+from server.core.engine.model.kv_layout import BY_TOKEN, KVLayout
 
 
 class Run(Protocol):
@@ -27,12 +28,12 @@ class Run(Protocol):
 class AttentionKind(NamedTuple):
     """One way to compute attention.
 
-    kv_dtype: of the keys and values it reads, float32 or bfloat16.
+    layout: of the keys and values it reads.
     are_neighbours: whether two segments, the second behind the first, belong in one run.
     make_run: the run of such segments; row: where it begins among the step's tokens.
     """
 
-    kv_dtype: torch.dtype
+    layout: KVLayout
     are_neighbours: Callable[[Segment, Segment], bool]
     make_run: Callable[[int, Sequence[Segment]], Run]
 
@@ -76,4 +77,4 @@ def _make_run(row: int, segments: Sequence[Segment]) -> Run:
 
 
 # By PyTorch, on any processor.
-TORCH_ATTENTION = AttentionKind(torch.float32, are_neighbours, _make_run)
+TORCH_ATTENTION = AttentionKind(BY_TOKEN, are_neighbours, _make_run)

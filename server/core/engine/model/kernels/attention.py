@@ -1,6 +1,6 @@
 """Attention by kernels, over keys and values in bfloat16."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,77 +10,94 @@ from torch import Tensor
 from server.core.engine.model.attention.branches import BranchRun
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.attention.step import AttentionKind, Run
-from server.core.engine.model.kernels import decode, prompt
+from server.core.engine.model.kernels import attend
 from server.core.engine.model.kernels.compiling import match_threads
+from server.core.engine.model.kernels.dots import TILE
+from server.core.engine.model.kv_layout import KVLayout, Shape
 
 Bits = NDArray[np.uint16]  # of numbers in bfloat16
 
 
-class DecodeRun:
-    """One sampled token of each of B sequences, wherever they are in memory."""
+class KernelRun:
+    """New tokens of sequences, sampled or of a prompt, wherever the sequences are in memory."""
 
     def __init__(self, row: int, segments: Sequence[Segment]) -> None:
         """row: where the run begins among the step's tokens."""
-        self.rows = slice(row, row + len(segments))
+        rows, items = list[tuple[int, int, int]](), list[tuple[int, int, int]]()
+        for segment in segments:
+            cache, num_tokens = segment.cache, len(segment.token_ids)
+            assert cache.length + num_tokens <= cache.capacity
+            items += _items(len(rows), cache.length, num_tokens)
+            begin = segment.pool.first_token_of(cache.slot)
+            rows += [(begin, cache.capacity, cache.length + i) for i in range(num_tokens)]
+        self.rows = slice(row, row + len(rows))
+        self._places, self._items = np.array(rows, np.int64), _dealt(items)
         pool = segments[0].pool
-        self._num_kv_heads, token_size = pool.num_kv_heads, pool.values[0, 0, ..., 0].numel()
-        slots = [
-            (s.pool.first_token_of(s.cache.slot) * token_size, s.cache.capacity, s.cache.length)
-            for s in segments
-        ]
-        self._slots = np.array(slots, np.int64).T.copy()
+        self._num_kv_heads = pool.num_kv_heads
         self._keys, self._values = _arena(pool.keys), _arena(pool.values)
 
     def __call__(self, layer: int, heads: Tensor) -> Tensor:
         num_heads = heads.shape[1] - 2 * self._num_kv_heads
         mixed = np.empty((len(heads), num_heads * heads.shape[2]), np.float32)
-        decode.attend(
-            heads.numpy(), num_heads, self._keys[layer], self._values[layer], *self._slots, mixed
-        )
+        memory = self._keys[layer], self._values[layer]
+        attend.store(heads.numpy(), num_heads, *memory, self._places)
+        attend.attend(heads.numpy(), num_heads, *memory, self._places, self._items, mixed)
         return torch.from_numpy(mixed)
 
 
-class PromptRun:
-    """T tokens of a prompt; each attends to those before it and to itself."""
-
-    def __init__(self, row: int, segment: Segment) -> None:
-        """row: where the run begins among the step's tokens."""
-        self.rows = slice(row, row + len(segment.token_ids))
-        self._pool, self._slot, self._begin = segment.pool, segment.cache.slot, segment.cache.length
-        assert self._begin + len(segment.token_ids) <= segment.cache.capacity
-
-    def __call__(self, layer: int, heads: Tensor) -> Tensor:
-        num_heads = heads.shape[1] - 2 * self._pool.num_kv_heads
-        mixed = np.empty((len(heads), num_heads * heads.shape[2]), np.float32)
-        prompt.attend(
-            heads.numpy(), num_heads, _bits(self._pool.keys[layer, self._slot].transpose(1, 2)),
-            _bits(self._pool.values[layer, self._slot]), self._begin, mixed,
-        )  # fmt: skip
-        return torch.from_numpy(mixed)
+def _items(row: int, position: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
+    """The parts of the work for tokens of one sequence, from `row` and `position` on."""
+    for i in range(0, num_tokens, attend.MAX_ITEM_TOKENS):
+        num = min(attend.MAX_ITEM_TOKENS, num_tokens - i)
+        for chunk in range((position + i + num - 1) // attend.CHUNK + 1):
+            yield row + i, num, chunk
 
 
-def _are_decodes(a: Segment, b: Segment) -> bool:
-    return a.is_decode and b.is_decode
+def _dealt(items: list[tuple[int, int, int]]) -> NDArray[np.int64]:
+    """The items in an order of which each part takes as long: later tokens take longer."""
+    num_parts = torch.get_num_threads()
+    dealt = [item for part in range(num_parts) for item in items[part::num_parts]]
+    return np.array(dealt, np.int64)
+
+
+def _are_neighbours(a: Segment, b: Segment) -> bool:
+    return not a.branches and not b.branches and a.depth == b.depth
 
 
 def _make_run(row: int, segments: Sequence[Segment]) -> Run:
+    if segments[0].branches:
+        [segment] = segments
+        return BranchRun(row, segment)
     match_threads()
-    if segments[0].is_decode:
-        return DecodeRun(row, segments)
-    [segment] = segments
-    return BranchRun(row, segment) if segment.branches else PromptRun(row, segment)
+    return KernelRun(row, segments)
 
 
 def _arena(of_pool: Tensor) -> Bits:
     """Keys or values of all pools, (layers, numbers), from those of one."""
     num_layers, layer_size = len(of_pool), of_pool.stride(0)
-    return _bits(of_pool.as_strided((num_layers, layer_size), (layer_size, 1), 0))
-
-
-def _bits(x: Tensor) -> Bits:
-    """The same memory; numpy has no bfloat16."""
-    bits: Bits = x.view(torch.uint16).numpy()
+    # numpy has no bfloat16.
+    whole = of_pool.as_strided((num_layers, layer_size), (layer_size, 1), 0)
+    bits: Bits = whole.view(torch.uint16).numpy()
     return bits
 
 
-KERNEL_ATTENTION = AttentionKind(torch.bfloat16, _are_decodes, _make_run)
+def _shapes(capacity: int, head_dim: int) -> tuple[Shape, Shape]:
+    num_blocks = capacity // TILE
+    return (
+        (num_blocks, head_dim // 2, TILE, 2),
+        (num_blocks, head_dim // TILE, TILE // 2, TILE, 2),
+    )
+
+
+def _by_token(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    num_heads, num_blocks, num_pairs = keys.shape[:3]
+    # Both with the positions behind one another: from other orders PyTorch's product takes its
+    # sums in an order that depends on the number of rows.
+    return (
+        keys.permute(0, 2, 4, 1, 3).reshape(num_heads, 2 * num_pairs, num_blocks * TILE).mT,
+        values.permute(0, 2, 4, 1, 3, 5).reshape(num_heads, 2 * num_pairs, num_blocks * TILE),
+    )
+
+
+IN_BLOCKS = KVLayout(torch.bfloat16, TILE, _shapes, value_axis=0, by_token=_by_token)
+KERNEL_ATTENTION = AttentionKind(IN_BLOCKS, _are_neighbours, _make_run)

@@ -1,111 +1,147 @@
 """Attention over keys and values in bfloat16, against PyTorch's in float32."""
 
-import numpy as np
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
-from server.core.engine.model.kernels import decode, prompt
+from server.core.engine.model.attention.segment import Segment
+from server.core.engine.model.kernels.attention import IN_BLOCKS, KERNEL_ATTENTION
+from server.core.engine.model.kv_cache import KVCache
+from server.core.engine.model.kv_memory import KVMemory
 
 SHAPES = [(4, 4, 64), (14, 2, 64), (4, 2, 128)]  # H, H_kv, D
+Shape = tuple[int, int, int]
 
 
-def bits(x: Tensor) -> NDArray[np.uint16]:
-    result: NDArray[np.uint16] = x.view(torch.uint16).numpy()
-    return result
+class Slots:
+    """Sequences in a memory of one layer, which is full of large numbers at first."""
+
+    def __init__(self, shape: Shape, max_context: int = 2112) -> None:
+        self.num_heads, self.num_kv, self.size = shape
+        self.memory = KVMemory(
+            1,
+            self.num_kv,
+            self.size,
+            IN_BLOCKS,
+            max_tokens=8 * max_context,
+            max_context=max_context,
+        )
+        self.caches = list[KVCache]()
+
+    def add(self, num_tokens: int) -> KVCache:
+        """A sequence with room for so many tokens."""
+        cache = KVCache()
+        assert self.memory.reserve(cache, num_tokens)
+        self.caches.append(cache)
+        assert cache.pool is not None
+        cache.pool.keys[:, cache.slot] = cache.pool.values[:, cache.slot] = 1e30
+        return cache
+
+    def heads(self, num_tokens: int, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        shape = num_tokens, self.num_heads + 2 * self.num_kv, self.size
+        heads = torch.randn(shape, generator=generator)
+        heads[:, : self.num_heads] *= self.size**-0.5
+        return heads
+
+    def attend(self, parts: Sequence[tuple[KVCache, int]], heads: Tensor) -> Tensor:
+        """(T, H D), of so many new tokens of each sequence."""
+        segments = [
+            Segment([0] * num, range(cache.length, cache.length + num), cache, num == 1)
+            for cache, num in parts
+        ]
+        mixed = KERNEL_ATTENTION.make_run(0, segments)(0, heads)
+        for cache, num in parts:
+            cache.length += num
+        return mixed
+
+    def known(self, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The keys and values of its tokens, (H_kv, S, D) and (H_kv, D, S)."""
+        return cache.first(cache.length, 1).by_token()
+
+    def expected(self, cache: KVCache, heads: Tensor) -> Tensor:
+        """(T, H D), of its last T tokens."""
+        keys, values = self.known(cache)
+        begin = cache.length - len(heads)
+        mask = torch.ones(len(heads), cache.length, dtype=torch.bool).tril(begin)
+        mixed = F.scaled_dot_product_attention(
+            heads[None, :, : self.num_heads].transpose(1, 2), keys[None], values[None].mT,
+            attn_mask=mask, scale=1.0, enable_gqa=True,
+        )  # fmt: skip
+        return mixed[0].transpose(0, 1).flatten(1)
 
 
-def random_slots(num: int, num_kv: int, size: int, capacity: int) -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(num, num_kv, size, capacity).bfloat16()
-
-
-def random_heads(num_tokens: int, shape: tuple[int, int, int], seed: int = 1) -> Tensor:
-    num_heads, num_kv, size = shape
-    generator = torch.Generator().manual_seed(seed)
-    heads = torch.randn(num_tokens, num_heads + 2 * num_kv, size, generator=generator)
-    heads[:, :num_heads] *= size**-0.5
-    return heads
-
-
-def expected(heads: Tensor, num_heads: int, keys: Tensor, values: Tensor, begin: int) -> Tensor:
-    """(T, H D). keys, values: (H_kv, D, capacity), with the new tokens' in them."""
-    end = begin + len(heads)
-    mask = torch.ones(len(heads), end, dtype=torch.bool).tril(begin)
-    mixed = F.scaled_dot_product_attention(
-        heads[None, :, :num_heads].transpose(1, 2), keys[None, ..., :end].mT.float(),
-        values[None, ..., :end].mT.float(), attn_mask=mask, scale=1.0, enable_gqa=True,
-    )  # fmt: skip
-    return mixed[0].transpose(0, 1).flatten(1)
-
-
-def attend(heads: Tensor, num_heads: int, keys: Tensor, values: Tensor, begin: int) -> Tensor:
-    mixed = np.empty((len(heads), num_heads * heads.shape[2]), np.float32)
-    prompt.attend(heads.numpy(), num_heads, bits(keys), bits(values), begin, mixed)
-    return torch.from_numpy(mixed)
-
-
-@pytest.mark.parametrize(("num_tokens", "begin"), [(1, 0), (5, 0), (1, 200), (30, 63), (200, 50)])
+@pytest.mark.parametrize(
+    ("begin", "num_tokens"), [(0, 1), (0, 5), (200, 1), (63, 30), (50, 200), (1000, 40)]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_prompt_attends_to_what_it_may_see(
-    shape: tuple[int, int, int], num_tokens: int, begin: int
-) -> None:
-    num_heads, num_kv, size = shape
-    keys, values = random_slots(2, num_kv, size, 256)
-    # What lies behind the prompt is never read, not even to be masked.
-    keys[..., begin + num_tokens :] = values[..., begin + num_tokens :] = torch.nan
-    heads = random_heads(num_tokens, shape)
-    mixed = attend(heads, num_heads, keys, values, begin)
-    new = slice(begin, begin + num_tokens)
-    assert torch.equal(keys[..., new], heads[:, num_heads:-num_kv].permute(1, 2, 0).bfloat16())
-    assert torch.equal(values[..., new], heads[:, -num_kv:].permute(1, 2, 0).bfloat16())
-    exact = expected(heads, num_heads, keys, values, begin)
+def test_a_prompt_attends_to_what_it_may_see(shape: Shape, begin: int, num_tokens: int) -> None:
+    slots = Slots(shape)
+    cache = slots.add(begin + num_tokens)
+    slots.attend([(cache, begin)], slots.heads(begin, seed=2)) if begin else None
+    heads = slots.heads(num_tokens)
+    mixed = slots.attend([(cache, num_tokens)], heads)
+    keys, values = (x[:, begin:] for x in (slots.known(cache)[0], slots.known(cache)[1].mT))
+    of_keys, of_values = heads[:, slots.num_heads :].transpose(0, 1).bfloat16().chunk(2)
+    assert torch.equal(keys, of_keys.float())
+    assert torch.equal(values, of_values.float())
+    exact = slots.expected(cache, heads)
     assert (mixed - exact).abs().mean() < 0.005 * exact.abs().mean()
 
 
-@pytest.mark.parametrize("sizes", [(1,), (7, 64, 25)])
+@pytest.mark.parametrize("sizes", [(1,), (7, 64, 25), (1024, 63)])
 def test_a_divided_prompt_is_equal_to_the_last_bit(sizes: tuple[int, ...]) -> None:
-    shape = num_heads, num_kv, size = (4, 2, 64)
-    keys, values = random_slots(2, num_kv, size, 256)
-    heads, begin, pieces = random_heads(150, shape), 0, []
-    whole = attend(heads, num_heads, keys.clone(), values.clone(), 0)
-    while begin < len(heads):
-        piece = heads[begin : begin + sizes[len(pieces) % len(sizes)]]
-        pieces.append(attend(piece, num_heads, keys, values, begin))
-        begin += len(piece)
+    slots = Slots((4, 2, 64))
+    heads, pieces = slots.heads(1150), list[Tensor]()
+    whole = slots.attend([(slots.add(len(heads)), len(heads))], heads)
+    cache = slots.add(len(heads))
+    while cache.length < len(heads):
+        piece = heads[cache.length :][: sizes[len(pieces) % len(sizes)]]
+        pieces.append(slots.attend([(cache, len(piece))], piece))
     assert torch.equal(torch.cat(pieces), whole)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sampled_tokens_attend_to_their_own_slots_only(shape: tuple[int, int, int]) -> None:
-    num_heads, num_kv, size = shape
-    capacity, lengths = 1280, [0, 63, 1023, 1024, 1200]
-    keys, values = random_slots(2 * len(lengths), num_kv, size, capacity).chunk(2)
-    for slot, length in enumerate(lengths):
-        keys[slot, ..., length:] = values[slot, ..., length:] = torch.nan
-    heads = random_heads(len(lengths), shape)
-
-    def decoded(rows: list[int]) -> Tensor:
-        mixed = np.empty((len(rows), num_heads * size), np.float32)
-        begins = np.array(rows) * keys[0].numel()
-        decode.attend(
-            heads[rows].numpy(), num_heads, bits(keys).reshape(-1), bits(values).reshape(-1),
-            begins, np.full(len(rows), capacity), np.array(lengths)[rows], mixed,
-        )  # fmt: skip
-        return torch.from_numpy(mixed)
-
-    together = decoded([3, 0, 4, 1, 2])
-    for row, slot in enumerate([3, 0, 4, 1, 2]):
-        exact = expected(heads[slot : slot + 1], num_heads, keys[slot], values[slot], lengths[slot])
-        torch.testing.assert_close(together[row : row + 1], exact, atol=1e-5, rtol=1e-4)
-        assert torch.equal(decoded([slot])[0], together[row])
+def test_sequences_attend_to_their_own_slots_and_do_not_change_each_other(shape: Shape) -> None:
+    slots = Slots(shape)
+    lengths, counts = [0, 63, 1023, 1024, 1200, 128], [1, 1, 1, 1, 1, 70]
+    caches = [slots.add(2000) for _ in lengths]
+    for seed, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+        if length:
+            slots.attend([(cache, length)], slots.heads(length, seed))
+    heads = [slots.heads(count, seed=10 + i) for i, count in enumerate(counts)]
+    order = [3, 0, 5, 4, 1, 2]
+    parts = [(caches[i], counts[i]) for i in order]
+    together = slots.attend(parts, torch.cat([heads[i] for i in order]))
+    for i, mixed in zip(order, together.split([counts[i] for i in order]), strict=True):
+        exact = slots.expected(caches[i], heads[i])
+        assert (mixed - exact).abs().mean() < 0.005 * exact.abs().mean()
+        caches[i].length = lengths[i]
+        assert torch.equal(slots.attend([(caches[i], counts[i])], heads[i]), mixed)
 
 
 def test_a_score_that_is_no_number_is_not_hidden() -> None:
-    heads, (keys, values) = random_heads(3, (2, 2, 64)), random_slots(2, 2, 64, 128)
+    slots = Slots((2, 2, 64))
+    heads = slots.heads(3)
     heads[0, 2, 5] = torch.nan  # a key of the first head, which all three tokens see
-    mixed = attend(heads, 2, keys, values, 0)
+    mixed = slots.attend([(slots.add(3), 3)], heads)
     assert mixed[:, :64].isnan().all()
     assert mixed[:, 64:].isfinite().all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 100])
+def test_a_copied_prefix_is_the_same_and_no_more_than_its_blocks(num_tokens: int) -> None:
+    slots = Slots((4, 2, 64))
+    source, target = slots.add(300), slots.add(300)
+    slots.attend([(source, 200)], slots.heads(200))
+    prefix = source.first(num_tokens, 1).clone()
+    assert prefix.num_bytes == slots.memory.num_bytes(num_tokens)
+    slots.memory.fill(target, prefix)
+    assert target.length == num_tokens
+    for ours, theirs in zip(target.first(num_tokens, 1).by_token(), prefix.by_token(), strict=True):
+        assert torch.equal(ours, theirs)
+    source.length, heads = num_tokens, slots.heads(3, seed=4)
+    assert torch.equal(slots.attend([(target, 3)], heads), slots.attend([(source, 3)], heads))
