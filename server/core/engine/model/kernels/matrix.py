@@ -4,7 +4,6 @@ import ctypes
 import timeit
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from server.core.engine.heap import trim_heap
+from server.core.engine.heap import trim_heap, use_huge_pages
 from server.core.engine.model.kernels import int4, product, rows
 from server.core.engine.model.kernels.dots import TILE
 from server.core.engine.model.linear import in_rows_of, padded, quantize_rows, smoothed
@@ -135,6 +134,7 @@ class _Int8:
         self._num_rows, self._num_many = len(integers), num_many
         self._packed = torch.ops.onednn.qlinear_prepack(integers, None)
         self._bytes = _bytes_of(self._packed)
+        use_huge_pages(self._bytes.ctypes.data, self._bytes.nbytes)
         self._ones, self._zeros = torch.ones(self._num_rows), torch.zeros(self._num_rows).long()
 
     def multiply(
@@ -167,6 +167,7 @@ class _Int4:
 
     def __init__(self, tiles: NDArray[np.uint8]) -> None:
         self._tiles = tiles
+        use_huge_pages(tiles.ctypes.data, tiles.nbytes)
 
     def multiply(
         self, x: Quantized, columns: Columns, how: int, residual: Floats | None = None
@@ -184,12 +185,14 @@ def int8_packer(num_many: int) -> Pack:
     """Rounds to 8 bits, the largest weight of each row to 127. num_many: as `_Int8` has it."""
 
     def pack(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows:
-        parts = chain.from_iterable(block.split(_ROWS_AT_ONCE) for block in blocks)
-        quantized = [quantize_rows(part) for part in parts]
+        quantized = []
+        for block in blocks:
+            quantized += [quantize_rows(part) for part in block.split(_ROWS_AT_ONCE)]
+            # What was rounded lies in gaps of the heap, so that the next block finds none that is
+            # large enough: without this a matrix may take its size in float32 at once.
+            del block
+            trim_heap()
         integers, scales, sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
-        del quantized
-        # Returns the memory of the blocks before the matrix is copied once more.
-        trim_heap()
         return PackedRows(_Int8(integers, num_many), scales, sums)
 
     return pack
@@ -206,6 +209,8 @@ def pack_int4(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows
         scales, sums = np.empty((2, len(weights)), np.float32)
         int4.pack(weights.numpy(), of_columns.numpy(), tiles, scales, sums)
         parts.append((tiles, scales, sums))
+        del block, weights
+        trim_heap()
     tiles, scales, sums = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     of_rows = (torch.from_numpy(array[:num_rows]) for array in (scales, sums))
     return PackedRows(_Int4(tiles), *of_rows)
