@@ -4,7 +4,10 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from server.core.engine.heap import use_huge_pages
 
 # A thread takes 100 MiB in small blocks and keeps every fourth. Prints how much of it was on the
 # process's first heap and how much went back to the system, in MiB.
@@ -39,3 +42,14 @@ def test_all_threads_have_one_heap_and_trimming_it_leaves_no_gaps() -> None:
     on_first_mib, given_back_mib, _ = map(float, output.split())
     assert on_first_mib > 95
     assert given_back_mib > 70
+
+
+def test_memory_on_huge_pages_holds_what_it_held() -> None:
+    numbers = np.arange(2**20)  # 8 MiB
+    use_huge_pages(numbers.ctypes.data, numbers.nbytes)
+    assert np.array_equal(numbers, np.arange(2**20))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 2**20])
+def test_less_than_a_huge_page_stays_where_it_is(num_bytes: int) -> None:
+    use_huge_pages(np.zeros(2**20, np.uint8).ctypes.data, num_bytes)
