@@ -31,6 +31,7 @@ from server.ui.conversation import (
 )
 from server.ui.failures import explain
 from server.ui.lines import batches, read_file, read_lines, to_csv
+from server.ui.page import build_page
 from server.ui.texts import TEXTS, name_of
 from tests.conftest import LiveServer
 from tests.live.test_clients_at_once import until
@@ -188,3 +189,13 @@ def test_a_label_has_a_name_in_either_language() -> None:
 
 def test_every_text_is_there_in_both_languages() -> None:
     assert all(zh and en for zh, en in TEXTS.values())
+
+
+async def test_the_page_wakes_the_server_some_fifty_times_a_second_at_most() -> None:
+    # Gradio's own interval of 1 ms takes time from the engine, even while nobody has it open.
+    app = build_page()
+    async with app.router.lifespan_context(app):
+        queue = app.routes[-1].app.get_blocks()._queue
+        assert not queue.stopped
+        assert queue.sleep_when_free >= 0.02
+        assert queue.progress_update_sleep_when_free >= 0.1
