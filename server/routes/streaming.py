@@ -75,7 +75,9 @@ async def _next(
 ) -> Mapping[str, Any] | None:
     """The next content; None behind the last. A deadline that passes ends them all."""
     try:
-        return await asyncio.wait_for(anext(contents, None), work_of(request).seconds_left)
+        # Not `wait_for`, which before Python 3.12 makes a task for each chunk.
+        async with asyncio.timeout(work_of(request).seconds_left):
+            return await anext(contents, None)
     except TimeoutError:
         raise RequestTimeoutError from None
 

@@ -98,6 +98,19 @@ class Choices:
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
         """Pieces of all choices as they come, each with its index; None: that one is done."""
+        try:
+            if len(self.choices) == 1:
+                # Without a task for each piece.
+                async for piece in self.choices[0].pieces():
+                    yield 0, piece
+                yield 0, None
+                return
+            async for indexed in self._interleaved():
+                yield indexed
+        finally:
+            self.abort()
+
+    async def _interleaved(self) -> AsyncIterator[tuple[int, Piece | None]]:
         iterators = [choice.pieces() for choice in self.choices]
         waiting = {_next_of(it): (i, it) for i, it in enumerate(iterators)}
         try:
@@ -110,7 +123,6 @@ class Choices:
                         waiting[_next_of(iterator)] = index, iterator
                     yield index, piece
         finally:
-            self.abort()
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
