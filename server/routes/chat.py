@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.core.engine.sequence import TokenEvent
 from server.core.roles.reply import Reply
+from server.core.text.grammar import OutputFormat
 from server.core.text.tools import Answer, CallDelta, Delta, TextDelta
 from server.protocol.base import classification, new_id, now, sentiment_headers, usage
 from server.protocol.chat import ChatCompletionRequest, message
@@ -35,7 +36,7 @@ async def chat_completions(request: Request) -> Response:
             num_logprobs=body.top_logprobs if body.logprobs else None,
             num_choices=body.n,
         )
-        return _Chat(body, services, reply, has_tools=bool(output.tools))
+        return _Chat(body, services, reply, output)
 
     async def complete() -> Response:
         return await (await begin()).whole()
@@ -50,11 +51,11 @@ class _Chat:
     """A reply on its way to the client."""
 
     def __init__(
-        self, body: ChatCompletionRequest, services: Services, reply: Reply, *, has_tools: bool
+        self, body: ChatCompletionRequest, services: Services, reply: Reply, output: OutputFormat
     ) -> None:
         self.reply = reply
         self._body, self._services = body, services
-        self._answers = [Answer(has_tools=has_tools) for _ in reply.choices]
+        self._answers = [Answer(output.call_opening) for _ in reply.choices]
         self.headers = sentiment_headers(reply.sentiment)
 
     async def whole(self) -> Response:

@@ -40,6 +40,7 @@ async def begin_reply(
         work=work_of(request),
         with_sentiment=body.sentiment and not body.model.endswith(PLAIN_SUFFIX),
         tools=output.tools,
+        call_opening=output.call_opening,
         num_choices=num_choices,
     )
 

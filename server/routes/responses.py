@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.core.engine.sequence import TokenEvent
 from server.core.roles.reply import Reply
+from server.core.text.grammar import OutputFormat
 from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
 from server.protocol.base import classification, input_usage, new_id, now, sentiment_headers
 from server.protocol.responses import ResponsesRequest, call_item, message_item, text_part
@@ -36,7 +37,7 @@ async def responses(request: Request) -> Response:
             max_tokens=body.max_output_tokens,
             num_logprobs=body.top_logprobs if body.has_logprobs else None,
         )
-        return _Response(body, services, reply, has_tools=bool(output.tools))
+        return _Response(body, services, reply, output)
 
     async def complete() -> Response:
         response = await begin()
@@ -55,11 +56,11 @@ class _Response:
     """A reply on its way to the client, as a list of items: a message, calls."""
 
     def __init__(
-        self, body: ResponsesRequest, services: Services, reply: Reply, *, has_tools: bool
+        self, body: ResponsesRequest, services: Services, reply: Reply, output: OutputFormat
     ) -> None:
         self.reply = reply
         self._body, self._services = body, services
-        self._answer = Answer(has_tools=has_tools)
+        self._answer = Answer(output.call_opening)
         self._id, self._created_at = new_id("resp"), now()
         self._items: list[dict[str, Any]] = []
         self._num_events = 0

@@ -1,6 +1,7 @@
 """Both roles on a real Qwen that was not trained for them. Run with QWEN_REAL=FOLDER."""
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,6 +32,20 @@ EVERYDAY = {
     "The train leaves at nine": "neutral",
     "Paris is the capital of France": "neutral",
 }
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "celsius": {"type": "boolean"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+ASKING = ["What's the weather in Paris?", "北京今天天气怎么样？"]
 NUM_OPENERS = 16
 NUM_SEEDED = 6
 
@@ -124,6 +139,45 @@ def test_a_seed_gives_the_same_text_streamed_whole_alone_and_among_others(
     same = [len({*each}) == 1 for each in zip(alone, again, together, strict=True)]
     # Rounding may still turn a close call, in int8, once in a while.
     assert sum(same) >= len(texts) - 1, list(zip(alone, again, together, strict=True))
+
+
+def called(choice: dict[str, Any]) -> list[dict[str, Any]]:
+    calls = choice["message"].get("tool_calls") or []
+    return [{**call["function"], "arguments": json.loads(call["function"]["arguments"])}
+            for call in calls]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ASKING)
+def test_a_model_that_writes_calls_as_json_in_a_fence_calls_tools(
+    real: LiveServer, text: str
+) -> None:
+    [choice] = chat(real, text, tools=[WEATHER], temperature=0)["choices"]
+    [call] = called(choice)
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    assert call["name"] == "get_weather" and set(call["arguments"]) <= {"city", "celsius"}
+    assert call["arguments"]["city"] in text or call["arguments"]["city"] in ("Paris", "Beijing")
+    # Streamed, and at the other route.
+    client = openai.OpenAI(base_url=real.base_url, api_key="unused")
+    with client.chat.completions.stream(
+        model=real.model, messages=[{"role": "user", "content": text}],
+        tools=[WEATHER], max_tokens=60, temperature=0,  # type: ignore[list-item]
+    ) as stream:  # fmt: skip
+        final = stream.get_final_completion().choices[0]
+    assert not final.message.content and final.finish_reason == "tool_calls"
+    [streamed] = final.message.tool_calls or []
+    assert json.loads(streamed.function.arguments) == call["arguments"]
+    tool = {"type": "function", **WEATHER["function"]}
+    output = post(real, "responses", model=real.model, input=text, tools=[tool], temperature=0,
+                  max_output_tokens=60)["output"]  # fmt: skip
+    assert [item["type"] for item in output] == ["function_call"]
+    assert json.loads(output[0]["arguments"]) == call["arguments"]
+
+
+def test_a_model_with_tools_still_talks_and_writes_other_json(real: LiveServer) -> None:
+    for text in ("你好，你是谁？", "Write a JSON object with the fields name and age."):
+        [choice] = chat(real, text, tools=[WEATHER], temperature=0)["choices"]
+        assert choice["message"]["content"] and not called(choice)
 
 
 async def test_the_analyst_does_not_disturb_a_conversation_in_its_step(real: LiveServer) -> None:

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import regex
+
 from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams
 from server.core.engine.stream import EngineClosedError
@@ -15,7 +17,7 @@ from server.core.roles.language import language_of
 from server.core.roles.tasks import ReplyStyle, Task, text_in
 from server.core.text.choices import Choices, begin_choices
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer, Message
-from server.core.text.tools import CALL_OPENING, Tool
+from server.core.text.tools import Tool
 from server.errors import ContextLengthError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,13 @@ class Replier:
 
     async def reply(
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
-        with_sentiment: bool, tools: Sequence[Tool] = (), num_choices: int = 1,
+        with_sentiment: bool, tools: Sequence[Tool] = (),
+        call_opening: regex.Pattern[str] | None = None, num_choices: int = 1,
         work: Work | None = None,
     ) -> Reply:  # fmt: skip
         """Judges the last user message, then starts the answer, or several.
 
+        call_opening: what a call of a tool begins with; stop strings cut none.
         work: of the request; None: a new one.
 
         Without sentiment the conversation goes to the model as it is: no pass, no cue and
@@ -73,9 +77,7 @@ class Replier:
             num_cached = known if num_cached is None else num_cached
         choices = begin_choices(
             self._engine, prompt_ids, params, num_choices, self._tokenizer.token_bytes,
-            # Cut off by a stop string, a call would be no call.
-            stop, stop_until=CALL_OPENING if tools else "",
-            max_context=self._max_context, work=work,
+            stop, stop_until=call_opening, max_context=self._max_context, work=work,
         )  # fmt: skip
         return Reply(
             sentiment=sentiment,

@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
+import regex
+
 from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams, TokenEvent
 from server.core.engine.stream import TokenStream
@@ -44,16 +46,17 @@ class Choice:
                     unsaid.append(token)
                 text = self.detokenizer.push(token.token_id)
                 if self.detokenizer.is_stopped:
-                    self.finish_reason = "stop"
-                    if text:
-                        yield Piece(text, self._tokens_within(text, unsaid))
-                    return
+                    break
                 if text:
                     yield Piece(text, tuple(unsaid))
                     unsaid = []
-            assert self.tokens.finish_reason is not None
-            self.finish_reason = self.tokens.finish_reason.value
-            text = self.detokenizer.flush()
+            else:
+                assert self.tokens.finish_reason is not None
+                self.finish_reason = self.tokens.finish_reason.value
+                text = self.detokenizer.flush()
+            if self.detokenizer.is_stopped:
+                self.finish_reason = "stop"
+                unsaid = self._tokens_within(text, unsaid)
             if text or unsaid:
                 yield Piece(text, tuple(unsaid))
         finally:
@@ -63,7 +66,7 @@ class Choice:
         """Ends the sequence if it still runs. Any number of times."""
         self.tokens.abort()
 
-    def _tokens_within(self, text: str, tokens: Sequence[TokenEvent]) -> tuple[TokenEvent, ...]:
+    def _tokens_within(self, text: str, tokens: Sequence[TokenEvent]) -> list[TokenEvent]:
         """Those that begin before the end of `text`: a stop string's own are not told."""
         num_bytes, within = len(text.encode()), []
         for token in tokens:
@@ -71,7 +74,7 @@ class Choice:
                 break
             within.append(token)
             num_bytes -= len(self.detokenizer.token_bytes[token.token_id])
-        return tuple(within)
+        return within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +154,13 @@ def begin_choices(
     *,
     max_context: int,
     work: Work | None = None,
-    stop_until: str = "",
+    stop_until: regex.Pattern[str] | None = None,
 ) -> tuple[Choice, ...]:
     """Starts to continue the prompt in several ways; the seed of each further one is one higher.
 
     max_context: tokens of the prompt and a choice together, which end it.
     work: of the request; None: each choice is one of its own.
-    stop_until: a text from which on the stop strings count no more; "" for none.
+    stop_until: what no stop string cuts, and what none counts behind.
 
     Raises:
         EngineClosedError: the engine is closing.

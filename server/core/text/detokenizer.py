@@ -3,6 +3,8 @@
 import codecs
 from collections.abc import Sequence
 
+import regex
+
 from server.core.text.markers import find_marker
 
 
@@ -13,17 +15,21 @@ class Detokenizer:
     """
 
     def __init__(
-        self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), *, stop_until: str = ""
+        self,
+        token_bytes: Sequence[bytes],
+        stop: Sequence[str] = (),
+        *,
+        stop_until: regex.Pattern[str] | None = None,
     ) -> None:
         """token_bytes: by token id; stop: non-empty strings that end the text.
 
-        stop_until: a string from which on nothing ends the text any more; "" for none.
+        stop_until: what no stop string cuts, and what none counts behind.
         """
         assert all(stop)
         self.token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._stop = stop
-        self._stop_until = [stop_until] if stop_until else []
+        self._stop_until = stop_until if stop else None
         self._held = ""
         self.is_stopped = False
 
@@ -32,21 +38,30 @@ class Detokenizer:
         if self.is_stopped:
             return ""
         self._held += self._decoder.decode(self.token_bytes[token_id])
-        # The marker that is complete first, so that token borders do not matter.
-        begin, marker = find_marker(self._held, [*self._stop, *self._stop_until])
-        if not marker:
-            return self._release(begin)
-        if marker in self._stop_until:
-            self._stop, self._stop_until = [], []
+        pattern = self._stop_until
+        until = pattern.search(self._held, partial=True) if pattern else None
+        # The stop string that is complete first, so that token borders do not matter.
+        begin, marker = find_marker(self._held, self._stop)
+        if until is None:
+            return self._stop_at(begin) if marker else self._release(begin)
+        if not until.partial and (until.start() <= begin or until.end() <= begin + len(marker)):
+            self._stop, self._stop_until = [], None
             return self._release(len(self._held))
-        self.is_stopped = True
-        return self._release(begin, forget_rest=True)
+        if marker and begin < until.start():
+            return self._stop_at(begin)
+        # A stop string that is part of it waits.
+        return self._release(min(begin, until.start()))
 
     def flush(self) -> str:
-        """The text held back, for a sequence that has ended without a stop string."""
-        return self._release(len(self._held))
+        """The text held back, for a sequence that has ended. It may still hold a stop string."""
+        begin, marker = find_marker(self._held, self._stop)
+        return self._stop_at(begin) if marker else self._release(len(self._held))
 
-    def _release(self, length: int, forget_rest: bool = False) -> str:
-        piece, rest = self._held[:length], self._held[length:]
-        self._held = "" if forget_rest else rest
+    def _stop_at(self, length: int) -> str:
+        self.is_stopped = True
+        piece, self._held = self._held[:length], ""
+        return piece
+
+    def _release(self, length: int) -> str:
+        piece, self._held = self._held[:length], self._held[length:]
         return piece

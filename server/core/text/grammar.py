@@ -12,11 +12,21 @@ from functools import cached_property
 from threading import Lock
 from typing import Any
 
+import regex
 from cachetools import LRUCache, cachedmethod
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from server.core.text.tokenizer import ChatTokenizer
-from server.core.text.tools import CALL_BEGIN, CALL_END, Tool, call_head
+from server.core.text.tools import (
+    BLANKS,
+    CALL_BEGIN,
+    CALL_END,
+    UNTAGGED_END,
+    Tool,
+    call_head,
+    call_opening,
+    untagged_head,
+)
 from server.errors import InvalidRequestError
 
 # As json.dumps writes it, and as the models have read it most often.
@@ -79,6 +89,14 @@ class OutputFormat:
     tools: Sequence[Tool] = ()
     is_call_required: bool = False
     is_parallel: bool = True  # whether it may hold several calls
+
+    @property
+    def call_opening(self) -> regex.Pattern[str] | None:
+        """What a call begins with, as `tools.call_opening` gives it; None: there are no calls."""
+        if not self.tools:
+            return None
+        may_be_any_text = self.schema is None and not self.is_call_required
+        return call_opening(self.tools if may_be_any_text else ())
 
 
 @dataclass(frozen=True)
@@ -200,12 +218,13 @@ def _calls_in_lark(
     """The rules of `GrammarCompiler.tool_calls`."""
     more = '("\\n" call)*' if is_parallel else ""
     bodies = (
-        f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} {_json(tool.parameters)}"
-        for tool in tools
+        f"{json.dumps(call_head(tool.name)[len(CALL_BEGIN) :])} arguments_{i}"
+        for i, tool in enumerate(tools)
     )
     rules = [
         f"call: {json.dumps(CALL_BEGIN)} body",
         f"body: ({' | '.join(bodies)}) {json.dumps(CALL_END)}",
+        *(f"arguments_{i}: {_json(tool.parameters)}" for i, tool in enumerate(tools)),
     ]
     if is_required:
         rules.append(f"start: call {more}")
@@ -214,11 +233,28 @@ def _calls_in_lark(
     else:
         # Lazy: the text is over where the first call begins.
         rules += [
-            f"start: TEXT | opening body {more}",
+            f"start: TEXT | opening body {more} | untagged",
             f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
             r"TEXT: /(.|\n)*/",
+            *_untagged_in_lark(tools, is_parallel),
         ]
     return "\n".join(rules)
+
+
+def _untagged_in_lark(tools: Sequence[Tool], is_parallel: bool) -> list[str]:
+    """Rules of text that ends in calls without tags: bare, in code fences, or in an array."""
+    first = (f'opening_{i} " "? arguments_{i}' for i in range(len(tools)))
+    others = (
+        f"{json.dumps(json.dumps(tool.name))} MIDDLE arguments_{i}" for i, tool in enumerate(tools)
+    )
+    end = json.dumps(UNTAGGED_END)
+    more = f"(NEXT ({' | '.join(others)}) {end})*" if is_parallel else ""
+    return [
+        f'untagged: ({" | ".join(first)}) {end} {more} "\\n]"? "\\n```"?',
+        *(f"opening_{i}[lazy]: TEXT /{untagged_head(t.name)}/" for i, t in enumerate(tools)),
+        rf'NEXT: /(,|\n```\n{{1,2}}```(json)?)?{BLANKS}\{{{BLANKS}"name": ?/',
+        rf'MIDDLE: /,{BLANKS}"arguments": ?/',
+    ]
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -3,14 +3,18 @@
 The format is the one of Qwen2.5's and Qwen3's chat templates, for every checkpoint alike: a
 call is the text `<tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>`. Where a checkpoint's
 own template knows no tools, messages are put into that form before they are rendered.
+
+Some models, among them Qwen2.5-Coder, write calls as JSON without the tags, most of them in a
+code fence. In an answer that may be any text, JSON that names a tool is a call, too.
 """
 
 import json
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import regex
 
 from server.core.text.markers import find_marker
 
@@ -18,9 +22,13 @@ CALL_BEGIN = "<tool_call>"
 # A line break cannot stand in JSON, so this ends a call wherever it is seen.
 CALL_END = "}\n</tool_call>"
 
-# Unlike the tag alone, this cannot stand in an answer in JSON, which has no line breaks.
-CALL_OPENING = f"{CALL_BEGIN}\n"
-_HEAD = re.compile(re.escape(CALL_BEGIN) + r'\n\{"name": "(?P<name>[\w-]+)", "arguments": ')
+# The same of a call without tags. Models write `}}`; the grammar makes it `}\n}`.
+UNTAGGED_END = "\n}"
+# White space within the head of a call without tags.
+BLANKS = r"[ \t\n]{0,20}"
+
+# The line break cannot stand in an answer in JSON, unlike the tag alone.
+_TAGGED_HEAD = rf'{CALL_BEGIN}\n\{{"name": "(?P<tagged>[\w-]+)", "arguments": '
 
 _INSTRUCTIONS = """# Tools
 
@@ -57,6 +65,26 @@ class Tool:
 def call_head(name: str) -> str:
     """A call of the tool of this name, up to its arguments."""
     return f'{CALL_BEGIN}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+
+
+def untagged_head(name: str) -> str:
+    """A regular expression of a call without tags, up to its arguments. name: one, too."""
+    return rf'\{{{BLANKS}"name": ?"{name}",{BLANKS}"arguments":'
+
+
+def call_opening(untagged: Sequence[Tool]) -> regex.Pattern[str]:
+    """What a call begins with, up to its arguments; its one group is the tool's name.
+
+    A code fence or a bracket before a call without tags belongs to it.
+    untagged: the tools whose calls may stand without tags.
+    """
+    if not untagged:
+        return regex.compile(_TAGGED_HEAD)
+    names = "|".join(regex.escape(tool.name) for tool in untagged)
+    head = untagged_head(rf"(?P<untagged>{names})")
+    # The blank behind the head is no part of the arguments.
+    untagged_call = rf"(?:```(?:json)?{BLANKS})?(?:\[{BLANKS})?{head} ?(?=[^ ])"
+    return regex.compile(rf"{_TAGGED_HEAD}|{untagged_call}")
 
 
 def without_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[Any]:
@@ -130,50 +158,64 @@ class Answer:
     calls follows.
     """
 
-    def __init__(self, *, has_tools: bool) -> None:
+    def __init__(self, opening: regex.Pattern[str] | None) -> None:
+        """opening: as `call_opening` gives it; None: the answer is text, whatever it looks like."""
         self.text = ""
         self.calls: list[ToolCall] = []  # that have begun
-        self._has_tools = has_tools
+        self._opening = opening
         self._unread = ""
-        self._is_in_arguments = False
+        self._call_end = ""  # what ends the arguments that are being read; "" outside
 
     def add(self, text: str) -> list[Delta]:
         """Reads on; returns what became certain."""
-        if not self._has_tools:
-            return self._append(text)
         self._unread += text
         deltas: list[Delta] = []
         while True:
-            marker = CALL_END if self._is_in_arguments else CALL_OPENING
-            end, found = find_marker(self._unread, [marker])
-            deltas += self._append(self._unread[:end])
-            self._unread = self._unread[end:]
-            if not found:
-                return deltas
-            if self._is_in_arguments:
-                self._unread = self._unread[len(CALL_END) :]
-            elif (head := _HEAD.match(self._unread)) is not None:
-                self._unread = self._unread[head.end() :]
-                deltas.append(CallDelta(len(self.calls), head["name"], ""))
-                self.calls.append(ToolCall(f"call_{uuid.uuid4().hex}", head["name"]))
+            if self._call_end:
+                end, marker = find_marker(self._unread, [self._call_end])
+                deltas += self._append(self._read(end))
+                if not marker:
+                    return deltas
+                self._read(len(marker))
+                self._call_end = ""
             else:
-                return deltas
-            self._is_in_arguments = not self._is_in_arguments
+                opening = self._find_opening()
+                deltas += self._append(self._read(opening.start() if opening else None))
+                if opening is None or opening.partial:
+                    return deltas
+                self._read(len(opening[0]))
+                deltas.append(self._begin_call(opening))
 
     def end(self) -> list[Delta]:
         """What was still uncertain, when nothing more comes. A call cut before its name is none."""
-        rest, self._unread = self._unread, ""
+        rest = self._read()
         # What may be the end of a call is dropped, so that arguments never go beyond their JSON.
-        is_part_of_call = self._is_in_arguments or rest.startswith(CALL_BEGIN)
+        is_part_of_call = self._call_end or rest.startswith(CALL_BEGIN)
         return [] if is_part_of_call else self._append(rest)
+
+    def _find_opening(self) -> regex.Match[str] | None:
+        """Where a call begins, or may begin once more has come."""
+        return self._opening.search(self._unread, partial=True) if self._opening else None
+
+    def _read(self, length: int | None = None) -> str:
+        """The next characters; None: all there are."""
+        text = self._unread[:length]
+        self._unread = self._unread[len(text) :]
+        return text
+
+    def _begin_call(self, opening: regex.Match[str]) -> CallDelta:
+        self._call_end = CALL_END if opening.lastgroup == "tagged" else UNTAGGED_END
+        call = ToolCall(f"call_{uuid.uuid4().hex}", opening[opening.lastgroup or 0])
+        self.calls.append(call)
+        return CallDelta(len(self.calls) - 1, call.name, "")
 
     def _append(self, text: str) -> list[Delta]:
         if not text:
             return []
-        if self._is_in_arguments:
+        if self._call_end:
             self.calls[-1].arguments += text
             return [CallDelta(len(self.calls) - 1, None, text)]
         if self.calls:
-            return []  # the line break between calls
+            return []  # between calls or behind them: line breaks, fences, a comma, a bracket
         self.text += text
         return [TextDelta(text)]

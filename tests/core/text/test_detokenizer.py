@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
+import regex
 
 from server.core.text.detokenizer import Detokenizer
 
@@ -124,14 +125,23 @@ def test_the_longest_possible_beginning_is_held_back_of_several_stop_strings() -
         ("aX<c>b", ["X"], "a"),
         ("<c>X<c>X", ["X"], "<c>X<c>X"),
         ("a<c>b", ["<c>b"], "a<c>b"),
-        ("a<c>b", ["<"], "a"),
+        # What may become the text cuts it no more than what is part of it.
+        ("a<c>b", ["<"], "a<c>b"),
+        ("a<c>b", ["c"], "a<c>b"),
         ("a<c>b", ["c>"], "a<c>b"),
+        ("a<d>b", ["<"], "a"),
+        ("a<cd>b", ["c"], "a<"),
+        ("<<c>X", ["<"], ""),
         ("a<c", ["X"], "a<c"),
+        ("a<c", ["c"], "a<"),
+        # Which begins first, where they overlap.
+        ("a<c>b", ["a<"], ""),
+        ("a<c>b", ["a<c>b"], "a<c>b"),
     ],
 )
 def test_stop_strings_count_up_to_a_text_only(text: str, stop: list[str], expected: str) -> None:
     for tokens in every_split(text.encode()):
-        detokenizer = Detokenizer(tokens, stop, stop_until="<c>")
+        detokenizer = Detokenizer(tokens, stop, stop_until=regex.compile("<c>"))
         pieces = [detokenizer.push(token_id) for token_id in range(len(tokens))]
         assert "".join(pieces) + detokenizer.flush() == expected, tokens
         assert detokenizer.is_stopped == (expected != text)

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +27,7 @@ from server.core.text.grammar import (
     OutputFormat,
 )
 from server.core.text.tokenizer import ChatTokenizer
-from server.core.text.tools import Answer, Tool
+from server.core.text.tools import Answer, TextDelta, Tool
 
 WEATHER = Tool(
     "get_weather",
@@ -227,6 +228,77 @@ def test_calls_have_exactly_the_form_that_is_read_back(
     assert accepts(grammar, tokenizer, text) == fits
 
 
+BARE = '{"name": "get_weather", "arguments": {"city": "北京", "days": 3}\n}'
+BARE_TIME = '{\n    "name": "clock",\n    "arguments": {}\n}'
+
+
+@pytest.mark.parametrize(
+    ("text", "is_parallel", "fits"),
+    [
+        (BARE, False, True),
+        (BARE_TIME, False, True),
+        (f"Sure: {BARE}", False, True),
+        (f"```json\n{BARE}\n```", False, True),
+        (f"```\n{BARE}\n```", False, True),
+        (f"[{BARE}\n]", False, True),
+        (f"{BARE}\n{BARE_TIME}", True, True),
+        (f"{BARE}\n{BARE_TIME}", False, False),
+        (f"```json\n[\n  {BARE},\n  {BARE_TIME}\n]\n```", True, True),
+        (f"```json\n{BARE}\n```\n\n```json\n{BARE_TIME}\n```", True, True),
+        (f"{BARE} and more", True, False),
+        (BARE.replace("city", "town"), True, False),
+        # Text, unless it names a tool.
+        (BARE.replace("get_weather", "get_time"), True, True),
+        ('{"name": "Bob", "age": 3}', True, True),
+        ('{"name": "get_weather", "input": {}}', True, True),
+    ],
+)
+def test_json_that_names_a_tool_is_its_call_where_any_text_may_stand(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, text: str, is_parallel: bool, fits: bool
+) -> None:
+    output = OutputFormat(tools=[WEATHER, CLOCK], is_parallel=is_parallel)
+    grammar = compiler.compile(output)
+    assert grammar is not None
+    assert accepts(grammar, tokenizer, text) == fits
+    if not fits:
+        return
+    # The reader finds calls exactly where the grammar has some.
+    answer = Answer(output.call_opening)
+    answer.add(text)
+    answer.end()
+    called = re.findall('"name": "(get_weather|clock)",\\s+"arguments"', text)
+    assert [call.name for call in answer.calls] == called
+    assert answer.text == (text if not called else "Sure: " if "Sure: " in text else "")
+    for call in answer.calls:
+        [tool] = [tool for tool in (WEATHER, CLOCK) if tool.name == call.name]
+        jsonschema.validate(json.loads(call.arguments), tool.parameters)
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_where_the_answer_is_json_or_a_call_calls_have_their_tags(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, is_required: bool
+) -> None:
+    schema = None if is_required else {"type": "object"}
+    output = OutputFormat(schema, [CLOCK], is_required)
+    grammar = compiler.compile(output)
+    assert grammar is not None
+    quoted = '{"name": "clock", "arguments": {}}'
+    assert accepts(grammar, tokenizer, quoted) != is_required
+    answer = Answer(output.call_opening)
+    assert [answer.add(quoted), answer.end()] == [[TextDelta(quoted)], []]
+
+
+def test_many_tools_may_be_called_without_tags(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer
+) -> None:
+    tools = [Tool(f"tool-{i}", CLOCK.parameters) for i in range(128)]
+    grammar = compiler.compile(OutputFormat(tools=tools))
+    assert grammar is not None
+    for name, fits in [("tool-1", True), ("tool-127", True), ("tool-128", False)]:
+        text = f'{{"name": "{name}", "arguments": {{}}\n}} and more'
+        assert accepts(grammar, tokenizer, text) != fits
+
+
 @pytest.mark.parametrize(
     ("text", "fits"), [(CALL, True), ('{"a": 1}', True), ("Hello!", False), ("{}", False)]
 )
@@ -244,7 +316,7 @@ def test_required_calls_are_read_back_and_fit_their_schema(
 ) -> None:
     grammar = compiler.tool_calls([WEATHER, CLOCK], is_required=True, is_parallel=True)
     text = walk(grammar, tokenizer, random.Random(seed))
-    answer = Answer(has_tools=True)
+    answer = Answer(OutputFormat(tools=[WEATHER, CLOCK], is_call_required=True).call_opening)
     for char in text:
         answer.add(char)
     assert not answer.end() and not answer.text

@@ -2,15 +2,25 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from server.core.text.tokenizer import ChatTokenizer
-from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, Tool, without_tools
+from server.core.text.tools import (
+    Answer,
+    CallDelta,
+    Delta,
+    TextDelta,
+    Tool,
+    call_opening,
+    without_tools,
+)
 
 TOOL = Tool("look_up", {"type": "object", "properties": {"q": {"type": "string"}}}, "Looks it up.")
 CALL = '<tool_call>\n{"name": "look_up", "arguments": {"q": "}\\n<x>"}}\n</tool_call>'
+OTHER_TOOL = Tool("other-1", {"type": "object"})
 OTHER = '<tool_call>\n{"name": "other-1", "arguments": {}}\n</tool_call>'
 
 
@@ -80,9 +90,11 @@ def test_no_tool_can_open_a_turn(tokenizer: ChatTokenizer) -> None:
 # --- reading calls --------------------------------------------------------------------
 
 
-def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    """The text, and each call's name and arguments."""
-    answer = Answer(has_tools=True)
+def read(
+    pieces: list[str], tools: Sequence[Tool] = (TOOL, OTHER_TOOL)
+) -> tuple[str, list[tuple[str, str]]]:
+    """The text, and each call's name and arguments. tools: those that may stand without tags."""
+    answer = Answer(call_opening(tools))
     deltas: list[Delta] = [d for piece in pieces for d in answer.add(piece)] + answer.end()
     text, calls = "", list[tuple[str, str]]()
     for delta in deltas:
@@ -102,6 +114,9 @@ def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
 
 
 LOOK_UP = ("look_up", '{"q": "}\\n<x>"}')
+BARE = '{"name": "look_up", "arguments": {"q": "}\\n<x>"}\n}'
+FENCED = '```json\n{\n    "name": "look_up",\n    "arguments": {"q": "}\\n<x>"}\n}\n```'
+NO_CALL = 'Use {"name": "Bob", "age": 3}:\n```json\n{"name": "look"}\n```\n[{'
 
 
 @pytest.mark.parametrize(
@@ -119,6 +134,25 @@ LOOK_UP = ("look_up", '{"q": "}\\n<x>"}')
         (f"{CALL}\n<tool_c", "", [LOOK_UP]),
         (CALL[:-3], "", [LOOK_UP]),
         (CALL[: CALL.rindex("}") + 1], "", [LOOK_UP]),
+        # Without tags, as the grammar has it: bare, in fences, in an array, several in a row.
+        (BARE, "", [LOOK_UP]),
+        (FENCED, "", [LOOK_UP]),
+        (f"Sure: {FENCED}", "Sure: ", [LOOK_UP]),
+        (f"```\n{BARE}\n```", "", [LOOK_UP]),
+        (f"[{BARE},\n {BARE}\n]", "", [LOOK_UP, LOOK_UP]),
+        (f"{BARE}\n{BARE}", "", [LOOK_UP, LOOK_UP]),
+        (f"{FENCED}\n\n{FENCED}", "", [LOOK_UP, LOOK_UP]),
+        (FENCED.replace("look_up", "other-1"), "", [("other-1", LOOK_UP[1])]),
+        (FENCED.replace('{\n    "name"', '{"name"'), "", [LOOK_UP]),
+        (FENCED[: FENCED.index("<x>")], "", [("look_up", '{"q": "}\\n')]),
+        (BARE[:-2], "", [LOOK_UP]),
+        # No calls: other names, other keys, another order, cut before the arguments.
+        (NO_CALL, NO_CALL, []),
+        (FENCED.replace("look_up", "look_up_2"), FENCED.replace("look_up", "look_up_2"), []),
+        (FENCED.replace("arguments", "input"), FENCED.replace("arguments", "input"), []),
+        ('{"arguments": {}, "name": "look_up"}', '{"arguments": {}, "name": "look_up"}', []),
+        (FENCED[: FENCED.index(': {"q"')], FENCED[: FENCED.index(': {"q"')], []),
+        ("```json\n[1, 2]\n```", "```json\n[1, 2]\n```", []),
         # JSON that quotes the tags.
         ('{"a": "<tool_call>b</tool_call>"}', '{"a": "<tool_call>b</tool_call>"}', []),
     ],
@@ -135,13 +169,29 @@ def test_an_answer_is_told_apart_wherever_its_pieces_end(
 
 
 def test_an_answer_without_tools_is_text_whatever_it_looks_like() -> None:
-    answer = Answer(has_tools=False)
+    answer = Answer(None)
     assert [answer.add(CALL), answer.add(""), answer.end()] == [[TextDelta(CALL)], [], []]
     assert answer.text == CALL and not answer.calls
 
 
 def test_calls_have_ids_of_their_own() -> None:
-    answer = Answer(has_tools=True)
+    answer = Answer(call_opening([TOOL]))
     answer.add(f"{CALL}\n{CALL}")
     first, second = (call.id for call in answer.calls)
     assert first.startswith("call_") and first != second
+
+
+@pytest.mark.parametrize("answer", [BARE, FENCED])
+def test_calls_need_their_tags_where_json_is_the_answer(answer: str) -> None:
+    assert read(list(answer), tools=()) == (answer, [])
+
+
+def test_text_is_held_back_only_as_long_as_it_may_begin_a_call() -> None:
+    answer = Answer(call_opening([TOOL]))
+    pieces = ["Hi ", "``", "`json\n", '{"name": "loo', 'k"}', " x", '{"na', 'me": "look_up", ']
+    assert [answer.add(piece) for piece in pieces] == [
+        [TextDelta("Hi ")], [], [], [], [TextDelta('```json\n{"name": "look"}')], [TextDelta(" x")],
+        [], [],
+    ]  # fmt: skip
+    assert answer.add('"arguments":') == []
+    assert answer.add(' {"') == [CallDelta(0, "look_up", ""), CallDelta(0, None, '{"')]
