@@ -30,7 +30,7 @@ from server.config import Settings
 from server.core.engine.checkpoint import CheckpointError
 from server.core.roles.classification import Classification
 from server.core.roles.classifier import Classifier
-from server.core.roles.judges import LabelJudge
+from server.core.roles.judges import Judge, LabelJudge
 from server.core.roles.tasks import Task, inline_task
 from server.loading import load_services
 from server.services import Services
@@ -56,8 +56,7 @@ def main() -> None:
     result: dict[str, Any] = {"model": args.model}
     services = load_services(Settings(model=args.model, dtype=args.dtype))
     try:
-        result["judges"] = {task.name: _validation(services, task)
-                            for task in services.tasks.values()}  # fmt: skip
+        result["judges"] = asyncio.run(validations(services))
         if rows:
             judgements = asyncio.run(our_judgements(services, rows))
             judgements |= baselines(services, rows)
@@ -214,8 +213,15 @@ def _by_language(rows: Sequence[SentimentRow]) -> dict[str, list[str]]:
             for lang in sorted({row.lang for row in rows}, reverse=True)}  # fmt: skip
 
 
-def _validation(services: Services, task: Task) -> dict[str, Any]:
-    judge = services.judges[task.version]
+async def validations(services: Services) -> dict[str, Any]:
+    """By task: how it is judged, and how well on examples left out."""
+    return {
+        task.name: _validation(await services.classifier.judge_of(task))
+        for task in services.tasks.values()
+    }
+
+
+def _validation(judge: Judge) -> dict[str, Any]:
     validation = judge.validation
     return {
         "judge": type(judge).__name__,

@@ -1,9 +1,10 @@
-"""Gives every task its judge: the one kept from an earlier start, or one that is fitted now."""
+"""Gives tasks their judges: those kept from an earlier start, or such as are fitted now."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,54 +20,82 @@ from server.reasons import first_line
 logger = logging.getLogger(__name__)
 
 
-def load_judges(
-    tasks: Iterable[Task], scorer: Scorer, tokenizer: ChatTokenizer, cache: JudgeCache, *,
-    num_layers: int, max_context: int,
-) -> Mapping[str, Judge]:  # fmt: skip
-    """The judges by the version of their task. Blocks until they are there.
+class JudgeLoader:
+    """Finds the judges of tasks for one model, or fits them; those that are there are in `judges`.
 
-    Raises:
-        CheckpointError: the model computes nothing that a judge can be fitted to.
+    A task that a chat does not need is fitted when it is first used, so that a start does not
+    wait for it.
     """
-    all_prompts = [TaskPrompts(task, tokenizer, max_context) for task in tasks]
-    paths = {each.task.version: cache.path(_key(each)) for each in all_prompts}
-    kept = {version: cache.read(path) for version, path in paths.items()}
-    judges = {version: judge for version, judge in kept.items() if judge is not None}
-    missing = [each for each in all_prompts if each.task.version not in judges]
 
-    def keep(version: str, judge: Judge) -> None:
-        cache.write(paths[version], judge)
-        judges[version] = judge
+    def __init__(
+        self, scorer: Scorer, tokenizer: ChatTokenizer, cache: JudgeCache, *,
+        num_layers: int, max_context: int,
+    ) -> None:  # fmt: skip
+        """num_layers, max_context: the model's."""
+        self._scorer, self._tokenizer, self._cache = scorer, tokenizer, cache
+        self._num_layers, self._max_context = num_layers, max_context
+        self.judges: dict[str, Judge] = {}  # by the version of their task
 
-    if missing:
-        names = ", ".join(each.task.name for each in missing)
-        logger.info("fitting judges for %s; they are kept for later starts", names)
+    def find(self, tasks: Iterable[Task]) -> None:
+        """Takes over the judges that an earlier start has kept."""
+        for task in tasks:
+            if task.version in self.judges:
+                continue
+            judge = self._cache.read(self._path(self._prompts(task)))
+            if judge is not None:
+                self.judges[task.version] = judge
+
+    def load(self, tasks: Iterable[Task]) -> None:
+        """Finds the judges of the tasks, and fits those that are not there. Blocks.
+
+        Raises:
+            CheckpointError: the model computes nothing that a judge can be fitted to.
+        """
+        tasks = list(tasks)
+        self.find(tasks)
+        missing = {task.version: task for task in tasks if task.version not in self.judges}
+        if not missing:
+            return
         # On a thread of its own, for a caller may have an event loop running.
         thread = ThreadPoolExecutor(1)
         try:
-            thread.submit(asyncio.run, _fit_all(missing, scorer, num_layers, keep)).result()
+            thread.submit(asyncio.run, self._fit_all(list(missing.values()))).result()
         finally:
             # Not waiting: whoever interrupts this closes the engine, which ends the work.
             thread.shutdown(wait=False)
-    return judges
 
+    async def fit(self, task: Task, report: Callable[[], object] = lambda: None) -> Judge:
+        """Fits the judge of a task and keeps it. report: called after each example.
 
-async def _fit_all(
-    all_prompts: list[TaskPrompts], scorer: Scorer, num_layers: int,
-    keep: Callable[[str, Judge], None],
-) -> None:  # fmt: skip
-    total = sum(len(prompts.examples[0]) for prompts in all_prompts)
-    # disable=None: on a terminal only, so that no log is full of it.
-    with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
-        for prompts in all_prompts:
-            task = prompts.task
-            try:
-                judge = await fit_judge(scorer, prompts, num_layers, bar.update)
-            except Exception as error:
-                raise CheckpointError(
-                    f"the task {task.name!r} cannot be learned: {first_line(error)}"
-                ) from error
-            keep(task.version, judge)
+        Raises:
+            CheckpointError: the model computes nothing that a judge can be fitted to.
+        """
+        logger.info("fitting a judge for %s; it is kept for later starts", task.name)
+        prompts = self._prompts(task)
+        # Off the event loop: hundreds of examples are encoded.
+        path = await asyncio.to_thread(self._path, prompts)
+        try:
+            judge = await fit_judge(self._scorer, prompts, self._num_layers, report)
+        except Exception as error:
+            raise CheckpointError(
+                f"the task {task.name!r} cannot be learned: {first_line(error)}"
+            ) from error
+        self._cache.write(path, judge)
+        self.judges[task.version] = judge
+        return judge
+
+    async def _fit_all(self, tasks: list[Task]) -> None:
+        total = sum(len(self._prompts(task).examples[0]) for task in tasks)
+        # disable=None: on a terminal only, so that no log is full of it.
+        with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
+            for task in tasks:
+                await self.fit(task, bar.update)
+
+    def _prompts(self, task: Task) -> TaskPrompts:
+        return TaskPrompts(task, self._tokenizer, self._max_context)
+
+    def _path(self, prompts: TaskPrompts) -> Path:
+        return self._cache.path(_key(prompts))
 
 
 def _key(prompts: TaskPrompts) -> object:

@@ -1,9 +1,9 @@
 """Builds the services from the settings: finds, checks and loads the model."""
 
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from server.config import Settings
 from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
@@ -19,7 +19,6 @@ from server.core.engine.model import (
 from server.core.engine.model.config import ModelConfig
 from server.core.roles.classifier import Classifier
 from server.core.roles.judge_cache import JudgeCache
-from server.core.roles.judges import Judge
 from server.core.roles.prompts import TaskPrompts
 from server.core.roles.reply import Replier
 from server.core.roles.task_files import TASK_FILE_NAME, TaskFile, read_task_file
@@ -28,7 +27,7 @@ from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
-from server.judge_loading import load_judges
+from server.judge_loading import JudgeLoader
 from server.metrics import Metrics
 from server.services import Services
 
@@ -95,8 +94,8 @@ def _find_model(settings: Settings) -> _Model:
     )
 
 
-def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge]]:
-    """Reads the weights, starts the engine and gives every task its judge."""
+def _load(model: _Model, settings: Settings) -> tuple[Engine, JudgeLoader]:
+    """Reads the weights, starts the engine and gives the task of chats its judge."""
     folder = model.checkpoint.folder
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
@@ -118,23 +117,23 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, Mapping[str, Judge
         runner, max_num_seqs=settings.max_num_seqs, max_rows=settings.max_num_batched_tokens
     )
     try:
-        judges = load_judges(
-            model.task_file.tasks.values(),
+        judges = JudgeLoader(
             engine,
             model.tokenizer,
             JudgeCache(settings.cache_folder, f"{digest.result()} {model.dtype}"),
             num_layers=model.config.num_layers,
             max_context=model.max_context,
         )
+        tasks = model.task_file.tasks
+        judges.find(tasks.values())
+        judges.load([tasks["sentiment"]])
     except BaseException:
         engine.close()
         raise
     return engine, judges
 
 
-def _assemble(
-    model: _Model, settings: Settings, engine: Engine, judges: Mapping[str, Judge]
-) -> Services:
+def _assemble(model: _Model, settings: Settings, engine: Engine, loader: JudgeLoader) -> Services:
     tasks, tokenizer, max_context = model.task_file.tasks, model.tokenizer, model.max_context
     metrics = Metrics()
     engine.observe(metrics)  # from now on, and not what judges were fitted to
@@ -143,7 +142,8 @@ def _assemble(
         tokenizer,
         max_context=max_context,
         cache_size=settings.sentiment_cache_size,
-        judges=judges,
+        judges=loader.judges,
+        unfitted={task.version: partial(loader.fit, task) for task in tasks.values()},
     )
     replier = Replier(
         engine,
@@ -162,7 +162,7 @@ def _assemble(
         grammars=GrammarCompiler(tokenizer, sorted(model.defaults.eos_token_ids)),
         defaults=model.defaults,
         tasks=tasks,
-        judges=judges,
+        judges=loader.judges,
         metrics=metrics,
         engine=engine,
         classifier=classifier,

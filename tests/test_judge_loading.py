@@ -19,7 +19,7 @@ from server.core.roles.judges import HeadJudge, Judge, LabelJudge
 from server.core.roles.prompts import REFERENCE_TEXTS
 from server.core.roles.tasks import Example, Label, Task
 from server.core.text.tokenizer import ChatTokenizer
-from server.judge_loading import load_judges
+from server.judge_loading import JudgeLoader
 from server.loading import load_services
 from tests.core.roles.test_judges import (
     NUM_LAYERS,
@@ -49,8 +49,20 @@ def load(
     max_context: int = 1000,
     tokenizer: FakeTokenizer | None = None,
 ) -> Mapping[str, Judge]:
-    return load_judges(
-        tasks or (task(), PLAIN),
+    judges = loader(model, folder, digest=digest, max_context=max_context, tokenizer=tokenizer)
+    judges.load(tasks or (task(), PLAIN))
+    return judges.judges
+
+
+def loader(
+    model: FakeModel,
+    folder: Path,
+    *,
+    digest: str = "digest",
+    max_context: int = 1000,
+    tokenizer: FakeTokenizer | None = None,
+) -> JudgeLoader:
+    return JudgeLoader(
         model,
         cast(ChatTokenizer, tokenizer or FakeTokenizer()),
         JudgeCache(folder, digest),
@@ -81,28 +93,16 @@ def test_every_task_gets_a_judge_under_its_version(tmp_path: Path) -> None:
 
 def test_no_tasks_have_no_judges(tmp_path: Path) -> None:
     model = answering()
-    judges = load_judges(
-        [],
-        model,
-        cast(ChatTokenizer, FakeTokenizer()),
-        JudgeCache(tmp_path, "digest"),
-        num_layers=NUM_LAYERS,
-        max_context=1000,
-    )
-    assert judges == {} and not model.calls
+    judges = loader(model, tmp_path)
+    judges.load([])
+    assert judges.judges == {} and not model.calls
 
 
 def test_tasks_that_come_one_by_one_get_their_judges(tmp_path: Path) -> None:
     tasks: Iterable[Task] = (each for each in (task(), PLAIN))
-    judges = load_judges(
-        tasks,
-        answering(),
-        cast(ChatTokenizer, FakeTokenizer()),
-        JudgeCache(tmp_path, "digest"),
-        num_layers=NUM_LAYERS,
-        max_context=1000,
-    )
-    assert len(judges) == 2
+    judges = loader(answering(), tmp_path)
+    judges.load(tasks)
+    assert len(judges.judges) == 2
 
 
 # --- what is kept ---------------------------------------------------------------------
@@ -227,6 +227,27 @@ def test_judges_that_cannot_be_kept_are_used(
     assert f"--cache-dir {tmp_path / 'file'}" in warning.getMessage()
 
 
+# --- when it is needed ----------------------------------------------------------------
+
+
+async def test_a_task_is_fitted_when_it_is_used_and_kept_for_later_starts(tmp_path: Path) -> None:
+    model = answering()
+    judges = loader(model, tmp_path)
+    judges.find([task(), PLAIN])
+    assert judges.judges == {} and not model.calls
+    judge = await judges.fit(task())
+    assert isinstance(judge, HeadJudge) and judges.judges == {task().version: judge}
+    later = loader(answering(), tmp_path)
+    later.find([task(), PLAIN])
+    assert_same(later.judges, judges.judges)
+
+
+def test_a_task_that_is_given_twice_is_fitted_once(tmp_path: Path) -> None:
+    model = answering()
+    assert len(load(model, tmp_path, task(), task())) == 1
+    assert len(model.calls) == len(examples())
+
+
 # --- how it is run --------------------------------------------------------------------
 
 
@@ -332,4 +353,5 @@ def test_a_second_start_of_the_same_model_computes_nothing_to_judge_by(
         judges.append(services.judges)
     assert num_steps[0] > 0 and num_steps[1] == 0
     assert_same(*judges)
-    assert len(list((tmp_path / "judges").iterdir())) == 2
+    # Of the task that every chat needs; the other is fitted when it is used.
+    assert len(list((tmp_path / "judges").iterdir())) == 1

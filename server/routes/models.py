@@ -40,18 +40,21 @@ def _model(services: Services, model_id: str) -> dict[str, Any]:
             "vision": False,
         },
         # What /v1/classify may be asked for by name.
-        "tasks": [_task(task, services.judges[task.version]) for task in services.tasks.values()],
+        "tasks": [
+            _task(task, services.judges.get(task.version)) for task in services.tasks.values()
+        ],
     }
 
 
-def _task(task: Task, judge: Judge) -> dict[str, Any]:
-    validation = judge.validation
+def _task(task: Task, judge: Judge | None) -> dict[str, Any]:
+    validation = judge.validation if judge else None
     return {
         "name": task.name,
         "labels": [label.model_dump(include={"value", "text", "emoji"}) for label in task.labels],
-        "judged_by": judge.kind,
+        # None: the task has not been used yet, and its judge is fitted when it is.
+        "judged_by": judge.kind if judge else None,
         # Of the model; None: all of them.
-        "num_layers": max(judge.layers, default=None),
+        "num_layers": max(judge.layers, default=None) if judge else None,
         # On examples that the judge was not fitted to; None: the task has no examples.
         "num_examples": validation.num_examples if validation else None,
         "accuracy": round(validation.accuracy, 4) if validation else None,

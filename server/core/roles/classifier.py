@@ -62,19 +62,22 @@ class Classifier:
         max_context: int,
         cache_size: int,
         judges: Mapping[str, Judge],
+        unfitted: Mapping[str, Callable[[], Coroutine[Any, Any, Judge]]] | None = None,
     ) -> None:
         """cache_size: number of results kept, 0 for none.
 
         judges: of the server's tasks, by their version; the engine keeps the instructions of
-        these computed for good. Other tasks get one of their own when they are first used.
+        these computed for good. unfitted: what fits the judges of those tasks that have none
+        yet, and adds it to `judges`; called when a task is first used. Clients' own tasks get
+        a judge of their own then.
         """
         self._scorer, self._tokenizer = scorer, tokenizer
         self._max_context = max_context
         # Not by names: what a client calls its own task must not make it one of these.
-        self._judges = judges
+        self._judges, self._unfitted = judges, unfitted or {}
         # The model is not part of the key: a classifier lives and dies with one model.
         self._results: SingleFlight[_Key, Classification] = SingleFlight(cache_size)
-        self._client_judges: SingleFlight[str, Judge] = SingleFlight(MAX_CLIENT_TASKS)
+        self._late_judges: SingleFlight[str, Judge] = SingleFlight(MAX_CLIENT_TASKS)
         # What tasks have encoded, by their version; asked for on several threads.
         self._prompts: LRUCache[str, TaskPrompts] = LRUCache(MAX_CLIENT_TASKS)
         self._prompts_lock = threading.Lock()
@@ -160,17 +163,27 @@ class Classifier:
 
     async def _compute(self, prepared: PreparedTexts, key: _Key, work: Work) -> Classification:
         task = prepared.task
-        judge = self._judges.get(task.version)
-        is_pinned = judge is not None
-        if judge is None:
-            judge, _ = await self._client_judges.get(
-                task.version,
-                lambda: measure_prior(self._scorer, self._prompts_of(task), work),
-            )
+        judge = await self.judge_of(task, work)
         return await self._score(
-            task, judge, prepared.prompt_ids[key], prepared.label_ids, prepared.num_shared, work,
-            is_pinned=is_pinned,
+            task, judge, prepared.prompt_ids[key],
+            # They were encoded before it was known how the task is judged.
+            prepared.label_ids if judge.kind == "label_scores" else [],
+            prepared.num_shared, work, is_pinned=task.version in self._judges,
         )  # fmt: skip
+
+    async def judge_of(self, task: Task, work: Work | None = None) -> Judge:
+        """The judge of a task, which is fitted if it is not there; a request waits for it.
+
+        Raises:
+            CheckpointError: the model computes nothing that a judge can be fitted to.
+        """
+        if (judge := self._judges.get(task.version)) is not None:
+            return judge
+        fit = self._unfitted.get(task.version) or (
+            lambda: measure_prior(self._scorer, self._prompts_of(task), work)
+        )
+        judge, _ = await self._late_judges.get(task.version, fit)
+        return judge
 
     def _prompts_of(self, task: Task) -> TaskPrompts:
         with self._prompts_lock:
@@ -237,8 +250,10 @@ class Classifier:
         return json.dumps(conversation), shared_ids, encoded
 
     async def warm_up(self, tasks: Iterable[Task]) -> None:
-        """Computes the tasks' instructions before anybody waits for them."""
+        """Computes the instructions of tasks that have a judge, before anybody waits for them."""
         for task in tasks:
+            if task.version not in self._judges:
+                continue
             prepared = self.prepare(task, [""])
             for key in prepared.prompt_ids:
                 await self._compute(prepared, key, Work())
