@@ -46,6 +46,8 @@ WEATHER: dict[str, Any] = {
     },
 }
 ASKING = ["What's the weather in Paris?", "北京今天天气怎么样？"]
+# On examples left out; one label of so many is right by chance: 3, 7, 4.
+LEAST_ACCURACY = {"sentiment": 0.7, "emotion": 0.6, "intent": 0.7}
 NUM_OPENERS = 16
 NUM_SEEDED = 6
 
@@ -97,10 +99,12 @@ def test_a_clients_own_labels_lose_their_prior(real: LiveServer) -> None:
 
 
 def test_the_models_list_tells_how_tasks_are_judged(real: LiveServer) -> None:
+    for name in real.services.tasks:
+        post(real, "classify", input="今天真开心", task=name)
     tasks = httpx.get(f"{real.base_url}/models/{real.model}").json()["tasks"]
     for task in tasks:
         assert task["judged_by"] == "head"
-        assert task["accuracy"] > 0.7
+        assert task["accuracy"] > LEAST_ACCURACY[task["name"]]
         assert 0 < task["num_layers"] < 24
 
 

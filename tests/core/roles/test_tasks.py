@@ -97,7 +97,7 @@ def error_of(path: Path) -> str:
 
 
 def test_sentiment_and_intent_are_built_in() -> None:
-    assert set(BUILTIN) == {"sentiment", "intent"}
+    assert set(BUILTIN) == {"sentiment", "emotion", "intent"}
     labels = [(label.value, label.text) for label in BUILTIN["sentiment"].labels]
     assert labels == [("positive", "正面"), ("negative", "负面"), ("neutral", "中性")]
     assert BUILTIN["sentiment"].fallback == "neutral"
@@ -151,7 +151,7 @@ def test_a_task_file_holds_its_own_tasks_alone(write: Callable[[str], Path]) -> 
 
 def test_a_task_file_adds_its_tasks(write: Callable[[str], Path]) -> None:
     tasks = (PROMPTS | read_task_file(write(MOOD))).tasks
-    assert set(tasks) == {"sentiment", "intent", "mood"}
+    assert set(tasks) == {"sentiment", "emotion", "intent", "mood"}
     assert tasks["mood"].name == "mood"
     assert tasks["mood"].instructions == "Up or down?"
     assert tasks["mood"].fallback == "down"
@@ -167,7 +167,7 @@ def test_a_task_file_adds_its_tasks(write: Callable[[str], Path]) -> None:
 
 def test_a_task_file_replaces_a_builtin_task_of_the_same_name(write: Callable[[str], Path]) -> None:
     tasks = (PROMPTS | read_task_file(write(MOOD.replace("[mood]", "[sentiment]")))).tasks
-    assert set(tasks) == {"sentiment", "intent"}
+    assert set(tasks) == {"sentiment", "emotion", "intent"}
     assert [label.text for label in tasks["sentiment"].labels] == ["happy", "sad"]
     assert tasks["sentiment"].version != BUILTIN["sentiment"].version
     # Nothing of the replaced task is left: not even the examples of its other labels.
@@ -449,6 +449,15 @@ def test_the_builtin_intent_examples_are_at_least_forty_a_label_and_language() -
     assert min(counts.values()) >= 40
 
 
+def test_the_builtin_emotion_examples_are_at_least_sixty_a_label_and_language() -> None:
+    rows = builtin_rows("emotion.jsonl")
+    assert len(rows) == len(BUILTIN["emotion"].examples)
+    counts = Counter((row["label"], row["lang"]) for row in rows)
+    groups = {(value, lang) for value in BUILTIN["emotion"].values for lang in ("zh", "en")}
+    assert set(counts) == groups
+    assert min(counts.values()) >= 60
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_no_builtin_example_stands_there_twice_and_each_has_a_kind(name: str) -> None:
     read = BUILTIN[name].examples
@@ -492,7 +501,7 @@ def test_the_bundled_model_keeps_the_prompts_it_was_trained_with() -> None:
 
 def test_the_bundled_models_file_leaves_the_other_tasks() -> None:
     merged = PROMPTS | MINI
-    assert set(merged.tasks) == {"sentiment", "intent"}
+    assert set(merged.tasks) == {"sentiment", "emotion", "intent"}
     assert merged.tasks["intent"] == BUILTIN["intent"]
     assert merged.tasks["sentiment"] == MINI.tasks["sentiment"]
     assert merged.reply == MINI.reply
