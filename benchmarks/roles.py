@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="auto", help="as the server's own option")
     parser.add_argument("--dtype", default="auto", help="as the server's own option")
+    parser.add_argument("--tasks", type=Path, help="as the server's own option")
     parser.add_argument("--rows", type=Path, help="gzipped JSON Lines of labelled texts")
     parser.add_argument("--plots", type=Path, help="folder for pictures")
     parser.add_argument("--no-replies", action="store_true", help="measure the labels alone")
@@ -54,7 +55,7 @@ def main() -> None:
         parser.error("--plots shows the labels, so it needs --rows")
     rows = read_sentiment(args.rows) if args.rows else []
     result: dict[str, Any] = {"model": args.model}
-    services = load_services(Settings(model=args.model, dtype=args.dtype))
+    services = load_services(Settings(model=args.model, dtype=args.dtype, tasks=args.tasks))
     try:
         result["judges"] = asyncio.run(validations(services))
         if rows:
@@ -238,7 +239,7 @@ def _validation(judge: Judge) -> dict[str, Any]:
 async def measure_replies(services: Services) -> dict[str, Any]:
     """Of default requests and of `:plain`: what goes wrong, small tasks solved, the answers."""
     openers, abilities = replies.read_openers(), replies.read_abilities()
-    task = services.tasks["sentiment"]
+    task = services.tasks[services.replier.style.cue_task]
     result: dict[str, Any] = {}
     for name, with_sentiment in (("with mood", True), (":plain", False)):
         said = await replies.answers(

@@ -20,8 +20,14 @@ from server.core.engine.model.config import ModelConfig
 from server.core.roles.classifier import Classifier
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.prompts import TaskPrompts
-from server.core.roles.reply import Replier
-from server.core.roles.task_files import TASK_FILE_NAME, TaskFile, read_task_file
+from server.core.roles.reply import SENTIMENT, Replier
+from server.core.roles.task_files import (
+    REPLY,
+    TASK_FILE_NAME,
+    TaskFile,
+    TaskFileError,
+    read_task_file,
+)
 from server.core.roles.tasks import DEFAULT_LANGUAGE, ReplyStyle, Task
 from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
@@ -82,6 +88,11 @@ def _find_model(settings: Settings) -> _Model:
             f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
             f"which holds {max_kv_tokens}; raise it or lower --max-context"
         )
+    if (cue_task := task_file.reply.cue_task) not in task_file.tasks:
+        raise TaskFileError(
+            f"the cue_task {cue_task!r} in the table [{REPLY}] is no task; there are "
+            f"{', '.join(sorted(task_file.tasks))}"
+        )
     for task in task_file.tasks.values():
         _check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
@@ -126,7 +137,7 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, JudgeLoader]:
         )
         tasks = model.task_file.tasks
         judges.find(tasks.values())
-        judges.load([tasks["sentiment"]])
+        judges.load([tasks[SENTIMENT], tasks[model.task_file.reply.cue_task]])
     except BaseException:
         engine.close()
         raise
@@ -149,7 +160,7 @@ def _assemble(model: _Model, settings: Settings, engine: Engine, loader: JudgeLo
         engine,
         classifier,
         tokenizer,
-        task=tasks["sentiment"],
+        tasks=tasks,
         style=_style_of(model.task_file, settings.persona),
         max_context=max_context,
     )

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import quote
 
 from pydantic import (
@@ -41,6 +41,12 @@ _REASONS = {
 
 # For lists of any length: a message per item, for a million items, takes seconds and gigabytes.
 FIRST_ERROR = Field(fail_fast=True)
+
+# What else is wanted to be known of the last user message.
+MAX_TASKS = 16
+TaskNames = Annotated[
+    list[StrictStr], FIRST_ERROR, Field(max_length=MAX_TASKS, default_factory=list)
+]
 
 
 def at_most(number: int) -> BeforeValidator:
@@ -138,6 +144,20 @@ def classification(result: Classification | None) -> dict[str, Any] | None:
         **({} if result.score is None else {"score": round(result.score, 6)}),
         "cached": result.is_cached,
     }
+
+
+def findings(
+    sentiment: Classification | None,
+    analyses: Mapping[str, Classification | list[str] | None],
+) -> dict[str, Any]:
+    """What a reply tells of the last user message. analyses: of the tasks asked for, by name."""
+    told: dict[str, Any] = {"sentiment": classification(sentiment)}
+    if analyses:
+        told["analyses"] = {
+            name: result if isinstance(result, list) else classification(result)
+            for name, result in analyses.items()
+        }
+    return told
 
 
 def sentiment_headers(result: Classification | None) -> dict[str, str]:

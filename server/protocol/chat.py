@@ -8,7 +8,7 @@ from pydantic import Field, StrictBool, StrictInt, model_validator
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
-from server.protocol.base import refuse_unsupported
+from server.protocol.base import TaskNames, refuse_unsupported
 from server.protocol.messages import MAX_MESSAGES, ChatMessage
 from server.protocol.sampling import MAX_TOP_LOGPROBS, ChoicesRequest
 from server.protocol.tools import (
@@ -52,6 +52,7 @@ class ChatCompletionRequest(ChoicesRequest):
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: StrictBool = True
     sentiment: StrictBool = True
+    tasks: TaskNames
 
     def output(self) -> OutputFormat:
         """What the answer must look like. Raises what `output_format` does."""

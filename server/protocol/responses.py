@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, m
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import ToolCall
 from server.errors import InvalidRequestError
-from server.protocol.base import FIRST_ERROR, WithoutNulls, at_most, refuse_unsupported
+from server.protocol.base import FIRST_ERROR, TaskNames, WithoutNulls, at_most, refuse_unsupported
 from server.protocol.items import Items, conversation
 from server.protocol.sampling import MAX_TOP_LOGPROBS, SamplingRequest
 from server.protocol.tools import (
@@ -71,6 +71,7 @@ class ResponsesRequest(SamplingRequest):
     metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict), at_most(MAX_METADATA)]
     previous_response_id: StrictStr | None = None
     sentiment: StrictBool = True
+    tasks: TaskNames
 
     @property
     def has_logprobs(self) -> bool:

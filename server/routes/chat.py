@@ -10,7 +10,7 @@ from server.core.engine.sequence import TokenEvent
 from server.core.roles.reply import Reply
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import Answer, CallDelta, Delta, TextDelta
-from server.protocol.base import classification, new_id, now, sentiment_headers, usage
+from server.protocol.base import findings, new_id, now, sentiment_headers, usage
 from server.protocol.chat import ChatCompletionRequest, message
 from server.protocol.sampling import logprobs_content
 from server.routes.common import read, unless_disconnected
@@ -78,7 +78,7 @@ class _Chat:
                 for index, answer in enumerate(self._answers)
             ],
             "usage": self._usage(),
-            "sentiment": classification(self.reply.sentiment),
+            **findings(self.reply.sentiment, self.reply.analyses),
         }
         return JSONResponse(content, headers=self.headers)
 
@@ -101,7 +101,7 @@ class _Chat:
 
         for index in range(len(self._answers)):
             # Clients keep an unknown field only if the first chunk has it.
-            first = {} if index else {"sentiment": classification(self.reply.sentiment)}
+            first = {} if index else findings(self.reply.sentiment, self.reply.analyses)
             yield {**chunk(index, {"role": "assistant", "content": ""}), **first}
         async for index, delta, tokens in self._deltas():
             logprobs = self._logprobs(tokens) if tokens else None

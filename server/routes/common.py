@@ -1,13 +1,13 @@
 """What every handler does first: read the body, find the model, watch the client."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from server.core.engine.work import Work
-from server.errors import NotFoundError, RequestTimeoutError
+from server.errors import InvalidRequestError, NotFoundError, RequestTimeoutError
 from server.protocol import base
 from server.services import PLAIN_SUFFIX, Services
 
@@ -58,6 +58,22 @@ def check_model(services: Services, model: str) -> None:
             param="model",
             code="model_not_found",
         )
+
+
+def check_tasks(
+    names: Sequence[str], existing: Collection[str], param: Callable[[int], str]
+) -> None:
+    """param: where the request has the name of an index.
+
+    Raises:
+        InvalidRequestError: there is no such task.
+    """
+    for i, name in enumerate(names):
+        if name not in existing:
+            raise InvalidRequestError(
+                f"There is no task {name!r}; this server has {', '.join(sorted(existing))}.",
+                param=param(i),
+            )
 
 
 async def unless_disconnected(request: Request, handler: Coroutine[Any, Any, T]) -> T:

@@ -12,7 +12,7 @@ from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
 from server.errors import InvalidRequestError
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.responses import ResponsesRequest
-from server.routes.common import work_of
+from server.routes.common import check_tasks, work_of
 from server.routes.sampling import sampling_params
 from server.services import PLAIN_SUFFIX, Services
 
@@ -27,6 +27,7 @@ async def begin_reply(
     messages: as chat templates know them. max_tokens: None for as many as the context holds.
     schema_param: where the request has the schema of the answer.
     """
+    check_tasks(body.tasks, services.replier.task_names, lambda i: f"tasks[{i}]")
     grammar = await asyncio.to_thread(
         _compile, services.grammars, output, schema_param=schema_param
     )
@@ -39,6 +40,7 @@ async def begin_reply(
         () if output.is_call_required else body.stop,
         work=work_of(request),
         with_sentiment=body.sentiment and not body.model.endswith(PLAIN_SUFFIX),
+        tasks=body.tasks,
         tools=output.tools,
         call_opening=output.call_opening,
         num_choices=num_choices,

@@ -10,7 +10,7 @@ from server.core.engine.sequence import TokenEvent
 from server.core.roles.reply import Reply
 from server.core.text.grammar import OutputFormat
 from server.core.text.tools import Answer, CallDelta, Delta, TextDelta, ToolCall
-from server.protocol.base import classification, input_usage, new_id, now, sentiment_headers
+from server.protocol.base import findings, input_usage, new_id, now, sentiment_headers
 from server.protocol.responses import ResponsesRequest, call_item, message_item, text_part
 from server.protocol.sampling import logprobs_content
 from server.routes.common import read, unless_disconnected
@@ -196,7 +196,7 @@ class _Response:
                 if is_done
                 else None
             ),
-            "sentiment": classification(reply.sentiment),
+            **findings(reply.sentiment, reply.analyses),
         }
 
 

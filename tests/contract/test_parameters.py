@@ -194,6 +194,9 @@ CHOICES = SAMPLING | {
     ),
 }
 SENTIMENT = Case(False, is_without_sentiment, "no")
+TASKS = Case(
+    ["intent"], lambda a, b: "analyses" not in a and list(b["analyses"]) == ["intent"], [1]
+)
 
 
 def tool_cases(clock: dict[str, Any], limit: str) -> dict[str, Case]:
@@ -235,6 +238,7 @@ ROUTES = [
             "top_logprobs": Case(3, has_three_likeliest, 21),
             "response_format": Case({"type": "json_object"}, is_json, {"type": "xml"}),
             "sentiment": SENTIMENT,
+            "tasks": TASKS,
         },
         chat.UNSUPPORTED,
         chat.WITHOUT_EFFECT,
@@ -273,6 +277,7 @@ ROUTES = [
             "metadata": Case({"a": "b"}, lambda a, b: b["metadata"] == {"a": "b"}, {"a": 1}),
             "previous_response_id": Case(None, is_unchanged, "resp_1"),
             "sentiment": SENTIMENT,
+            "tasks": TASKS,
         },
         responses.UNSUPPORTED,
         responses.WITHOUT_EFFECT,

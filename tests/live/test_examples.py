@@ -126,6 +126,13 @@ def check_classify(base_url: str) -> None:
     assert len({text for *_, text in rows}) == 5
 
 
+def check_analyses(base_url: str) -> None:
+    lines = output_of(base_url, "analyses").splitlines()
+    rows = [re.fullmatch(r"(\w+) +\S+ (\w+) +[01]\.\d\d", line) for line in lines[:3]]
+    assert [match and match[1] for match in rows] == ["sentiment", "emotion", "intent"]
+    assert len(lines) > 3
+
+
 def check_decisions(base_url: str) -> None:
     refund, team, urgency, usage = output_of(base_url, "decisions").splitlines()
     assert re.fullmatch(r"refund   [01]\.\d\d likely", refund)

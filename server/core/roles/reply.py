@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import regex
 
@@ -23,11 +25,22 @@ from server.errors import ContextLengthError, InvalidRequestError
 logger = logging.getLogger(__name__)
 
 
+# What a task finds in a text: its label, or pieces of it.
+Analysis = Classification | list[str]
+Extract = Callable[[str, Work], Coroutine[Any, Any, list[str]]]
+
+SENTIMENT = "sentiment"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reply(Choices):
-    """The mood, and one answer or several to the same prompt."""
+    """The mood, and one answer or several to the same prompt.
+
+    analyses: what the tasks asked for found, by name; None: the task failed, or there was no text.
+    """
 
     sentiment: Classification | None
+    analyses: Mapping[str, Analysis | None]
 
 
 class Replier:
@@ -35,25 +48,37 @@ class Replier:
 
     def __init__(
         self, engine: Engine, classifier: Classifier, tokenizer: ChatTokenizer, *,
-        task: Task, style: ReplyStyle, max_context: int,
+        tasks: Mapping[str, Task], style: ReplyStyle, max_context: int,
+        extractors: Mapping[str, Extract] | None = None,
     ) -> None:  # fmt: skip
+        """tasks: what may be judged, by name; `sentiment` and the one of the cue are among them.
+
+        extractors: tasks of another kind, by name, which find pieces of a text.
+        """
         self._engine, self._classifier, self._tokenizer = engine, classifier, tokenizer
-        self._task, self.style, self._max_context = task, style, max_context
+        self._tasks, self._extractors = tasks, extractors or {}
+        self.style, self._max_context = style, max_context
+
+    @property
+    def task_names(self) -> list[str]:
+        """What `reply` may be asked for."""
+        return [*self._tasks, *self._extractors]
 
     async def reply(
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
-        with_sentiment: bool, tools: Sequence[Tool] = (),
+        with_sentiment: bool, tasks: Sequence[str] = (), tools: Sequence[Tool] = (),
         call_opening: regex.Pattern[str] | None = None, num_choices: int = 1,
         work: Work | None = None,
     ) -> Reply:  # fmt: skip
         """Judges the last user message, then starts the answer, or several.
 
+        tasks: names of what else is wanted to be known of the message.
         call_opening: what a call of a tool begins with; stop strings cut none.
         work: of the request; None: a new one.
 
-        Without sentiment the conversation goes to the model as it is: no pass, no cue and
-        no persona. A pass that fails is logged, and the answer comes without a cue. The seed
-        of each further answer is one higher.
+        Without sentiment the conversation goes to the model as it is: no cue and no persona,
+        and no pass but those of `tasks`. A pass that fails is logged, and the answer comes
+        without its result. The seed of each further answer is one higher.
 
         Raises:
             ContextLengthError: the conversation leaves no room for an answer.
@@ -65,11 +90,16 @@ class Replier:
         conversation = self._with_persona(messages, language) if with_sentiment else messages
         # Before the pass: a conversation that cannot be answered needs no sentiment.
         prompt_ids = await asyncio.to_thread(self._encode, conversation, tools)
-        sentiment, num_cached = None, None
-        if with_sentiment and text.strip():
-            sentiment, num_cached = await self._judge(text, prompt_ids, work)
+        moods = [SENTIMENT, self.style.cue_task] if with_sentiment else []
+        # In this order, and each once.
+        results: dict[str, Analysis | None] = dict.fromkeys([*moods, *tasks])
+        num_cached = None
+        if results and text.strip():
+            is_prefilled = not (with_sentiment and self.style.cue_position == "system")
+            num_cached = await self._analyse(text, results, prompt_ids, work, is_prefilled)
             work.sentiment_s = work.total_s
-        if (cue := self._cue(sentiment, language)) is not None:
+        sentiment, mood = (_label_in(results, name) for name in (SENTIMENT, self.style.cue_task))
+        if with_sentiment and (cue := self._cue(mood, language)) is not None:
             prompt_ids = await self._encode_cued(conversation, cue, tools) or prompt_ids
         if num_choices > 1:
             # The answers copy what is computed here once, if it can be kept for them.
@@ -80,7 +110,8 @@ class Replier:
             stop, stop_until=call_opening, max_context=self._max_context, work=work,
         )  # fmt: skip
         return Reply(
-            sentiment=sentiment,
+            sentiment=sentiment if with_sentiment else None,
+            analyses={name: results[name] for name in tasks},
             num_prompt_tokens=len(prompt_ids),
             choices=choices,
             num_prefilled_cached=num_cached,
@@ -92,57 +123,73 @@ class Replier:
             return list(messages)
         return [{"role": "system", "content": text_in(self.style.persona, language)}, *messages]
 
-    def _cue(self, sentiment: Classification | None, language: str) -> str | None:
+    def _cue(self, mood: Classification | None, language: str) -> str | None:
         """What the answer is told of the mood; None: nothing."""
-        if sentiment is None or sentiment.label.cue is None:
+        if mood is None or mood.label.cue is None:
             return None
-        if sentiment.confidence < self.style.cue_min_confidence:
+        if mood.confidence < self.style.cue_min_confidence:
             return None
-        return text_in(sentiment.label.cue, language)
+        return text_in(mood.label.cue, language)
 
-    async def _judge(
-        self, text: str, plain_ids: list[int], work: Work
-    ) -> tuple[Classification | None, int | None]:
-        """The sentiment of the text.
+    async def _analyse(
+        self, text: str, results: dict[str, Analysis | None], plain_ids: list[int], work: Work,
+        is_prefilled: bool,
+    ) -> int | None:  # fmt: skip
+        """Puts into `results` what its tasks find in the text; what fails stays None.
 
-        While it is computed, so is the conversation, in the same steps: what is left to do
-        afterwards are the cue and the answer's header. The second result then is how many
-        tokens of the conversation were known before.
+        While labels are computed, so is the conversation, in the same steps, unless nothing of it
+        can be used afterwards: what is left to do are the cue and the answer's header. Returns how
+        many tokens of the conversation were known before; None: it was not computed.
         plain_ids: the conversation without a cue.
         """
-        try:
-            prepared = await asyncio.to_thread(self._classifier.prepare, self._task, [text])
-            # A cue that changes the beginning leaves nothing to use of what is computed without.
-            if not prepared.prompt_ids or self.style.cue_position == "system":
-                [sentiment] = await self._classifier.judge(prepared, work)
-                return sentiment, None
-            return await self._judge_while_prefilling(prepared, plain_ids, work)
-        except EngineClosedError:
-            raise  # there will be no answer either
-        except InvalidRequestError as error:
-            logger.warning("no sentiment pass for this message: %s", error)
-            return None, None
-        except Exception:
-            logger.exception("the sentiment pass failed; answering without it")
-            return None, None
-
-    async def _judge_while_prefilling(
-        self, prepared: PreparedTexts, plain_ids: list[int], work: Work
-    ) -> tuple[Classification, int | None]:
-        judging = asyncio.create_task(self._classifier.judge(prepared, work))
-        # Lets the pass be queued, so that both reach the engine in one turn of the event loop:
-        # it then finds both before its next step, which they share.
+        prepared = await asyncio.to_thread(self._prepare, results, text)
+        running = [
+            asyncio.create_task(self._judge(name, each, results, work))
+            for name, each in prepared.items()
+        ]
+        # Lets the labels be queued, so that all reach the engine in one turn of the event loop:
+        # it then finds them and the conversation before its next step, which they share.
         await asyncio.sleep(0)
-        prefill = asyncio.create_task(self._engine.prefill(plain_ids, work=work))
+        running += [
+            asyncio.create_task(self._extract(name, text, results, work))
+            for name in results
+            if name in self._extractors
+        ]
+        prefill = None
+        if is_prefilled and any(each.prompt_ids for each in prepared.values()):
+            prefill = asyncio.create_task(self._engine.prefill(plain_ids, work=work))
         try:
-            [sentiment] = await judging
+            await asyncio.gather(*running)
+            if prefill is None:
+                return None
             # If it fails, the engine has logged it, and the reply computes everything itself.
             await asyncio.wait([prefill])
-            return sentiment, None if prefill.exception() else prefill.result()
+            return None if prefill.exception() else prefill.result()
         finally:
-            judging.cancel()
-            prefill.cancel()
-            await asyncio.gather(judging, prefill, return_exceptions=True)
+            started = [*running, *filter(None, [prefill])]
+            for task in started:
+                task.cancel()
+            await asyncio.gather(*started, return_exceptions=True)
+
+    def _prepare(self, names: Mapping[str, object], text: str) -> dict[str, PreparedTexts]:
+        prepared = {}
+        for name in names:
+            if name in self._tasks:
+                with _unless_it_fails(name):
+                    prepared[name] = self._classifier.prepare(self._tasks[name], [text])
+        return prepared
+
+    async def _judge(
+        self, name: str, prepared: PreparedTexts, results: dict[str, Analysis | None], work: Work
+    ) -> None:
+        with _unless_it_fails(name):
+            [results[name]] = await self._classifier.judge(prepared, work)
+
+    async def _extract(
+        self, name: str, text: str, results: dict[str, Analysis | None], work: Work
+    ) -> None:
+        with _unless_it_fails(name):
+            results[name] = await self._extractors[name](text, work)
 
     async def _encode_cued(
         self, conversation: Sequence[Message], cue: str, tools: Sequence[Tool]
@@ -194,3 +241,21 @@ def with_cue(conversation: Sequence[Message], cue: str, position: str) -> list[M
 def _last_user_text(messages: Sequence[Message]) -> str:
     texts = [message["content"] for message in messages if message["role"] == "user"]
     return texts[-1] if texts else ""
+
+
+@contextmanager
+def _unless_it_fails(name: str) -> Iterator[None]:
+    """Logs what goes wrong in the pass of a task, for which no chat fails."""
+    try:
+        yield
+    except EngineClosedError:
+        raise  # there will be no answer either
+    except InvalidRequestError as error:
+        logger.warning("no %s pass for this message: %s", name, error)
+    except Exception:
+        logger.exception("the %s pass failed; answering without it", name)
+
+
+def _label_in(results: Mapping[str, Analysis | None], name: str) -> Classification | None:
+    result = results.get(name)
+    return result if isinstance(result, Classification) else None

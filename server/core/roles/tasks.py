@@ -141,12 +141,14 @@ class ReplyStyle(_Frozen):
     """How the second role speaks. A file may give some of this; the rest stays as it was.
 
     persona: the system prompt of a chat that brings none of its own.
+    cue_task: the task whose label gives the cue.
     cue_position: where a label's cue stands: in the first system message, at the end of the last
     user message, or in a system message behind the conversation.
     cue_min_confidence: a label less likely than this has no cue.
     """
 
     persona: Texts = Field(default_factory=dict)
+    cue_task: NonEmpty = "sentiment"
     cue_position: Literal["system", "user", "behind"] = "user"
     cue_min_confidence: Probability = 0.0
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -25,7 +25,7 @@ from server.core.engine.work import Work
 from server.core.roles.classification import Classification
 from server.core.roles.classifier import Classifier, PreparedTexts
 from server.core.roles.judges import LabelJudge
-from server.core.roles.reply import Replier, Reply, with_cue
+from server.core.roles.reply import Extract, Replier, Reply, with_cue
 from server.core.roles.task_files import TASK_FILE_NAME, read_task_file
 from server.core.roles.tasks import Label, ReplyStyle, Task, text_in
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
@@ -35,7 +35,8 @@ from server.errors import ContextLengthError, InvalidRequestError
 T = TypeVar("T")
 
 BOUND_S = 20
-SENTIMENT = read_task_file().tasks["sentiment"]
+BUILTIN = read_task_file().tasks
+SENTIMENT, EMOTION, INTENT = (BUILTIN[name] for name in ("sentiment", "emotion", "intent"))
 POSITIVE, NEGATIVE, NEUTRAL = SENTIMENT.labels
 # The bundled model's, in which every label has a cue.
 MINI = read_task_file(BUNDLED_FOLDER / TASK_FILE_NAME).tasks["sentiment"]
@@ -152,6 +153,8 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
         classifier: FakeClassifier | Classifier | None = None,
         *,
         task: Task = SENTIMENT,
+        others: Sequence[Task] = (),
+        extractors: Mapping[str, Extract] | None = None,
         style: ReplyStyle = STYLE,
         max_context: int = 2048,
         with_tokenizer: ChatTokenizer = tokenizer,
@@ -160,7 +163,8 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
             generator,
             cast(Classifier, classifier or FakeClassifier()),
             with_tokenizer,
-            task=task,
+            tasks={each.name: each for each in (task, *others)},
+            extractors=extractors,
             style=style,
             max_context=max_context,
         )
@@ -183,7 +187,7 @@ def judging(scorer: FakeScorer, tokenizer: ChatTokenizer, *, cache_size: int) ->
         tokenizer,
         max_context=2048,
         cache_size=cache_size,
-        judges={SENTIMENT.version: LabelJudge()},
+        judges={task.version: LabelJudge() for task in BUILTIN.values()},
     )
 
 
@@ -221,8 +225,11 @@ async def ask(
     params: SamplingParams = PARAMS,
     stop: Sequence[str] = (),
     with_sentiment: bool = True,
+    tasks: Sequence[str] = (),
 ) -> Reply:
-    return await bounded(replier.reply(messages, params, stop, with_sentiment=with_sentiment))
+    return await bounded(
+        replier.reply(messages, params, stop, with_sentiment=with_sentiment, tasks=tasks)
+    )
 
 
 async def read(reply: Reply) -> list[str]:
@@ -629,8 +636,9 @@ async def test_a_cue_at_the_beginning_leaves_nothing_to_compute_beside_the_pass(
     assert reply.num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("names", [[], ["emotion", "intent"]], ids=len)
 async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
-    make: Callable[..., Replier], tokenizer: ChatTokenizer
+    make: Callable[..., Replier], tokenizer: ChatTokenizer, names: list[str]
 ) -> None:
     loop, turn = asyncio.get_running_loop(), 0
 
@@ -653,14 +661,109 @@ async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
     classifier = judging(Scoring(-0.1, -3.0, -4.0), tokenizer, cache_size=8)
     ticking = loop.call_soon(tick)
     try:
-        await make(Prefilling(), classifier).reply([user("hi")], PARAMS, (), with_sentiment=True)
+        replier = make(Prefilling(), classifier, others=[EMOTION, INTENT])
+        await replier.reply([user("hi")], PARAMS, (), with_sentiment=True, tasks=names)
     finally:
         ticking.cancel()
-    # The pass first, whose text is yet to be encoded: then nothing lies between the two, and
-    # the engine's thread finds both before its next step.
-    [(first, one), (second, other)] = begun
-    assert (first, second) == ("score", "prefill")
-    assert one == other
+    # The passes first, whose text is yet to be encoded: then nothing lies between them, and
+    # the engine's thread finds all before its next step.
+    assert [kind for kind, _ in begun] == ["score"] * (1 + len(names)) + ["prefill"]
+    assert len({turn for _, turn in begun}) == 1
+
+
+# --- more than the mood ---------------------------------------------------------------
+
+
+class ByTask(FakeClassifier):
+    """Gives every task its first label, but fails those in `failing`."""
+
+    def __init__(self, failing: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._failing = failing
+
+    async def judge(self, prepared: PreparedTexts, work: Work) -> list[Classification]:
+        await super().judge(prepared, work)
+        if prepared.task.name in self._failing:
+            raise RuntimeError("no memory")
+        label = prepared.task.labels[0]
+        return [Classification(label, 0.9, ((label, 0.9),), 7, 0)]
+
+
+async def shout(text: str, work: Work) -> list[str]:
+    return [text.upper()]
+
+
+def found(reply: Reply) -> dict[str, Any]:
+    return {
+        name: result.label.value if isinstance(result, Classification) else result
+        for name, result in reply.analyses.items()
+    }
+
+
+async def test_a_reply_without_tasks_has_no_analyses(make: Callable[..., Replier]) -> None:
+    assert (await ask(make(FakeGenerator()), [user("Hi")])).analyses == {}
+
+
+async def test_tasks_are_judged_once_and_told_in_the_order_asked_for(
+    make: Callable[..., Replier],
+) -> None:
+    classifier = ByTask()
+    replier = make(
+        FakeGenerator(), classifier, others=[EMOTION, INTENT], extractors={"loud": shout}
+    )
+    assert replier.task_names == ["sentiment", "emotion", "intent", "loud"]
+    names = ["intent", "loud", "sentiment", "intent"]
+    reply = await ask(replier, [user("a"), assistant("b"), user("Hi")], tasks=names)
+    assert found(reply) == {"intent": "question", "loud": ["HI"], "sentiment": "positive"}
+    assert list(reply.analyses) == ["intent", "loud", "sentiment"]
+    assert sorted(classifier.asked) == [("intent", "Hi"), ("sentiment", "Hi")]
+
+
+async def test_without_sentiment_tasks_are_judged_but_the_answer_is_told_nothing(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator, classifier = FakeGenerator(), ByTask()
+    replier = make(generator, classifier, others=[EMOTION])
+    names = ["emotion", "sentiment"]
+    reply = await ask(replier, [user("Hi")], with_sentiment=False, tasks=names)
+    assert reply.sentiment is None
+    assert found(reply) == {"emotion": "joy", "sentiment": "positive"}
+    assert generator.prompt_ids == tokenizer.encode_chat([user("Hi")])
+
+
+async def test_a_task_that_fails_takes_neither_the_others_nor_the_answer_with_it(
+    make: Callable[..., Replier], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(text: str, work: Work) -> list[str]:
+        raise InvalidRequestError("too long")
+
+    replier = make(
+        FakeGenerator(), ByTask(["emotion"]), others=[EMOTION, INTENT],
+        extractors={"broken": broken},
+    )  # fmt: skip
+    reply = await ask(replier, [user("Hi")], tasks=["emotion", "intent", "broken"])
+    assert found(reply) == {"emotion": None, "intent": "question", "broken": None}
+    assert reply.sentiment is not None
+    assert "the emotion pass failed" in caplog.text and "no broken pass" in caplog.text
+
+
+async def test_where_nothing_is_said_tasks_find_nothing(make: Callable[..., Replier]) -> None:
+    classifier = ByTask()
+    replier = make(FakeGenerator(), classifier, others=[EMOTION], extractors={"loud": shout})
+    reply = await ask(replier, [user(" ")], tasks=["emotion", "loud"])
+    assert found(reply) == {"emotion": None, "loud": None} and not classifier.asked
+
+
+async def test_the_cue_may_be_that_of_another_task(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator = FakeGenerator()
+    style = STYLE.model_copy(update={"cue_task": "emotion"})
+    reply = await ask(make(generator, ByTask(), others=[EMOTION], style=style), [user("Hi")])
+    assert reply.sentiment is not None and reply.sentiment.label == POSITIVE
+    said = user("Hi" + cue(EMOTION.labels[0]))
+    assert generator.prompt_ids == tokenizer.encode_chat([system(PERSONA), said])
+    assert reply.analyses == {}
 
 
 async def test_several_choices_compute_the_prompt_once_and_differ_in_their_seed(
