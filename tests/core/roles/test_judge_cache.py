@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from server.core.roles import judge_cache
+from server.core.roles import judge_cache, judge_files
 from server.core.roles.heads import LinearHead, fit_heads
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.judges import CrossValidation, HeadJudge, Judge, LabelJudge
@@ -374,7 +374,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         truncate(100)(path)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(judge_cache, "save_file", save_half)
+    monkeypatch.setattr(judge_files, "save_file", save_half)
 
 
 def test_nothing_half_written_stays(
@@ -408,7 +408,7 @@ def test_a_file_is_in_its_place_only_when_it_is_whole(
         save_file(tensors, draft, metadata=metadata)
         seen.append((draft != path, draft.parent == path.parent, path.exists()))
 
-    monkeypatch.setattr(judge_cache, "save_file", save_and_look)
+    monkeypatch.setattr(judge_files, "save_file", save_and_look)
     cache.write(path, JUDGES["head"])
     assert seen == [(True, True, False)]
     assert list(path.parent.iterdir()) == [path]
