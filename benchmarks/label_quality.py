@@ -3,7 +3,6 @@
 Baselines that learn are fitted to the examples that the server's own judge is fitted to.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 from sklearn.pipeline import make_pipeline, make_union
 
+from server.core.roles.measures import calibration_error, wilson
 from server.core.roles.tasks import Example
 
 LABELS = ("positive", "negative", "neutral")
-NUM_BINS = 10
 Floats = NDArray[np.float64]
 
 
@@ -78,31 +77,6 @@ def figures(judgement: Judgement, given: Sequence[str]) -> dict[str, Any]:
     if judgement.texts_per_s is not None:
         table["texts per second"] = round(judgement.texts_per_s, 1)
     return table
-
-
-def wilson(num_right: int, num_all: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    share, n = num_right / num_all, num_all
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half
-
-
-def reliability(probabilities: Floats, is_right: Sequence[bool]) -> list[tuple[int, float, float]]:
-    """For each bin of confidence with texts in it: how many, mean confidence, accuracy."""
-    confidences, right = probabilities.max(1), np.array(is_right)
-    bins = np.minimum((confidences * NUM_BINS).astype(int), NUM_BINS - 1)
-    return [
-        (int((bins == b).sum()), float(confidences[bins == b].mean()),
-         float(right[bins == b].mean()))
-        for b in range(NUM_BINS) if (bins == b).any()
-    ]  # fmt: skip
-
-
-def calibration_error(probabilities: Floats, is_right: Sequence[bool]) -> float:
-    """Expected calibration error: |confidence - accuracy|, the mean over bins by their size."""
-    bins = reliability(probabilities, is_right)
-    return sum(n * abs(confidence - accuracy) for n, confidence, accuracy in bins) / len(is_right)
 
 
 def majority(examples: Sequence[Example]) -> Judge:

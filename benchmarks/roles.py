@@ -31,6 +31,7 @@ from server.core.engine.checkpoint import CheckpointError
 from server.core.roles.classification import Classification
 from server.core.roles.classifier import Classifier
 from server.core.roles.judges import Judge, LabelJudge
+from server.core.roles.measures import reliability
 from server.core.roles.tasks import Task, inline_task
 from server.loading import load_services
 from server.services import Services
@@ -331,7 +332,7 @@ def _plot_reliability(axes: Any, judgement: Judgement, given: Sequence[str]) -> 
         axes.text(0.1, 0.5, "this judge gives no probabilities")
         return
     is_right = [a == b for a, b in zip(judgement.labels, given, strict=True)]
-    bins = labels.reliability(judgement.probabilities, is_right)
+    bins = reliability(judgement.probabilities, is_right)
     axes.scatter([c for _, c, _ in bins], [a for _, _, a in bins],
                  s=[10 + 600 * n / len(given) for n, _, _ in bins])  # fmt: skip
 

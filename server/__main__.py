@@ -1,4 +1,4 @@
-"""The command: `python -m server`, or `qwen-all-in-one`.
+"""The command: `python -m server`, or `qwen-all-in-one`. With `fit` behind it, it fits a task.
 
 Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was
 stopped at once by a second signal; 2 no such option; 3 the engine broke down, or failed from
@@ -15,17 +15,16 @@ import sys
 from types import FrameType
 
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import CliApp
 from starlette.applications import Starlette
 
 from server.app import create_app, has_page_extra
-from server.config import Settings
+from server.config import Settings, read_settings
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.engine import Engine
 from server.core.engine.heap import share_one_heap
 from server.core.engine.sequence import SamplingParams
 from server.core.roles.task_files import TaskFileError
+from server.fit.command import fit
 from server.gate import Gate
 from server.guards import is_loopback
 from server.loading import load_services
@@ -42,9 +41,12 @@ EXIT_FORCED, EXIT_BROKEN = 1, 3
 
 
 def main() -> None:
-    """Reads the settings, loads the model and serves until told to stop."""
+    """Reads the settings, loads the model and serves until told to stop; or fits a task."""
     share_one_heap()
-    settings = _read_settings()
+    if sys.argv[1:2] == ["fit"]:
+        fit(sys.argv[2:])
+        return
+    settings = read_settings(Settings, sys.argv[1:])
     configure_logs(settings.log_level, settings.log_format)
     try_print(f"loading {settings.model!r} ...")
     try:
@@ -168,16 +170,6 @@ class Server(uvicorn.Server):
         if self._page is not None:
             self._page.close()
         self.should_exit = True
-
-
-def _read_settings() -> Settings:
-    try:
-        return CliApp.run(Settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        reason = first["msg"].removeprefix("Value error, ")
-        sys.exit(f"error: {option} {first['input']!r}: {reason}")
 
 
 def _check_certificate(settings: Settings) -> None:

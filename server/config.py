@@ -1,16 +1,18 @@
 """Every setting, its default and its help text, once."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 PositiveInt = Annotated[int, Field(ge=1)]
+AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 
 def _split(value: Any) -> Any:
@@ -28,7 +30,10 @@ def _keys(value: Any) -> Any:
 
 
 class Settings(BaseSettings):
-    """An OpenAI-compatible server on one small Qwen that reads the mood, then answers."""
+    """An OpenAI-compatible server on one small Qwen that reads the mood, then answers.
+
+    `fit --help`: how it learns a task from your own labelled texts.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="QWEN_",
@@ -84,7 +89,9 @@ class Settings(BaseSettings):
         512, description="memory for computed prompts that later ones may begin with, in MiB"
     )
     tasks: Path | None = Field(
-        None, description="TOML file of tasks to add, or to replace built-in ones by name"
+        None,
+        description="TOML file of tasks to add, or to replace built-in ones by name; or the folder "
+        "that fit wrote",
     )
     persona: str | None = Field(
         None,
@@ -148,6 +155,17 @@ class Settings(BaseSettings):
             OSError: the file cannot be read, or has no key in it.
         """
         return (*self.api_key, *(_read_keys(self.api_key_file) if self.api_key_file else ()))
+
+
+def read_settings(kind: type[AnySettings], arguments: list[str]) -> AnySettings:
+    """From the arguments of the command and the environment; ends it with one sentence else."""
+    try:
+        return CliApp.run(kind, cli_args=arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        reason = first["msg"].removeprefix("Value error, ")
+        sys.exit(f"error: {option} {first['input']!r}: {reason}")
 
 
 def _read_keys(path: Path) -> Iterator[SecretStr]:

@@ -1,4 +1,4 @@
-"""Gives tasks their judges: those kept from an earlier start, or such as are fitted now."""
+"""Gives tasks their judges: those they bring, those kept from an earlier start, or new ones."""
 
 import asyncio
 import logging
@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from server.core.engine.checkpoint import CheckpointError
+from server.core.roles.fitted_judges import read_fitted_judge
 from server.core.roles.fitting import fit_judge
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.judges import Judge, Scorer
@@ -37,12 +38,13 @@ class JudgeLoader:
         self.judges: dict[str, Judge] = {}  # by the version of their task
 
     def find(self, tasks: Iterable[Task]) -> None:
-        """Takes over the judges that an earlier start has kept."""
+        """Takes over the judges that tasks bring, or that an earlier start has kept.
+
+        Raises:
+            TaskFileError: the judge that a task brings does not belong to the task or the model.
+        """
         for task in tasks:
-            if task.version in self.judges:
-                continue
-            judge = self._cache.read(self._path(self._prompts(task)))
-            if judge is not None:
+            if task.version not in self.judges and (judge := self._known(task)) is not None:
                 self.judges[task.version] = judge
 
     def load(self, tasks: Iterable[Task]) -> None:
@@ -50,6 +52,7 @@ class JudgeLoader:
 
         Raises:
             CheckpointError: the model computes nothing that a judge can be fitted to.
+            TaskFileError: as `find`.
         """
         tasks = list(tasks)
         self.find(tasks)
@@ -90,6 +93,12 @@ class JudgeLoader:
         with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
             for task in tasks:
                 await self.fit(task, bar.update)
+
+    def _known(self, task: Task) -> Judge | None:
+        prompts = self._prompts(task)
+        if task.judge is not None:
+            return read_fitted_judge(task.judge, prompts, self._cache.model)
+        return self._cache.read(self._path(prompts))
 
     def _prompts(self, task: Task) -> TaskPrompts:
         return TaskPrompts(task, self._tokenizer, self._max_context)

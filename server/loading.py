@@ -39,7 +39,7 @@ from server.services import Services
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """A checkpoint that fits together, and what the settings make of it. No weights yet."""
 
     checkpoint: Checkpoint
@@ -59,13 +59,30 @@ def load_services(settings: Settings) -> Services:
         CheckpointError: the model cannot be used.
         TaskFileError: the task file cannot be used.
     """
-    model = _find_model(settings)
-    engine, judges = _load(model, settings)
+    model = find_model(settings)
+    engine, cache = load_engine(model, settings)
+    try:
+        judges = JudgeLoader(
+            engine,
+            model.tokenizer,
+            cache,
+            num_layers=model.config.num_layers,
+            max_context=model.max_context,
+        )
+        tasks = model.task_file.tasks
+        judges.find(tasks.values())
+        judges.load([tasks[SENTIMENT], tasks[model.task_file.reply.cue_task]])
+    except BaseException:
+        engine.close()
+        raise
     return _assemble(model, settings, engine, judges)
 
 
-def _find_model(settings: Settings) -> _Model:
-    """Finds the checkpoint and checks all that can be checked without its weights."""
+def find_model(settings: Settings) -> Model:
+    """Finds the checkpoint and checks all that can be checked without its weights.
+
+    Raises: as `load_services`.
+    """
     # Before a download: nobody should wait for a model to learn that a task file is wrong.
     user_file = read_task_file(settings.tasks) if settings.tasks else TaskFile()
     checkpoint = find_checkpoint(settings.model)
@@ -94,19 +111,23 @@ def _find_model(settings: Settings) -> _Model:
             f"{', '.join(sorted(task_file.tasks))}"
         )
     for task in task_file.tasks.values():
-        _check_task(task, tokenizer, max_context)
+        check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
             f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
-    return _Model(
+    return Model(
         checkpoint, task_file, config, dtype, tokenizer, defaults, max_kv_tokens, max_context
     )
 
 
-def _load(model: _Model, settings: Settings) -> tuple[Engine, JudgeLoader]:
-    """Reads the weights, starts the engine and gives the task of chats its judge."""
+def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
+    """Reads the weights and starts the engine; with it come the judges that are kept of them.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+    """
     folder = model.checkpoint.folder
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
@@ -124,27 +145,14 @@ def _load(model: _Model, settings: Settings) -> tuple[Engine, JudgeLoader]:
             max_context=model.max_context,
             max_prefix_bytes=settings.max_prefix_mib * 2**20,
         ).result()
+        weights = digest.result()
     engine = Engine(
         runner, max_num_seqs=settings.max_num_seqs, max_rows=settings.max_num_batched_tokens
     )
-    try:
-        judges = JudgeLoader(
-            engine,
-            model.tokenizer,
-            JudgeCache(settings.cache_folder, f"{digest.result()} {model.dtype}"),
-            num_layers=model.config.num_layers,
-            max_context=model.max_context,
-        )
-        tasks = model.task_file.tasks
-        judges.find(tasks.values())
-        judges.load([tasks[SENTIMENT], tasks[model.task_file.reply.cue_task]])
-    except BaseException:
-        engine.close()
-        raise
-    return engine, judges
+    return engine, JudgeCache(settings.cache_folder, f"{weights} {model.dtype}")
 
 
-def _assemble(model: _Model, settings: Settings, engine: Engine, loader: JudgeLoader) -> Services:
+def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoader) -> Services:
     tasks, tokenizer, max_context = model.task_file.tasks, model.tokenizer, model.max_context
     metrics = Metrics()
     engine.observe(metrics)  # from now on, and not what judges were fitted to
@@ -193,8 +201,12 @@ def _style_of(task_file: TaskFile, persona: str | None) -> ReplyStyle:
     return task_file.reply | own
 
 
-def _check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
-    """Finds out now what would otherwise fail with the first text."""
+def check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
+    """Finds out now what would otherwise fail with the first text.
+
+    Raises:
+        CheckpointError: the model cannot be asked this task.
+    """
     try:
         prompts = TaskPrompts(task, tokenizer, max_context)
         prompts.labels(len(prompts.encode("a")))

@@ -71,15 +71,36 @@ async def fit_judge(
     are left out; where too few are left, or there are none, the prior is taken off.
     num_layers: the model's. report: called after each example.
     """
-    layers, work = candidate_layers(num_layers), Work()
+    layers = candidate_layers(num_layers)
     examples, all_ids = prompts.examples
     if not examples:
         return await measure_prior(scorer, prompts)
     labels = np.array([prompts.task.values.index(example.label) for example in examples])
     has_label_scores = _every(LABEL_SCORES_STRIDE, labels)
-    label_ids = prompts.labels(max(map(len, all_ids)))
+    scores = await measure(scorer, prompts, all_ids, layers, has_label_scores.tolist(), report)
+    states = states_of(scores, len(layers))
+    logprobs = np.array([each.logprobs for each in scores if each.logprobs])
+    kinds = [example.kind for example in examples]
+    # In a thread: cross-validation takes a second or two.
+    return await asyncio.to_thread(_best, layers, states, logprobs, labels, kinds, has_label_scores)
 
-    async def measure(ids: list[int], with_labels: bool, is_pinned: bool = False) -> Scores:
+
+async def measure(
+    scorer: Scorer,
+    prompts: TaskPrompts,
+    all_ids: Sequence[list[int]],
+    layers: tuple[int, ...],
+    has_label_scores: Sequence[bool],
+    report: Callable[[], object],
+) -> list[Scores]:
+    """What the model computes of prompts of the task: hidden states after the layers.
+
+    has_label_scores: for each prompt, whether the labels' texts are scored behind it, too.
+    report: called after each prompt.
+    """
+    label_ids, work = prompts.labels(max(map(len, all_ids))), Work()
+
+    async def measure_one(ids: list[int], with_labels: bool, is_pinned: bool = False) -> Scores:
         scores = await scorer.score(
             ids,
             label_ids if with_labels else [],
@@ -91,17 +112,19 @@ async def fit_judge(
         report()
         return scores
 
-    # The first computes the instruction in all layers, for all others to begin with.
-    first = await measure(all_ids[0], with_labels=bool(has_label_scores[0]), is_pinned=True)
-    others = await all_of(map(measure, all_ids[1:], has_label_scores[1:].tolist()))
-    scores = [first, *others]
+    # The first computes the instruction for the others to begin with; in all layers, if it has
+    # its labels scored.
+    first = await measure_one(all_ids[0], has_label_scores[0], is_pinned=True)
+    return [first, *await all_of(map(measure_one, all_ids[1:], has_label_scores[1:]))]
+
+
+def states_of(scores: Sequence[Scores], num_layers: int) -> Floats:
+    """The hidden states that were measured after so many layers: (N, L, C)."""
+    if not num_layers:
+        return np.zeros((len(scores), 0, 0), np.float32)
     known = [each.hidden_states for each in scores if each.hidden_states is not None]
     assert len(known) == len(scores)
-    states = np.stack(known)
-    logprobs = np.array([each.logprobs for each in scores if each.logprobs])
-    kinds = [example.kind for example in examples]
-    # In a thread: cross-validation takes a second or two.
-    return await asyncio.to_thread(_best, layers, states, logprobs, labels, kinds, has_label_scores)
+    return np.stack(known)
 
 
 def _best(

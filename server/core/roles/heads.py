@@ -57,7 +57,10 @@ class Calibration:
 
 
 def fit_heads(
-    states: Floats, labels: Indices, shrinkages: Sequence[float] = SHRINKAGES
+    states: Floats,
+    labels: Indices,
+    shrinkages: Sequence[float] = SHRINKAGES,
+    weights: Floats | None = None,
 ) -> list[LinearHead]:
     """Linear discriminant analysis with a shrunk covariance, one head for each shrinkage.
 
@@ -68,21 +71,32 @@ def fit_heads(
 
     states: (N, C). labels: (N,), from 0, each with an example at least.
     shrinkages: between 0, the covariance as it is, and 1, the identity alone.
+    weights: (N,), how much each example counts in means and covariance; None: all the same.
     """
     center = states.mean(0, dtype=np.float64).astype(np.float32)
     states = states - center
-    means = np.stack([states[labels == k].mean(0) for k in range(labels.max() + 1)])
+    means = np.stack([_mean(states, weights, labels == k) for k in range(labels.max() + 1)])
     residuals = states - means[labels]
-    covariance = residuals.T @ residuals / len(states)
+    if weights is None:
+        covariance = residuals.T @ residuals / len(states)
+    else:
+        covariance = (residuals * weights[:, None]).T @ residuals / weights.sum()
     size = len(covariance)
     mean_variance = max(float(covariance.trace()) / size, float(np.finfo(np.float32).tiny))
     heads = []
     for shrinkage in shrinkages:
         shrunk = (1 - shrinkage) * covariance
         shrunk.flat[:: size + 1] += shrinkage * mean_variance
-        weights = np.linalg.solve(shrunk, means.T).astype(np.float32)
-        heads.append(LinearHead(center, weights, -0.5 * np.einsum("kc,ck->k", means, weights)))
+        slopes = np.linalg.solve(shrunk, means.T).astype(np.float32)
+        heads.append(LinearHead(center, slopes, -0.5 * np.einsum("kc,ck->k", means, slopes)))
     return heads
+
+
+def _mean(states: Floats, weights: Floats | None, chosen: NDArray[np.bool_]) -> Floats:
+    mean: Floats = np.average(
+        states[chosen], axis=0, weights=None if weights is None else weights[chosen]
+    )
+    return mean
 
 
 def folds_of(labels: Indices, kinds: Sequence[str]) -> Indices:

@@ -22,12 +22,12 @@ class JudgeCache:
 
     def __init__(self, folder: Path, model: str) -> None:
         """model: identifies the weights and their type."""
-        self._folder, self._model = folder, model
+        self._folder, self.model = folder, model
         self._has_warned = False
 
     def path(self, key: object) -> Path:
         """The file for a key: everything except the model that a judge depends on, as JSON."""
-        digest = hashlib.sha256(json.dumps([FORMAT, self._model, key]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([FORMAT, self.model, key]).encode()).hexdigest()
         return self._folder / f"judge-{digest[:32]}.safetensors"
 
     def read(self, path: Path) -> Judge | None:

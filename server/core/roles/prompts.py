@@ -49,13 +49,17 @@ class TaskPrompts:
 
         Both lists are empty if fewer than MIN_EXAMPLES of a label fit.
         """
-        room = self._max_context - sum(len(ids) - 1 for ids in self.labels(0))
         encoded = [(each, self.encode(normalise(each.text))) for each in self.task.examples]
-        short_enough = [(each, ids) for each, ids in encoded if len(ids) < room]
+        short_enough = [(each, ids) for each, ids in encoded if self.has_room_for(ids)]
         counts = Counter(each.label for each, _ in short_enough)
         if any(counts[value] < MIN_EXAMPLES for value in self.task.values):
             return [], []
         return [each for each, _ in short_enough], [ids for _, ids in short_enough]
+
+    def has_room_for(self, prompt_ids: list[int]) -> bool:
+        """Whether a prompt fits the context with the labels' texts behind it."""
+        room = self._max_context - sum(len(ids) - 1 for ids in self.labels(0))
+        return len(prompt_ids) < room
 
     @cached_property
     def references(self) -> list[tuple[list[int], list[list[int]]]]:

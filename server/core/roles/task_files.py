@@ -37,19 +37,22 @@ class TaskFile:
 def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
     """The tasks and the reply's style that a task file holds; without a path, the built-in ones.
 
+    path: of the file, or of a folder with a `tasks.toml`.
     A task's examples are read from the file it names, which lies beside the task file or is one
-    of the built-in ones.
+    of the built-in ones. A judge that it names lies beside the task file, and is not read yet.
 
     Raises:
         TaskFileError: a file cannot be read, or a task in it is not valid.
     """
+    if path.is_dir():
+        path /= TASK_FILE_NAME
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise TaskFileError(f"cannot read the task file {path}: {error}") from error
     styles = {REPLY: tables.pop(REPLY)} if REPLY in tables else {}
     tasks = {
-        name: {**_with_examples(path, table), "name": name} if isinstance(table, dict) else table
+        name: {**_with_files(path, table), "name": name} if isinstance(table, dict) else table
         for name, table in tables.items()
     }
     try:
@@ -64,16 +67,18 @@ def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
         raise TaskFileError(f"task file {path}: {where}: {reason}") from error
 
 
-def _with_examples(path: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """The table with the examples themselves in place of their file's name."""
-    name = table.get("examples")
-    if not isinstance(name, str):
-        return table
-    if Path(name).name != name:
-        raise TaskFileError(
-            f"task file {path}: examples {name!r} must be the name of a file beside it"
-        )
-    file, builtin = path.parent / name, BUILTIN_FOLDER / name
+def _with_files(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """The table with the examples themselves, and with the path of the judge."""
+    found: dict[str, Any] = {}
+    if isinstance(name := table.get("examples"), str):
+        found["examples"] = _examples_of(path, name)
+    if isinstance(name := table.get("judge"), str):
+        found["judge"] = _beside(path, "judge", name)
+    return {**table, **found}
+
+
+def _examples_of(path: Path, name: str) -> list[Example]:
+    file, builtin = _beside(path, "examples", name), BUILTIN_FOLDER / name
     if os.path.isfile(builtin) and not os.path.isfile(file):
         file = builtin
     try:
@@ -84,7 +89,15 @@ def _with_examples(path: Path, table: dict[str, Any]) -> dict[str, Any]:
         ) from error
     if not examples:
         raise TaskFileError(f"task file {path}: there are no examples in {name!r}")
-    return {**table, "examples": examples}
+    return examples
+
+
+def _beside(path: Path, key: str, name: str) -> Path:
+    if Path(name).name != name:
+        raise TaskFileError(
+            f"task file {path}: {key} {name!r} must be the name of a file beside it"
+        )
+    return path.parent / name
 
 
 def _read_examples(path: Path) -> list[Example]:

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -79,6 +80,7 @@ class Task(_Frozen):
 
     poles: the values of the labels that count +1 and -1 in a result's `score`.
     examples: what the judgement is fitted to when a model is loaded.
+    judge: the file of a judge that was fitted before, which is used instead.
     """
 
     name: NonEmpty
@@ -89,6 +91,7 @@ class Task(_Frozen):
     min_label_mass: Probability = 0.0
     poles: tuple[str, str] | None = None
     examples: tuple[Example, ...] = Field(default=(), exclude=True, repr=False)
+    judge: Path | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _labels_are_consistent(self) -> "Task":

@@ -1,0 +1,87 @@
+"""The options of `fit`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict
+
+from server.config import PositiveInt, Settings
+
+# Of the server's own settings, those that fitting knows, too.
+SHARED = ("model", "dtype", "num_threads", "max_context", "tasks", "cache_dir")
+
+
+def _names(value: Any) -> Any:
+    """`1=positive,0=negative` as a dictionary."""
+    if not isinstance(value, str):
+        return value
+    pairs = [item.partition("=") for item in value.split(",") if item.strip()]
+    if not all(name.strip() and sign for name, sign, _ in pairs):
+        raise ValueError("each must be NAME=LABEL, with commas between")
+    return {name.strip(): label.strip() for name, _, label in pairs}
+
+
+def _nonempty(value: str | None) -> str | None:
+    if value is not None and not value.strip():
+        raise ValueError("it is empty")
+    return value
+
+
+class FitSettings(BaseSettings):
+    """Learns a task of the analyst from your own labelled texts, and says how much it helps.
+
+    Some rows are kept aside to test with. Where the test shows no gain, nothing is written.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="QWEN_",
+        cli_prog_name="qwen-all-in-one fit",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        frozen=True,
+    )
+
+    rows: CliPositionalArg[Path] = Field(
+        description="file of labelled texts: CSV with a header, or JSON Lines (.jsonl)"
+    )
+    task: str = Field("sentiment", min_length=1, description="the task to fit, or a new one's name")
+    out: Path = Field(Path("fitted"), description="folder to write; serve it with --tasks")
+    instruction: Annotated[str | None, AfterValidator(_nonempty)] = Field(
+        None,
+        description="what the analyst is asked in a new task; its labels are those of the rows",
+    )
+    text_column: str = Field("text", description="column, or field, of the texts")
+    label_column: str = Field("label", description="column, or field, of the labels")
+    labels: Annotated[dict[str, str], NoDecode, BeforeValidator(_names)] = Field(
+        {},
+        description="what labels of the file mean, as in 1=positive,0=negative; nothing behind "
+        "the = leaves such rows out",
+    )
+    encoding: str = Field("utf-8-sig", description="of the file, such as gb18030 or utf-16")
+    method: Literal["head", "prompt"] = Field(
+        "head",
+        description="'head': a linear head on the model's hidden state, a minute; 'prompt': a "
+        "soft prompt that starts from the instruction, an hour (needs the extra 'tune')",
+    )
+    test_share: Annotated[float, Field(ge=0.1, le=0.5)] = Field(
+        0.3, description="share of the rows that is kept aside to test with"
+    )
+    max_rows: PositiveInt = Field(
+        5000, description="of more rows, so many are drawn at random; the same each time"
+    )
+    force: bool = Field(False, description="write what was fitted even if it is no better")
+    model: str = Field("auto", description="as the server's own option")
+    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
+        "auto", description="as the server's; what is fitted is good for this type alone"
+    )
+    num_threads: PositiveInt | None = Field(None, description="as the server's")
+    max_context: PositiveInt | None = Field(None, description="as the server's")
+    tasks: Path | None = Field(None, description="as the server's: where the task may be from")
+    cache_dir: Path | None = Field(None, description="as the server's")
+
+    @property
+    def server(self) -> Settings:
+        """The settings that a server would load the same model with."""
+        return Settings(**{name: getattr(self, name) for name in SHARED})

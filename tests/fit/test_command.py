@@ -1,0 +1,271 @@
+"""`fit` as a whole: what it prints and writes, that it is served, and how it fails."""
+
+import csv
+import json
+import tomllib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors import safe_open
+
+from server.__main__ import main
+from server.config import Settings
+from tests.conftest import LiveServer
+
+Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
+
+INSTRUCTION = "Is this about an animal or about a machine?"
+# A random model knows nothing, but what it computes of other words is different.
+WORDS = {
+    "animal": ("cat", "dog", "horse", "fox", "bird"),
+    "machine": ("printer", "engine", "tractor", "drill", "pump"),
+}
+
+
+def table(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+def told(num_each: int = 30) -> list[tuple[str, str]]:
+    """Rows whose words tell their labels."""
+    return [
+        (f"the {words[i % 5]} the {words[i % 3]} number {i}", label)
+        for i in range(num_each)
+        for label, words in WORDS.items()
+    ]
+
+
+def untold(num_each: int = 30) -> list[tuple[str, str]]:
+    """Rows whose labels nobody can know."""
+    return [(f"number {7 * i}", ("animal", "machine")[i % 2]) for i in range(2 * num_each)]
+
+
+def fit(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Runs the command in this process; its sentence if it fails, or nothing."""
+    monkeypatch.setattr("sys.argv", ["qwen-all-in-one", "fit", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as exit_:
+        # Python writes a text to stderr, and exits with 1.
+        return one_sentence(exit_)
+    return ""
+
+
+def one_sentence(exit_: SystemExit) -> str:
+    assert isinstance(exit_.code, str) and "\n" not in exit_.code
+    return exit_.code
+
+
+@pytest.fixture
+def options(tiny_checkpoint: Path, tmp_path: Path) -> list[object]:
+    """Of a new task, on the random model."""
+    return ["--task", "things", "--instruction", INSTRUCTION, "--model", tiny_checkpoint,
+            "--out", tmp_path / "out"]  # fmt: skip
+
+
+def classify(server: LiveServer, task: str, *texts: str) -> list[str]:
+    body = {"input": list(texts), "task": task}
+    response = httpx.post(f"{server.base_url}/classify", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    return [item["label"] for item in response.json()["data"]]
+
+
+# --- what is written ------------------------------------------------------------------
+
+
+def test_a_new_task_is_fitted_written_and_served(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[object],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    serve: Serve,
+) -> None:
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", told()), *options) == ""
+    printed = capsys.readouterr().out
+    assert "42 rows to fit to, 18 to test with, 0 left out" in printed
+    assert "It is better" in printed and f"--tasks {tmp_path / 'out'}" in printed
+    assert "with twice the rows (84) expect about" in printed
+
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "tasks.toml", "things.safetensors", "things-report.html", "things-report.json",
+    }  # fmt: skip
+    written = tomllib.loads((out / "tasks.toml").read_text())["things"]
+    assert written == {
+        "instructions": INSTRUCTION,
+        "labels": [{"value": "animal", "text": "animal"}, {"value": "machine", "text": "machine"}],
+        "judge": "things.safetensors",
+    }
+    with safe_open(out / "things.safetensors", framework="np") as opened:
+        about = json.loads(opened.metadata()["judge"])["about"]
+    assert about["instructions"] == INSTRUCTION and about["dtype"] == "float32"
+    assert len(about["weights"]) == 64
+
+    with serve(Settings(model=str(tiny_checkpoint), tasks=out)) as server:
+        found = classify(server, "things", "the dog the cat number 77", "the pump the drill")
+        assert found == ["animal", "machine"]
+        models = httpx.get(f"{server.base_url}/models").json()["data"]
+        assert "things" in json.dumps(models[0]["tasks"])
+
+
+def test_the_report_has_the_figures_and_needs_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
+) -> None:
+    rows = [*told(), ("", "animal"), ("the cat the cat number 0", "animal")]
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", rows), *options) == ""
+    report = json.loads((tmp_path / "out" / "things-report.json").read_text())
+    assert report["is_gain"] and report["after"]["accuracy"] > report["before"]["accuracy"]
+    assert len(report["curve"]["num_rows"]) == 4
+    assert {each["line"] for each in report["rows"]["left_out"]} == {62, 63}
+    page = (tmp_path / "out" / "things-report.html").read_text()
+    assert page.count("<svg") == 2 and "It is better" in page
+    assert f"{report['after']['accuracy']:.3f}" in page
+    assert "http" not in page and "<script" not in page
+    # No text of anybody is in either.
+    assert "tractor" not in page and "tractor" not in json.dumps(report)
+
+
+def test_a_label_cannot_write_into_the_page(
+    monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
+) -> None:
+    rows = [(text, f"<b>{label}</b>") for text, label in told()]
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", rows), *options) == ""
+    page = (tmp_path / "out" / "things-report.html").read_text()
+    assert "<b>animal" not in page and "&lt;b&gt;animal" in page
+
+
+def test_a_folder_may_hold_several_tasks(
+    monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
+) -> None:
+    rows = table(tmp_path / "rows.csv", told())
+    assert fit(monkeypatch, rows, *options) == ""
+    assert fit(monkeypatch, rows, *options, "--task", "more/things") == ""
+    tables = tomllib.loads((tmp_path / "out" / "tasks.toml").read_text())
+    assert list(tables) == ["things", "more/things"]
+    assert tables["more/things"]["judge"] == "more_things.safetensors"
+
+
+def test_a_task_that_there_is_keeps_all_but_its_examples(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tasks = tmp_path / "tasks.toml"
+    tasks.write_text(
+        '[things]\ninstructions = "Which?\\nOr \\"what\\"?"\n'
+        'fallback = "b"\nexamples = "few.jsonl"\n'
+        'labels = [{value = "a", text = "animal"}, '
+        '{value = "b", text = "机器", cue = {zh = "！"}}]\n'
+    )
+    few = [{"text": f"few {i}", "label": value} for i in range(10) for value in "ab"]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, few)))
+    rows = table(tmp_path / "rows.csv", told())
+    options = ["--model", tiny_checkpoint, "--tasks", tasks, "--task", "things"]
+    names = ["--labels", "machine=b,animal=a", "--out", tmp_path / "out", "--force"]
+    assert fit(monkeypatch, rows, *options, *names) == ""
+    before = tomllib.loads(tasks.read_text())["things"]
+    after = tomllib.loads((tmp_path / "out" / "tasks.toml").read_text())["things"]
+    assert {**before, "judge": "things.safetensors"} == {**after, "examples": "few.jsonl"}
+
+
+# --- what is not written --------------------------------------------------------------
+
+
+def test_what_is_no_better_is_not_written_unless_forced(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[object],
+    tmp_path: Path,
+) -> None:
+    rows = table(tmp_path / "rows.csv", untold())
+    assert "--force writes it" in fit(monkeypatch, rows, *options)
+    assert "It is not better beyond chance" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert fit(monkeypatch, rows, *options, "--force") == ""
+    assert (tmp_path / "out" / "tasks.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "says"),
+    [
+        (told()[::2], (), "the rows have 1 label"),
+        (told(9), (), "the label 'animal' has 9 rows that can be used; 10 are needed"),
+        ([], (), "the rows have 0 labels"),
+        (told(), ("--task", "sentiment"), "the task 'sentiment' has an instruction"),
+        (told(), ("--label-column", "kind"), "has no column 'kind'"),
+        (told(), ("--encoding", "utf-32"), "is not text in utf-32"),
+        (told(), ("--labels", "animal"), "--labels 'animal': each must be NAME=LABEL"),
+        (told(), ("--test-share", "0.9"), "--test-share '0.9'"),
+        (told(), ("--tasks", "/no/such.toml"), "cannot read the task file /no/such.toml"),
+        (told(), ("--model", "/no/such/model"), "neither a folder"),
+        (told(), ("--out", __file__), "is a file; name a folder"),
+        (told(), ("--out", "/proc/new"), "cannot write to --out /proc/new"),
+        (told(), ("--instruction", "word " * 600), "leaves no room in a context of 512"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
+    tmp_path: Path,
+    rows: list[tuple[str, str]],
+    more: tuple[str, ...],
+    says: str,
+) -> None:
+    path = table(tmp_path / "rows.csv", rows)
+    assert says in fit(monkeypatch, path, *options, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_that_the_task_lacks_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = table(tmp_path / "rows.csv", told())
+    says = fit(monkeypatch, path, "--model", "mini", "--out", tmp_path / "out")
+    assert "line 2: the label 'animal' is none of the task 'sentiment'" in says
+
+
+def test_a_folder_with_a_broken_task_file_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tasks.toml").write_text("[")
+    path = table(tmp_path / "rows.csv", told())
+    assert "cannot read its tasks.toml" in fit(monkeypatch, path, *options)
+
+
+def test_no_such_option_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["qwen-all-in-one", "fit", "rows.csv", "--nonsense"])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+
+
+# --- serving it -----------------------------------------------------------------------
+
+
+def test_a_judge_of_another_model_or_instruction_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", told()), *options) == ""
+    out = tmp_path / "out"
+    for serving, says in (
+        (("--model", tiny_checkpoint, "--dtype", "bfloat16"), "give --dtype float32"),
+        (("--model", "mini"), "was fitted to another model"),
+    ):
+        assert says in refused(monkeypatch, *serving, "--tasks", out)
+    text = (out / "tasks.toml").read_text()
+    (out / "tasks.toml").write_text(text.replace(INSTRUCTION, "What?"))
+    says = refused(monkeypatch, "--model", tiny_checkpoint, "--tasks", out)
+    assert "another instruction than the task 'things' has now" in says
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
+    """The sentence with which a server does not start."""
+    monkeypatch.setattr("sys.argv", ["qwen-all-in-one", "--port", "0", *map(str, options)])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    return one_sentence(raised.value)
