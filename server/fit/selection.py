@@ -135,7 +135,8 @@ def divided(
     shuffled = random.Random(SEED).sample(rows, len(rows))
     counts = Counter(each.label for each in rows)
     num_aside: Counter[int] = Counter()
-    kept, aside = [], []
+    kept: list[LabelledText] = []
+    aside: list[LabelledText] = []
     for each in shuffled:
         is_aside = num_aside[each.label] < round(share * counts[each.label])
         num_aside[each.label] += is_aside
