@@ -46,7 +46,7 @@ class Settings(BaseSettings):
 
     model: str = Field(
         "auto",
-        description="hub id, local folder, 'mini' (bundled), or 'auto': Qwen1.5-0.5B-Chat, "
+        description="hub id, local folder, GGUF, 'mini' (bundled), or 'auto': Qwen1.5-0.5B-Chat, "
         "the bundled model where it cannot be had",
     )
     host: str = Field("127.0.0.1", description="address to listen on")

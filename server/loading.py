@@ -9,6 +9,7 @@ from server.config import Settings
 from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from server.core.engine.engine import Engine
 from server.core.engine.generation_config import GenerationDefaults, read_generation_defaults
+from server.core.engine.gguf_file import Source, open_source
 from server.core.engine.model import (
     choose_dtype,
     kv_bytes_per_token,
@@ -43,6 +44,7 @@ class Model:
     """A checkpoint that fits together, and what the settings make of it. No weights yet."""
 
     checkpoint: Checkpoint
+    source: Source
     task_file: TaskFile
     config: ModelConfig
     dtype: str
@@ -87,14 +89,15 @@ def find_model(settings: Settings) -> Model:
     user_file = read_task_file(settings.tasks) if settings.tasks else TaskFile()
     checkpoint = find_checkpoint(settings.model)
     task_file = read_task_file() | _task_file_of(checkpoint) | user_file
-    config = read_model_config(checkpoint.folder)
-    tokenizer = ChatTokenizer.from_folder(checkpoint.folder)
+    source = open_source(checkpoint.path)
+    config = read_model_config(source)
+    tokenizer = ChatTokenizer.of(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
             f"only {config.vocab_size}; they are of different checkpoints"
         )
-    defaults = read_generation_defaults(checkpoint.folder)
+    defaults = read_generation_defaults(source)
     dtype = choose_dtype(settings.dtype, config)
     max_kv_tokens = settings.max_kv_mib * 2**20 // kv_bytes_per_token(config, dtype)
     # Not set: as long as the model allows and leaves a quarter of the memory to other requests.
@@ -114,11 +117,19 @@ def find_model(settings: Settings) -> Model:
         check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.folder}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
+            f"{source}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
     return Model(
-        checkpoint, task_file, config, dtype, tokenizer, defaults, max_kv_tokens, max_context
+        checkpoint,
+        source,
+        task_file,
+        config,
+        dtype,
+        tokenizer,
+        defaults,
+        max_kv_tokens,
+        max_context,
     )
 
 
@@ -128,15 +139,14 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
     Raises:
         CheckpointError: the weights cannot be used.
     """
-    folder = model.checkpoint.folder
     # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
     # cores, those of the engine would sleep between any two operations, and a step of
     # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as reader:
-        digest = reader.submit(weights_digest, folder)
+        digest = reader.submit(weights_digest, model.source)
         runner = loader.submit(
             load_runner,
-            folder,
+            model.source,
             model.config,
             dtype=model.dtype,
             vocab_size=model.tokenizer.vocab_size,
@@ -192,7 +202,7 @@ def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoa
 
 def _task_file_of(checkpoint: Checkpoint) -> TaskFile:
     """What the checkpoint brings beside its weights."""
-    path = checkpoint.folder / TASK_FILE_NAME
+    path = checkpoint.path / TASK_FILE_NAME
     return read_task_file(path) if path.is_file() else TaskFile()
 
 

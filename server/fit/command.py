@@ -97,7 +97,7 @@ def _selected(settings: FitSettings, model: Model) -> tuple[TaskPrompts, Selecti
         test_share=settings.test_share,
     )
     if settings.method == "prompt":
-        check_tuning(selection, task)
+        check_tuning(selection, task, model.checkpoint.path)
     return prompts, replace(selection, left_out=[*bad, *unwanted, *selection.left_out])
 
 

@@ -32,12 +32,17 @@ class SoftPrompt(Protocol):
         """Writes it as peft does."""
 
 
-def check_tuning(selection: Selection, task: Task) -> None:
+def check_tuning(selection: Selection, task: Task, checkpoint: Path) -> None:
     """Before the weights are read.
 
     Raises:
-        FitError: peft is not installed, or a label has no rows.
+        FitError: peft is not installed, it cannot read the checkpoint, or a label has no rows.
     """
+    if checkpoint.is_file():
+        raise FitError(
+            f"--method prompt cannot train on the GGUF file {checkpoint}; give the folder of a "
+            "checkpoint in safetensors"
+        )
     if importlib.util.find_spec("peft") is None:
         raise FitError("--method prompt needs peft: pip install 'qwen-all-in-one[tune]'")
     known = {each.label for each in selection.train}
@@ -60,7 +65,7 @@ def tune(
     # Not imported before it is wanted: peft takes seconds, and servers do without it.
     tuning = importlib.import_module("server.core.engine.model.tuning")
     soft_prompt = tuning.SoftPrompt(
-        model.checkpoint.folder, task.instructions, label_ids, MAX_VIRTUAL_TOKENS
+        model.checkpoint.path, task.instructions, label_ids, MAX_VIRTUAL_TOKENS
     )
     total = NUM_EPOCHS * len(train) + len(held_out) + len(selection.test)
     with tqdm(total=total, desc="tuning the prompt", leave=False, disable=None) as bar:

@@ -361,6 +361,7 @@ async def test_small_packets_are_sent_at_once() -> None:
         (("--max-num-seqs", "0"), "--max-num-seqs"),
         (("--tasks", "/no/such/file.toml", "--port", "0"), "/no/such/file.toml"),
         (("--model", __file__, "--port", "0"), "is a file"),
+        (("--model", "no/such.gguf", "--port", "0"), "there is no file no/such.gguf"),
         (
             ("--api-key-file", "/no/such/file", "--port", "0"),
             "--api-key-file /no/such/file: No such",

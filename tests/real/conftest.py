@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real" in item.keywords and not os.environ.get("QWEN_REAL"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def real_folder() -> Path:
+    """The folder of the real model."""
+    return Path(os.environ["QWEN_REAL"])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Finds the folder of a checkpoint: bundled, local, in the Hugging Face cache, or on the hub."""
+"""Finds a checkpoint: bundled, local, in the Hugging Face cache, or on the hub."""
 
 import contextlib
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ FILES = (
     "*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt",
     "tasks.toml", "*examples.jsonl",
 )  # fmt: skip
+GGUF_MAGIC = b"GGUF"
 # Without these in the cache, a download was never finished.
 ESSENTIAL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 # To connect, and between two parts of an answer: a filter may drop packets and say nothing.
@@ -40,29 +41,48 @@ class HubUnreachableError(CheckpointError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model lies, the id clients know it by, and what people must be told about it."""
+    """Where a model lies, the id clients know it by, and what people must be told about it.
+
+    path: a folder, or a GGUF.
+    """
 
     model_id: str
-    folder: Path
+    path: Path
     warning: str | None = None
 
 
 def find_checkpoint(model: str) -> Checkpoint:
-    """Resolves `auto`, `mini`, a local folder or a hub id; only `auto` ever falls back.
+    """Resolves `auto`, `mini`, a local folder, a GGUF or a hub id; only `auto` ever falls back.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched.
     """
     if model == "auto":
         return _find_default()
+    return _find_here(model) or Checkpoint(model, _download(model))
+
+
+def _find_here(model: str) -> Checkpoint | None:
+    path = Path(model).expanduser()
     if model == "mini":
         return Checkpoint(BUNDLED_MODEL, BUNDLED_FOLDER)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return Checkpoint(folder.resolve().name, folder)
-    if folder.is_file():
-        raise CheckpointError(f"{model} is a file; give the folder of a checkpoint")
-    return Checkpoint(model, _download(model))
+    if path.is_dir():
+        return Checkpoint(path.resolve().name, path)
+    if not path.is_file():
+        if path.suffix == ".gguf":
+            raise CheckpointError(f"there is no file {model}")
+        return None
+    if not _is_gguf(path):
+        raise CheckpointError(f"{model} is a file; give the folder of a checkpoint, or a GGUF")
+    return Checkpoint(path.stem, path)
+
+
+def _is_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _find_default() -> Checkpoint:

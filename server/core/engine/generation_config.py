@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from transformers import GenerationConfig
 
 from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.gguf_file import GGUF, Source
 from server.reasons import first_line, first_wrong_field
 
 FILE = "generation_config.json"
@@ -24,19 +25,23 @@ class GenerationDefaults:
     eos_token_ids: Annotated[frozenset[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-def read_generation_defaults(folder: Path) -> GenerationDefaults:
+def read_generation_defaults(source: Source) -> GenerationDefaults:
     """Reads generation_config.json; all its EOS ids count, Qwen's chat models list two.
 
-    What it does not say of the end of a reply, config.json does.
+    What it does not say of the end of a reply, config.json does. A GGUF's metadata say the same.
 
     Raises:
         CheckpointError: it is damaged, or neither says how a reply ends.
     """
-    in_general = _read(folder, "config.json")
-    config = _read(folder, FILE) if (folder / FILE).is_file() else in_general
-    eos = config.get("eos_token_id", in_general.get("eos_token_id"))
+    if isinstance(source, GGUF):
+        place, nothing = "the metadata", "nothing in the metadata"
+        config = source.generation_config()
+    else:
+        place, nothing = FILE, f"neither {FILE} nor config.json"
+        config = _read_folder(source)
+    eos = config.get("eos_token_id")
     if eos is None:
-        raise CheckpointError(f"{folder}: neither {FILE} nor config.json names an eos_token_id")
+        raise CheckpointError(f"{source}: {nothing} names an eos_token_id")
     try:
         return GenerationDefaults(
             temperature=config.get("temperature", 1.0) if config.get("do_sample") else 0.0,
@@ -48,7 +53,13 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
     except ValidationError as error:
         # The file knows one of the fields by another name.
         reason = first_wrong_field(error).replace("eos_token_ids", "eos_token_id")
-        raise CheckpointError(f"{folder}: {FILE}: {reason}") from error
+        raise CheckpointError(f"{source}: {place}: {reason}") from error
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    in_general = _read(folder, "config.json")
+    config = _read(folder, FILE) if (folder / FILE).is_file() else in_general
+    return {"eos_token_id": in_general.get("eos_token_id"), **config}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:

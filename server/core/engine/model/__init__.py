@@ -1,10 +1,9 @@
 """The only package that imports torch: weights, forward, KV cache, sampling."""
 
-from pathlib import Path
-
 import torch
 
 from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.gguf_file import Source
 from server.core.engine.model.backend import kv_bytes_per_token
 from server.core.engine.model.config import ModelConfig, read_model_config
 from server.core.engine.model.linear import INT4_GROUP_SIZE, Int8Linear
@@ -26,7 +25,7 @@ _SMALL_MODEL = 100_000_000
 
 
 def load_runner(
-    folder: Path,
+    source: Source,
     config: ModelConfig,
     *,
     dtype: str,
@@ -36,7 +35,7 @@ def load_runner(
     max_context: int,
     max_prefix_bytes: int,
 ) -> ModelRunner:
-    """Loads the checkpoint in `folder`, ready to run.
+    """Loads the checkpoint, ready to run.
 
     dtype: as `choose_dtype` gives it.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
@@ -52,11 +51,11 @@ def load_runner(
         raise CheckpointError("int8 needs an x86 processor; use --dtype bfloat16 or float32 here")
     if dtype == "int4" and (config.hidden_size | config.intermediate_size) % INT4_GROUP_SIZE:
         raise CheckpointError(
-            f"{folder}: int4 needs matrices of a multiple of {INT4_GROUP_SIZE} columns; "
+            f"{source}: int4 needs matrices of a multiple of {INT4_GROUP_SIZE} columns; "
             "use --dtype int8"
         )
     return ModelRunner(
-        load_qwen(folder, config, dtype),
+        load_qwen(source, config, dtype),
         vocab_size=vocab_size,
         max_kv_tokens=max_kv_tokens,
         max_context=max_context,

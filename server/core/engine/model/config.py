@@ -1,6 +1,5 @@
-"""The shape of a checkpoint, read from its config.json by transformers."""
+"""The shape of a checkpoint, read from its config.json by transformers, or from a GGUF."""
 
-from pathlib import Path
 from typing import Annotated
 
 from huggingface_hub.errors import StrictDataclassError
@@ -9,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from transformers import AutoConfig, PretrainedConfig
 
 from server.core.engine.checkpoint import CheckpointError
+from server.core.engine.gguf_file import GGUF, Source
 from server.reasons import first_line, first_wrong_field
 
 ARCHITECTURES = ("qwen2", "qwen3")
@@ -44,44 +44,57 @@ class ModelConfig:
         return self.vocab_size * self.hidden_size + self.num_layers * (attention + mlp)
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def read_model_config(source: Source) -> ModelConfig:
     """Reads the configuration.
 
     Raises:
         CheckpointError: it is not of a model this server can run.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: config.json is missing")
+    place = "the metadata" if isinstance(source, GGUF) else "config.json"
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        _check_kind(folder, config)
+        config = _read_config(source)
+        _check_kind(source, config)
         return _numbers_of(config)
     except ValidationError as error:
-        raise CheckpointError(f"{folder}: config.json: {first_wrong_field(error)}") from error
+        raise CheckpointError(f"{source}: {place}: {first_wrong_field(error)}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
             StrictDataclassError) as error:  # fmt: skip
-        raise CheckpointError(
-            f"{folder}: config.json is not readable: {first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{source}: {place} is not readable: {first_line(error)}") from error
 
 
-def _check_kind(folder: Path, config: PretrainedConfig) -> None:
-    if config.model_type not in ARCHITECTURES:
+def _read_config(source: Source) -> PretrainedConfig:
+    config: PretrainedConfig
+    if isinstance(source, GGUF):
+        _check_architecture(source, source.architecture)
+        config = AutoConfig.for_model(**source.config())
+        return config
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source} is no checkpoint: config.json is missing")
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    return config
+
+
+def _check_architecture(source: Source, name: str) -> None:
+    if name not in ARCHITECTURES:
         raise CheckpointError(
-            f"{folder} holds a {config.model_type!r} model; this server runs dense "
+            f"{source} holds a {name!r} model; this server runs dense "
             "Qwen1.5, Qwen2, Qwen2.5 and Qwen3 checkpoints"
         )
+
+
+def _check_kind(source: Source, config: PretrainedConfig) -> None:
+    _check_architecture(source, config.model_type)
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{folder}: RoPE scaling {rope['rope_type']!r} is not supported")
+        raise CheckpointError(f"{source}: RoPE scaling {rope['rope_type']!r} is not supported")
     if set(config.layer_types) != {"full_attention"}:
-        raise CheckpointError(f"{folder}: sliding-window attention is not supported")
+        raise CheckpointError(f"{source}: sliding-window attention is not supported")
     if config.hidden_act != "silu":
-        raise CheckpointError(f"{folder}: activation {config.hidden_act!r} is not supported")
+        raise CheckpointError(f"{source}: activation {config.hidden_act!r} is not supported")
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method", "an unnamed method")
         raise CheckpointError(
-            f"{folder} is quantized already ({method}); take the checkpoint it was made from, "
+            f"{source} is quantized already ({method}); take the checkpoint it was made from, "
             "which this server quantizes itself (--dtype)"
         )
 

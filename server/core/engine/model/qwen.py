@@ -8,13 +8,14 @@ read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 import math
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from server.core.engine.gguf_file import Source
 from server.core.engine.model.attention.segment import Segment, step_order
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.backend import Backend, choose_backend
@@ -23,7 +24,7 @@ from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.kv_memory import KVMemory
 from server.core.engine.model.layers import Attention, Mlp, read_attention, read_mlp
 from server.core.engine.model.linear import QUANTIZED_DTYPES, FloatLinear
-from server.core.engine.model.weights import WeightReader
+from server.core.engine.model.weights import Lookup, WeightReader, open_weights
 from server.core.engine.runner import StepInterruptedError
 
 # Random tokens that run through each layer while a quantized model is read, to measure which
@@ -57,11 +58,10 @@ class QwenModel:
         head = embeddings if c.is_tied else "lm_head.weight"
         self._head = make.head(reader.blocks(head, (c.vocab_size, c.hidden_size)))
         if c.is_tied and isinstance(self._head, FloatLinear):
-            self._embeddings, self._embedding_scales = self._head.weight, None
+            self._embeddings: Lookup = partial(F.embedding, weight=self._head.weight)
         else:
-            # Stays in the file: few rows are looked up, and the file has them in full.
-            self._embeddings = reader.mapped(embeddings, (c.vocab_size, c.hidden_size))
-            self._embedding_scales = reader.scales(embeddings, c.vocab_size)
+            # Stay in the file: few rows are looked up, and the file has them in full.
+            self._embeddings = reader.lookup(embeddings, (c.vocab_size, c.hidden_size))
         sample = _Sample(self, sample_ids) if sample_ids else None
         # disable=None: on a terminal only, so that no log is full of it.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
@@ -146,11 +146,7 @@ class QwenModel:
 
     def _embedded(self, token_ids: Sequence[int]) -> Tensor:
         """(N,) -> (N, C)."""
-        ids = torch.tensor(token_ids)
-        hidden = F.embedding(ids, self._embeddings).float()
-        if self._embedding_scales is not None:
-            hidden *= self._embedding_scales[ids, None]
-        return hidden
+        return self._embeddings(torch.tensor(token_ids)).float()
 
     def _rotations(self, positions: Sequence[int]) -> Tensor:
         """Each position as unit complex numbers, one for each pair: (N, D / 2)."""
@@ -186,8 +182,8 @@ class _Sample:
         self._operations.add_mlp(weights, self._hidden)
 
 
-def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
-    """Reads the checkpoint in `folder`; dtype: "float32", "bfloat16", "int8" or "int4".
+def load_qwen(source: Source, config: ModelConfig, dtype: str) -> QwenModel:
+    """Reads the checkpoint; dtype: "float32", "bfloat16", "int8" or "int4".
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or cannot be read.
@@ -198,4 +194,4 @@ def load_qwen(folder: Path, config: ModelConfig, dtype: str) -> QwenModel:
         # well as sentences, and need no tokenizer.
         num_tokens = min(_NUM_SAMPLE_TOKENS, config.max_position_embeddings)
         sample_ids = random.Random(0).choices(range(config.vocab_size), k=num_tokens)
-    return QwenModel(config, WeightReader(folder), choose_backend(config, dtype), sample_ids)
+    return QwenModel(config, open_weights(source), choose_backend(config, dtype), sample_ids)

@@ -16,7 +16,7 @@ from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.linear import linear_factory
 from server.core.engine.model.operations import TorchOperations
 from server.core.engine.model.qwen import QwenModel, load_qwen
-from server.core.engine.model.weights import WeightReader
+from server.core.engine.model.weights import open_weights
 
 HAS_KERNELS = torch.cpu._is_vnni_supported() and torch.cpu._is_avx512_bf16_supported()
 needs_kernels = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_kernels_and_pytorch_compute_the_same(
 
     ours = logits(load_qwen(folder, config, dtype))
     in_torch = Backend(TorchOperations(config, linear_factory(dtype)), TORCH_ATTENTION)
-    theirs = logits(QwenModel(config, WeightReader(folder), in_torch, ids[:64]))
+    theirs = logits(QwenModel(config, open_weights(folder), in_torch, ids[:64]))
     exact = logits(load_qwen(folder, config, "float32"))
     for quantized in (ours, theirs):
         assert (quantized - exact).abs().mean() < error * exact.std()

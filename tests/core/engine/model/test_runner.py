@@ -517,8 +517,8 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     runner: ModelRunner, oracle: PreTrainedModel, bad: float
 ) -> None:
     model, token = runner._model, 5
-    model._embeddings = model._embeddings.clone()
-    model._embeddings[token] = bad
+    lookup = model._embeddings
+    model._embeddings = lambda ids: lookup(ids).masked_fill((ids == token)[:, None], bad)
     prefilled, healthy = to_measure([9, 9]), to_measure([9, 8, 7], 2)
     scored = to_measure([9, 8], 1, continuations=[[7], [8, 9]])
     generated = to_generate(random_ids(30), temperature=0.0)
