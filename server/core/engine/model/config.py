@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.gguf_file import GGUF, Source
+from server.core.engine.model.weights.packing import read_packing
 from server.reasons import first_line, first_wrong_field
 
 ARCHITECTURES = ("qwen2", "qwen3")
@@ -70,6 +71,7 @@ def _read_config(source: Source) -> PretrainedConfig:
         return config
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} is no checkpoint: config.json is missing")
+    read_packing(source)  # only to refuse what is packed in another way
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     return config
 
@@ -91,12 +93,6 @@ def _check_kind(source: Source, config: PretrainedConfig) -> None:
         raise CheckpointError(f"{source}: sliding-window attention is not supported")
     if config.hidden_act != "silu":
         raise CheckpointError(f"{source}: activation {config.hidden_act!r} is not supported")
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method", "an unnamed method")
-        raise CheckpointError(
-            f"{source} is quantized already ({method}); take the checkpoint it was made from, "
-            "which this server quantizes itself (--dtype)"
-        )
 
 
 def _numbers_of(config: PretrainedConfig) -> ModelConfig:

@@ -6,6 +6,8 @@ from pathlib import Path
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.gguf_file import GGUF, Source
 from server.core.engine.model.weights.gguf_tensors import GGUFReader
+from server.core.engine.model.weights.packed import PackedReader
+from server.core.engine.model.weights.packing import read_packing
 from server.core.engine.model.weights.reader import Lookup, WeightReader
 from server.core.engine.model.weights.safetensors_folder import SafetensorsReader, weight_files
 from server.reasons import first_line
@@ -19,7 +21,10 @@ def open_weights(source: Source) -> WeightReader:
     Raises:
         CheckpointError: its weights are missing or damaged.
     """
-    return GGUFReader(source) if isinstance(source, GGUF) else SafetensorsReader(source)
+    if isinstance(source, GGUF):
+        return GGUFReader(source)
+    packing = read_packing(source)
+    return PackedReader(source, packing) if packing else SafetensorsReader(source)
 
 
 def weights_digest(source: Source) -> str:
