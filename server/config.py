@@ -49,6 +49,11 @@ class Settings(BaseSettings):
         description="hub id, local folder, GGUF, 'mini' (bundled), or 'auto': Qwen1.5-0.5B-Chat, "
         "the bundled model where it cannot be had",
     )
+    revision: str | None = Field(
+        None,
+        description="commit, branch or tag of a model of the hub; default: the newest, but of "
+        "'auto' always the same commit",
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
     check: bool = Field(False, description="load the model, answer one request and exit")

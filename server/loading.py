@@ -87,7 +87,7 @@ def find_model(settings: Settings) -> Model:
     """
     # Before a download: nobody should wait for a model to learn that a task file is wrong.
     user_file = read_task_file(settings.tasks) if settings.tasks else TaskFile()
-    checkpoint = find_checkpoint(settings.model)
+    checkpoint = find_checkpoint(settings.model, settings.revision)
     task_file = read_task_file() | _task_file_of(checkpoint) | user_file
     source = open_source(checkpoint.path)
     config = read_model_config(source)

@@ -29,7 +29,13 @@ from starlette.routing import Route
 
 from server.__main__ import _bind, main
 from server.core.engine import checkpoint
-from server.core.engine.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL, find_checkpoint
+from server.core.engine.checkpoint import (
+    BUNDLED_FOLDER,
+    DEFAULT_MODEL,
+    DEFAULT_REVISION,
+    CheckpointError,
+    find_checkpoint,
+)
 from tests.conftest import run_app
 from tests.processes import (
     START_TIMEOUT_S,
@@ -40,7 +46,7 @@ from tests.processes import (
     started,
 )
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REVISIONS = {"main": "0123456789abcdef0123456789abcdef01234567", "v1": "1" * 40}
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Hub:
     def app(self) -> Starlette:
         return Starlette(
             routes=[
-                Route("/api/models/{repo:path}/revision/main", self._info),
+                Route("/api/models/{repo:path}/revision/{revision}", self._info),
                 Route("/api/models/{repo:path}/tree/{commit}", self._tree),
                 Route("/{repo:path}/resolve/{commit}/{name}", self._file, methods=["GET", "HEAD"]),
             ]
@@ -67,9 +73,20 @@ class Hub:
                 status_code=404,
                 headers={"x-error-code": "RepoNotFound", "x-error-message": "Repository not found"},
             )
+        if request.path_params["revision"] not in REVISIONS:
+            return JSONResponse(
+                {"error": "Invalid rev id"},
+                status_code=404,
+                headers={"x-error-code": "RevisionNotFound", "x-error-message": "Invalid rev id"},
+            )
         siblings = [{"rfilename": path.name} for path in _files()]
         return JSONResponse(
-            {"id": DEFAULT_MODEL, "modelId": DEFAULT_MODEL, "sha": COMMIT, "siblings": siblings}
+            {
+                "id": DEFAULT_MODEL,
+                "modelId": DEFAULT_MODEL,
+                "siblings": siblings,
+                "sha": REVISIONS[request.path_params["revision"]],
+            }
         )
 
     def _tree(self, request: Request) -> Response:
@@ -84,7 +101,7 @@ class Hub:
         path = BUNDLED_FOLDER / request.path_params["name"]
         content = path.read_bytes()
         headers = {
-            "x-repo-commit": COMMIT,
+            "x-repo-commit": request.path_params["commit"],
             "etag": f'"{_etag(path)}"',
             "content-length": str(len(content)),
         }
@@ -144,6 +161,42 @@ def test_the_default_model_comes_from_the_hub_once_then_from_the_cache(
     assert "model.safetensors" in hub.downloaded
     with started(environment(tmp_path)) as server:
         assert server.get("/v1/models").json()["data"][0]["id"] == DEFAULT_MODEL
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "commit"),
+    [
+        ("auto", None, DEFAULT_REVISION),
+        ("auto", "v1", REVISIONS["v1"]),
+        (DEFAULT_MODEL, None, REVISIONS["main"]),
+        (DEFAULT_MODEL, "v1", REVISIONS["v1"]),
+        (DEFAULT_MODEL, REVISIONS["v1"], REVISIONS["v1"]),
+    ],
+)
+def test_the_revision_asked_for_is_downloaded_and_found_in_the_cache_without_the_hub(
+    ask_hub: AskHub, hub: Hub, tmp_path: Path, model: str, revision: str | None, commit: str
+) -> None:
+    ask_hub(tmp_path, hub.url)
+    assert find_checkpoint(model, revision).path.name == commit
+    ask_hub(tmp_path)
+    assert find_checkpoint(model, revision).path.name == commit
+
+
+@pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
+def test_a_revision_that_there_is_not_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, hub: Hub, tmp_path: Path, model: str
+) -> None:
+    ask_hub(tmp_path, hub.url)
+    says = in_process(monkeypatch, "--model", model, "--revision", "v9", "--port", "0")
+    assert f"'{DEFAULT_MODEL}' has no revision 'v9' on the Hugging Face hub" in says
+
+
+def test_a_revision_of_what_is_on_this_machine_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for model in ("mini", str(tmp_path), str(file)):
+        with pytest.raises(CheckpointError, match="--revision is for models of the hub"):
+            find_checkpoint(model, "main")
 
 
 def test_without_hub_and_cache_the_bundled_model_answers_and_says_so(tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from server.reasons import first_line
 
 DEFAULT_MODEL = "Qwen/Qwen1.5-0.5B-Chat"
+# A commit, so that the default does not change by itself, and needs no hub once it is in the cache.
+DEFAULT_REVISION = "4d14e384a4b037942bb3f3016665157c8bcb70ea"
 BUNDLED_MODEL = "qwen-mini"
 BUNDLED_FOLDER = Path(__file__).parents[2] / "models" / BUNDLED_MODEL
 # No pickles: only formats that cannot run code.
@@ -51,15 +54,22 @@ class Checkpoint:
     warning: str | None = None
 
 
-def find_checkpoint(model: str) -> Checkpoint:
+def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Resolves `auto`, `mini`, a local folder, a GGUF or a hub id; only `auto` ever falls back.
+
+    revision: commit, branch or tag on the hub. None: the newest; of the default model one that is
+    known.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched.
     """
     if model == "auto":
-        return _find_default()
-    return _find_here(model) or Checkpoint(model, _download(model))
+        return _find_default(revision or DEFAULT_REVISION)
+    if (local := _find_here(model)) is None:
+        return Checkpoint(model, _download(model, revision))
+    if revision is not None:
+        raise CheckpointError(f"--revision is for models of the hub; {model} is on this machine")
+    return local
 
 
 def _find_here(model: str) -> Checkpoint | None:
@@ -85,9 +95,9 @@ def _is_gguf(path: Path) -> bool:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _find_default() -> Checkpoint:
+def _find_default(revision: str) -> Checkpoint:
     with contextlib.suppress(HubUnreachableError):
-        folder = _download(DEFAULT_MODEL)
+        folder = _download(DEFAULT_MODEL, revision)
         # Where the hub cannot be reached, what is cached is all there is, complete or not.
         if all((folder / name).is_file() for name in ESSENTIAL_FILES):
             return Checkpoint(DEFAULT_MODEL, folder)
@@ -99,13 +109,13 @@ def _find_default() -> Checkpoint:
     )
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, revision: str | None) -> Path:
     """The repository's folder in the cache, completed from the hub with a progress bar."""
     hooks = get_session().event_hooks["request"]
     if _limit_time not in hooks:
         hooks.append(_limit_time)
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(FILES)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo_id!r} is neither a folder here nor a model id of the Hugging Face hub"
@@ -114,6 +124,11 @@ def _download(repo_id: str) -> Path:
         raise CheckpointError(
             f"the Hugging Face hub has no public model {repo_id!r}, nor is it a folder here; "
             "check the spelling (a private model needs HF_TOKEN)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id!r} has no revision {revision!r} on the Hugging Face hub; give a commit, "
+            "branch or tag with --revision"
         ) from error
     except (LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise HubUnreachableError(
