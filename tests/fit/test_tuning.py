@@ -13,6 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.core.engine.model.tuning import SoftPrompt
+from server.core.roles.task_files import read_task_file
+from server.fit.errors import FitError
+from server.fit.selection import Selection
+from server.fit.tuning import check_tuning
 from tests.fit.test_command import INSTRUCTION, fit, table, told
 
 LABEL_IDS = [[300, 301], [400], [500, 501, 502]]
@@ -134,3 +138,10 @@ def test_a_label_without_rows_cannot_be_tuned(
     options = ["--labels", "animal=positive,machine=negative", "--model", "mini"]
     says = fit(monkeypatch, path, *options, "--out", tmp_path / "out", "--method", "prompt")
     assert "'neutral' has no rows; --method prompt needs rows of every label" in says
+
+
+def test_a_gguf_file_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    path, task = tmp_path / "model.gguf", read_task_file().tasks["sentiment"]
+    path.touch()
+    with pytest.raises(FitError, match=r"cannot train on the GGUF file .*give the folder"):
+        check_tuning(Selection(train=[], test=[], left_out=[]), task, path)
