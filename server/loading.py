@@ -19,6 +19,7 @@ from server.core.engine.model import (
 )
 from server.core.engine.model.config import ModelConfig
 from server.core.roles.classifier import Classifier
+from server.core.roles.extractor import Extractor
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.prompts import TaskPrompts
 from server.core.roles.reply import SENTIMENT, Replier
@@ -164,6 +165,7 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
 
 def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoader) -> Services:
     tasks, tokenizer, max_context = model.task_file.tasks, model.tokenizer, model.max_context
+    grammars = GrammarCompiler(tokenizer, sorted(model.defaults.eos_token_ids))
     metrics = Metrics()
     engine.observe(metrics)  # from now on, and not what judges were fitted to
     classifier = Classifier(
@@ -188,14 +190,23 @@ def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoa
         created=int(time.time()),
         max_context=max_context,
         tokenizer=tokenizer,
-        grammars=GrammarCompiler(tokenizer, sorted(model.defaults.eos_token_ids)),
+        grammars=grammars,
         defaults=model.defaults,
         tasks=tasks,
+        extract_tasks=model.task_file.extract_tasks,
         judges=loader.judges,
         metrics=metrics,
         engine=engine,
         classifier=classifier,
         replier=replier,
+        extractor=Extractor(
+            engine,
+            tokenizer,
+            grammars,
+            eos_token_ids=frozenset(model.defaults.eos_token_ids),
+            max_context=max_context,
+            cache_size=settings.sentiment_cache_size,
+        ),
         completer=Completer(engine, tokenizer, max_context=max_context),
     )
 

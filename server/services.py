@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from server.core.engine.engine import Engine
 from server.core.engine.generation_config import GenerationDefaults
 from server.core.roles.classifier import Classifier
+from server.core.roles.extractor import Extractor
 from server.core.roles.judges import Judge
 from server.core.roles.reply import Replier
-from server.core.roles.tasks import Task
+from server.core.roles.tasks import ExtractTask, Task
 from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTokenizer
@@ -29,9 +30,11 @@ class Services:
     grammars: GrammarCompiler
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
+    extract_tasks: Mapping[str, ExtractTask]
     judges: Mapping[str, Judge]  # by the version of their task
     metrics: Metrics
     engine: Engine
     classifier: Classifier
     replier: Replier
+    extractor: Extractor
     completer: Completer

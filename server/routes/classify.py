@@ -7,6 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.core.roles.classification import Classification
 from server.core.roles.tasks import Task, inline_task
+from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest
 from server.routes.common import check_tasks, read, unless_disconnected, work_of
@@ -48,5 +49,9 @@ def _task_of(body: ClassifyRequest, services: Services) -> Task:
     if body.labels is not None and body.instructions is not None:
         return inline_task(body.instructions, body.labels)
     name = body.task or "sentiment"
+    if name in services.extract_tasks:
+        raise InvalidRequestError(
+            f"The task {name!r} gives no labels; ask /v1/extract for it.", param="task"
+        )
     check_tasks([name], services.tasks, lambda _: "task")
     return services.tasks[name]

@@ -39,9 +39,10 @@ def _model(services: Services, model_id: str) -> dict[str, Any]:
             "structured_output": True,
             "vision": False,
         },
-        # What /v1/classify may be asked for by name.
+        # What /v1/classify and /v1/extract may be asked for by name.
         "tasks": [
-            _task(task, services.judges.get(task.version)) for task in services.tasks.values()
+            *(_task(task, services.judges.get(task.version)) for task in services.tasks.values()),
+            *({"name": name, "kind": "extract"} for name in services.extract_tasks),
         ],
     }
 
@@ -50,6 +51,7 @@ def _task(task: Task, judge: Judge | None) -> dict[str, Any]:
     validation = judge.validation if judge else None
     return {
         "name": task.name,
+        "kind": "labels",
         "labels": [label.model_dump(include={"value", "text", "emoji"}) for label in task.labels],
         # None: the task has not been used yet, and its judge is fitted when it is.
         "judged_by": judge.kind if judge else None,

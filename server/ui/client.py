@@ -46,7 +46,7 @@ async def connect(url: str, api_key: str) -> AsyncIterator[AsyncOpenAI]:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What GET /v1/models tells. tasks: the labels of each."""
+    """What GET /v1/models tells. tasks: those that give labels, and the labels of each."""
 
     id: str
     tasks: dict[str, list[dict[str, str]]]
@@ -56,7 +56,9 @@ async def served_model(client: AsyncOpenAI) -> ServedModel:
     """The model that is being served."""
     model = (await client.models.list()).data[0]
     tasks = (model.model_extra or {})["tasks"]
-    return ServedModel(model.id, {task["name"]: task["labels"] for task in tasks})
+    return ServedModel(
+        model.id, {task["name"]: task["labels"] for task in tasks if task["kind"] == "labels"}
+    )
 
 
 @dataclass(frozen=True)

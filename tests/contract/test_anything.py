@@ -112,7 +112,9 @@ def test_any_chat_is_answered_or_refused(tiny: LiveServer, body: dict[str, Any])
 
 @anything
 @given(
-    path=st.sampled_from(["chat/completions", "completions", "responses", "classify", "decisions"]),
+    path=st.sampled_from(
+        ["chat/completions", "completions", "responses", "classify", "extract", "decisions"]
+    ),
     body=st.one_of(
         JSON,
         st.dictionaries(

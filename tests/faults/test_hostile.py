@@ -27,8 +27,8 @@ from tests.faults.conftest import BOUND_S, endless, text_of, until_inside
 from tests.live.test_clients_at_once import is_idle, until
 
 PATHS = [
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/classify", "/v1/decisions",
-    "/tokenize", "/detokenize",
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/classify", "/v1/extract",
+    "/v1/decisions", "/tokenize", "/detokenize",
 ]  # fmt: skip
 FIELDS = [
     "model", "messages", "prompt", "input", "tokens", "questions", "instructions", "labels", "task",

@@ -133,6 +133,14 @@ def check_analyses(base_url: str) -> None:
     assert len(lines) > 3
 
 
+def check_extract(base_url: str) -> None:
+    rows = [line.split("  <-  ") for line in output_of(base_url, "extract").splitlines()]
+    assert len(rows) == 2
+    for items, text in rows:
+        assert 1 <= len(items.split(", ")) <= 3
+        assert all(item in text for item in items.split(", "))
+
+
 def check_decisions(base_url: str) -> None:
     refund, team, urgency, usage = output_of(base_url, "decisions").splitlines()
     assert re.fullmatch(r"refund   [01]\.\d\d likely", refund)

@@ -3,19 +3,23 @@
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from server.core.roles.tasks import Example, ReplyStyle, Task
+from server.core.roles.tasks import Example, ExtractTask, ReplyStyle, Task
 
 BUILTIN_FOLDER = Path(__file__).parents[2] / "tasks"
 TASK_FILE_NAME = "tasks.toml"
 # The table of a task file that is no task.
 REPLY = "reply"
+# The values of a task's `kind`.
+LABELS, EXTRACT = "labels", "extract"
+
+T = TypeVar("T")
 
 
 class TaskFileError(Exception):
@@ -24,14 +28,22 @@ class TaskFileError(Exception):
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a task file holds, or several: tasks by name, and the reply's style."""
+    """What a task file holds, or several: tasks by name, and the reply's style.
+
+    A name is either that of a task that gives labels or that of one that extracts.
+    """
 
     tasks: Mapping[str, Task] = field(default_factory=dict)
+    extract_tasks: Mapping[str, ExtractTask] = field(default_factory=dict)
     reply: ReplyStyle = field(default_factory=ReplyStyle)
 
     def __or__(self, other: "TaskFile") -> "TaskFile":
         """Both, the other's in place of those of the same name."""
-        return TaskFile({**self.tasks, **other.tasks}, self.reply | other.reply)
+        return TaskFile(
+            {**_without(self.tasks, other.extract_tasks), **other.tasks},
+            {**_without(self.extract_tasks, other.tasks), **other.extract_tasks},
+            self.reply | other.reply,
+        )
 
 
 def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
@@ -51,13 +63,14 @@ def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise TaskFileError(f"cannot read the task file {path}: {error}") from error
     styles = {REPLY: tables.pop(REPLY)} if REPLY in tables else {}
-    tasks = {
-        name: {**_with_files(path, table), "name": name} if isinstance(table, dict) else table
-        for name, table in tables.items()
-    }
+    by_kind: dict[str, dict[str, Any]] = {LABELS: {}, EXTRACT: {}}
+    for name, table in tables.items():
+        kind = _kind_of(path, name, table)
+        by_kind[kind][name] = _completed(path, name, kind, table)
     try:
         return TaskFile(
-            TypeAdapter(dict[str, Task]).validate_python(tasks),
+            TypeAdapter(dict[str, Task]).validate_python(by_kind[LABELS]),
+            TypeAdapter(dict[str, ExtractTask]).validate_python(by_kind[EXTRACT]),
             TypeAdapter(dict[str, ReplyStyle]).validate_python(styles).get(REPLY, ReplyStyle()),
         )
     except ValidationError as error:
@@ -65,6 +78,25 @@ def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
         where = ".".join(str(part) for part in first["loc"])
         reason = "must be a table" if first["type"] == "model_type" else first["msg"]
         raise TaskFileError(f"task file {path}: {where}: {reason}") from error
+
+
+def _kind_of(path: Path, name: str, table: Any) -> str:
+    kind = table.get("kind", LABELS) if isinstance(table, dict) else LABELS
+    if kind not in (LABELS, EXTRACT):
+        raise TaskFileError(f"task file {path}: {name}.kind: must be {LABELS!r} or {EXTRACT!r}")
+    return str(kind)
+
+
+def _completed(path: Path, name: str, kind: str, table: Any) -> Any:
+    """The table as a task is made from it; what is no table is refused there."""
+    if not isinstance(table, dict):
+        return table
+    given = {key: value for key, value in table.items() if key != "kind"}
+    return {**(_with_files(path, given) if kind == LABELS else given), "name": name}
+
+
+def _without(tasks: Mapping[str, T], names: Container[str]) -> dict[str, T]:
+    return {name: task for name, task in tasks.items() if name not in names}
 
 
 def _with_files(path: Path, table: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from server.core.roles.language import ENGLISH, LANGUAGES
+from server.core.roles.language import ENGLISH, LANGUAGES, language_of
 
 # With fewer examples of a label cross-validation says little.
 MIN_EXAMPLES = 10
@@ -138,6 +138,49 @@ class Task(_Frozen):
             {"role": "system", "content": self.instructions},
             {"role": "user", "content": text},
         ]
+
+
+class ExtractExample(_Frozen):
+    """A text and what is to be found in it, as it stands there."""
+
+    text: NonEmpty
+    items: Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _items_are_in_the_text(self) -> "ExtractExample":
+        for item in self.items:
+            if item not in self.text:
+                raise ValueError(f"the item {item!r} does not stand in the example's text")
+        return self
+
+
+class ExtractTask(_Frozen):
+    """A task that finds pieces of a text: an instruction, and examples that are part of the prompt.
+
+    An example is shown with texts of its own language.
+    """
+
+    name: NonEmpty
+    instructions: Texts
+    examples: tuple[ExtractExample, ...] = ()
+
+    @cached_property
+    def version(self) -> str:
+        """Changes whenever anything that can change a result changes."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def messages(self, text: str) -> list[dict[str, str]]:
+        """The conversation about `text`; an answer holds an item a line."""
+        language = language_of(text)
+        messages = [{"role": "system", "content": text_in(self.instructions, language)}]
+        for example in self.examples:
+            if language_of(example.text) == language:
+                answer = "".join(f"{item}\n" for item in example.items)
+                messages += [
+                    {"role": "user", "content": example.text},
+                    {"role": "assistant", "content": answer},
+                ]
+        return [*messages, {"role": "user", "content": text}]
 
 
 class ReplyStyle(_Frozen):

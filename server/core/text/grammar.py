@@ -1,4 +1,4 @@
-"""What a completion must look like: JSON, JSON of a schema, or calls of given tools.
+"""What a completion must look like: JSON of a schema, calls of given tools, pieces of a text.
 
 Built on llguidance, which tells for every state which tokens keep the text within a grammar
 (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). White space in JSON is
@@ -6,6 +6,7 @@ fixed, so that a model cannot fill its tokens with blanks.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ import regex
 from cachetools import LRUCache, cachedmethod
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from server.core.text.spans import UNSPACED, words
 from server.core.text.tokenizer import ChatTokenizer
 from server.core.text.tools import (
     BLANKS,
@@ -31,6 +33,9 @@ from server.errors import InvalidRequestError
 
 # As json.dumps writes it, and as the models have read it most often.
 _WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# How long a piece of a text may be: in words where spaces stand between them, else in characters.
+MAX_PIECE_WORDS, MAX_PIECE_CHARS = 3, 8
 
 # Compiled grammars that are kept, and the length of their texts; a character takes 70 bytes.
 MAX_KEPT, MAX_KEPT_CHARS = 64, 2**20
@@ -179,6 +184,16 @@ class GrammarCompiler:
                 self.json_schema(answer)
             raise
 
+    def pieces(self, text: str, max_pieces: int) -> Grammar | None:
+        """One to `max_pieces` lines, each a few words of the text as they stand in it.
+
+        None if there is no letter and no digit in the text. May take a second for a long one.
+        """
+        chunks = _chunks(text)
+        if not chunks:
+            return None
+        return self._build(LLMatcher.grammar_from_lark(_pieces_in_lark(chunks, max_pieces)))
+
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         # Takes two seconds for Qwen's vocabulary, so only those who need it wait.
@@ -188,6 +203,9 @@ class GrammarCompiler:
     # One that fails, or is too long, is not kept.
     @cachedmethod(lambda self: self._kept, lock=lambda self: self._lock)
     def _compile(self, text: str) -> Grammar:
+        return self._build(text)
+
+    def _build(self, text: str) -> Grammar:
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
@@ -260,3 +278,39 @@ def _untagged_in_lark(tools: Sequence[Tool], is_parallel: bool) -> list[str]:
 def _json(schema: Mapping[str, Any]) -> str:
     """JSON of the schema, inside a grammar."""
     return f"%json {json.dumps({**schema, 'x-guidance': _WHITE_SPACE})}"
+
+
+def _chunks(text: str) -> list[str]:
+    """The words of the text, and what stands between: a single space, or a line's end for more."""
+    chunks: list[str] = []
+    end = 0
+    for word in words(text):
+        piece = word.of(text)
+        if not any(map(str.isalnum, piece)):
+            continue  # an emoji
+        gap = text[end : word.offset]
+        is_joined = not gap and (_is_unspaced(piece) or (chunks and _is_unspaced(chunks[-1])))
+        if chunks and not is_joined:
+            # Without a gap it is a word that was cut.
+            chunks.append(" " if gap == " " else "\n")
+        chunks.append(piece)
+        end = word.end
+    return chunks
+
+
+def _is_unspaced(word: str) -> bool:
+    return re.match(f"[{UNSPACED}]", word) is not None
+
+
+def _pieces_in_lark(chunks: Sequence[str], max_pieces: int) -> str:
+    """The rules of `GrammarCompiler.pieces`."""
+    spaced = rf"[^\s{UNSPACED}]+"
+    return "\n".join(
+        (
+            f'start: (piece "\\n"){{1,{max_pieces}}}',
+            "piece: PIECE",
+            f"PIECE: TEXT & (/({spaced}|[{UNSPACED}]){{1,{MAX_PIECE_CHARS}}}/"
+            f" | /{spaced}( {spaced}){{0,{MAX_PIECE_WORDS - 1}}}/)",
+            f"TEXT: %regex {json.dumps({'substring_chunks': chunks})}",
+        )
+    )

@@ -1,6 +1,7 @@
 """Prompts as data: the built-in ones, a file of one's own, and all that can be wrong with it."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,59 @@ def test_a_task_file_may_hold_several_tasks_in_chinese(write: Callable[[str], Pa
     tasks = read_task_file(write(MOOD + other)).tasks
     assert set(tasks) == {"mood", "语气"}
     assert tasks["语气"].labels[1] == Label(value="否", text="无礼", emoji="😠")
+
+
+# --- tasks that extract ---------------------------------------------------------------
+
+TOPICS = """
+[topics]
+kind = "extract"
+instructions = { zh = "找出话题。", en = "Find the topics." }
+[[topics.examples]]
+text = "The bus was late."
+items = ["bus"]
+[[topics.examples]]
+text = "电池坏了。"
+items = ["电池"]
+"""
+
+
+def test_an_extract_task_shows_the_examples_of_the_texts_language(
+    write: Callable[[str], Path],
+) -> None:
+    prompts = read_task_file(write(TOPICS))
+    assert prompts.tasks == {}
+    assert prompts.extract_tasks["topics"].messages("屏幕很好") == [
+        {"role": "system", "content": "找出话题。"},
+        {"role": "user", "content": "电池坏了。"},
+        {"role": "assistant", "content": "电池\n"},
+        {"role": "user", "content": "屏幕很好"},
+    ]
+
+
+def test_a_name_is_that_of_one_task_whatever_its_kind(write: Callable[[str], Path]) -> None:
+    labels = read_task_file(write(MOOD.replace("[mood]", "[keywords]")))
+    merged = PROMPTS | labels
+    assert "keywords" in merged.tasks and "keywords" not in merged.extract_tasks
+    assert "keywords" in (merged | PROMPTS).extract_tasks
+    assert "keywords" not in (merged | PROMPTS).tasks
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('"extract"', '"summary"', "topics.kind: must be 'labels' or 'extract'"),
+        ('"extract"', "3", "topics.kind"),
+        ('["bus"]', '["train"]', "the item 'train' does not stand in the example's text"),
+        ('["bus"]', "[]", "topics.examples.0.items"),
+        ("instructions", "labels", "topics.instructions"),
+    ],
+)
+def test_what_is_wrong_with_an_extract_task_is_named(
+    write: Callable[[str], Path], old: str, new: str, named: str
+) -> None:
+    with pytest.raises(TaskFileError, match=re.escape(named)):
+        read_task_file(write(TOPICS.replace(old, new)))
 
 
 # --- the reply's style ----------------------------------------------------------------

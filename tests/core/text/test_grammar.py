@@ -26,6 +26,7 @@ from server.core.text.grammar import (
     GrammarError,
     OutputFormat,
 )
+from server.core.text.spans import MAX_WORD_CHARS
 from server.core.text.tokenizer import ChatTokenizer
 from server.core.text.tools import Answer, TextDelta, Tool
 
@@ -456,3 +457,58 @@ def test_threads_may_compile_at_once(forgetful: GrammarCompiler) -> None:
         grammars = list(pool.map(forgetful.json_schema, schemas))
     assert len(forgetful._kept) == 5
     assert len({id(grammar) for grammar in grammars[100:]}) == 5
+
+
+# --- pieces of a text -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_allowed"),
+    [
+        (["耳机"], True),
+        (["耳机", "sounds great"], True),
+        (["耳机", "耳机"], True),  # repeats are dropped by whoever reads the lines
+        (["机"], False),  # half a word
+        (["耳机的音质，"], False),
+        (["音质sounds"], False),
+        (["great"], True),
+        (["gre"], False),
+        (["sounds great for 2.5"], False),  # four words
+        (["great for 2.5"], True),
+        (["😄"], False),
+        (["手机"], False),
+        (["耳机", "音质", "great"], False),  # one too many
+        ([], False),
+    ],
+)
+def test_pieces_are_whole_words_of_the_text(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer, lines: list[str], is_allowed: bool
+) -> None:
+    grammar = compiler.pieces("这款耳机的音质，sounds great for 2.5 euros😄", 2)
+    assert grammar is not None
+    text = "".join(f"{line}\n" for line in lines)
+    assert follows(grammar, tokenizer, text) is is_allowed
+
+
+def follows(grammar: Grammar, tokenizer: ChatTokenizer, text: str) -> bool:
+    """Whether the grammar allows the text, and its end."""
+    state = grammar.begin()
+    for token_id in tokenizer.encode_own_text(text):
+        if token_id not in allowed_ids(state.allowed(), tokenizer.vocab_size):
+            return False
+        state.accept(token_id)
+    end = tokenizer.marker_id("<|im_end|>")
+    return end in allowed_ids(state.allowed(), tokenizer.vocab_size)
+
+
+def test_a_word_that_was_cut_is_not_put_together_again(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer
+) -> None:
+    grammar = compiler.pieces("w" * (MAX_WORD_CHARS + 1), 1)
+    assert grammar is not None
+    assert follows(grammar, tokenizer, "w" * MAX_WORD_CHARS + "\n")
+    assert not follows(grammar, tokenizer, "w" * (MAX_WORD_CHARS + 1) + "\n")
+
+
+def test_a_text_without_letters_has_no_pieces(compiler: GrammarCompiler) -> None:
+    assert compiler.pieces("……😄 !", 5) is None
