@@ -224,10 +224,15 @@ class _Vocabulary:
         token_bytes = tokenizer.token_bytes
         self.special_token_ids = [i for i, data in enumerate(token_bytes) if not data]
         self.tokens = [data or tokenizer.decode([i]).encode() for i, data in enumerate(token_bytes)]
-        self._encode = tokenizer.encode_own_text
+        self._token_bytes, self._encode = token_bytes, tokenizer.encode_own_text
+        self._byte_ids = {data[0]: i for i, data in enumerate(token_bytes) if len(data) == 1}
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        """Ids of exactly this text: Qwen's tokenizer would put it in Unicode's form NFC."""
+        ids, data = self._encode(text), text.encode()
+        if b"".join(self._token_bytes[i] for i in ids) == data:
+            return ids
+        return [self._byte_ids[byte] for byte in data]
 
 
 def _calls_in_lark(

@@ -459,6 +459,18 @@ def test_threads_may_compile_at_once(forgetful: GrammarCompiler) -> None:
     assert len({id(grammar) for grammar in grammars[100:]}) == 5
 
 
+def test_text_that_must_come_keeps_its_unicode_form(
+    compiler: GrammarCompiler, tokenizer: ChatTokenizer
+) -> None:
+    word = "cafe\u0301"  # not composed
+    state, written = compiler.json_schema({"const": word}).begin(), b""
+    end = tokenizer.marker_id("<|im_end|>")
+    while end not in (ids := allowed_ids(state.allowed(), tokenizer.vocab_size)):
+        state.accept(ids[0])
+        written += tokenizer.token_bytes[ids[0]]
+    assert json.loads(written) == word
+
+
 # --- pieces of a text -----------------------------------------------------------------
 
 
