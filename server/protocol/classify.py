@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, StrictStr, model_validator
+from pydantic import Field, StrictBool, StrictStr, model_validator
 
 from server.errors import InvalidRequestError
 from server.protocol.texts import TextsRequest
@@ -19,6 +19,8 @@ class ClassifyRequest(TextsRequest):
         ]
         | None
     ) = None
+    sentences: StrictBool = False
+    explain: StrictBool = False
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -1,11 +1,11 @@
 """POST /v1/classify: the judgement alone."""
 
-import asyncio
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.roles.classification import Classification
+from server.core.roles.details import Details, judge_details
 from server.core.roles.tasks import Task, inline_task
 from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
@@ -17,16 +17,19 @@ from server.services import Services
 async def classify(request: Request) -> Response:
     """Labels one text or several, which are computed as a batch."""
     services, body = await read(request, ClassifyRequest)
-    task = _task_of(body, services)
-
-    async def judge() -> list[Classification]:
-        prepared = await asyncio.to_thread(
-            services.classifier.prepare, task, body.texts, body.param
-        )
-        return await services.classifier.judge(prepared, work_of(request))
-
-    results = await unless_disconnected(request, judge())
-    computed = [result for result in results if not result.is_cached]
+    results = await unless_disconnected(
+        request,
+        judge_details(
+            services.classifier,
+            _task_of(body, services),
+            body.texts,
+            work_of(request),
+            with_sentences=body.sentences,
+            with_words=body.explain,
+            param=body.param,
+        ),
+    )
+    computed = [each for result in results for each in result.computed]
     return JSONResponse(
         {
             "id": new_id("classify"),
@@ -34,7 +37,8 @@ async def classify(request: Request) -> Response:
             "created": now(),
             "model": services.model_id,
             "data": [
-                {"index": i, **(classification(result) or {})} for i, result in enumerate(results)
+                {"index": i, **_item(body, text, result)}
+                for i, (text, result) in enumerate(zip(body.texts, results, strict=True))
             ],
             "usage": usage(
                 sum(result.num_prompt_tokens for result in computed),
@@ -43,6 +47,28 @@ async def classify(request: Request) -> Response:
             ),
         }
     )
+
+
+def _item(body: ClassifyRequest, text: str, result: Details) -> dict[str, Any]:
+    item = dict(classification(result.whole) or {})
+    if body.sentences:
+        if result.is_mixed is not None:
+            item["mixed"] = result.is_mixed
+        item["sentences"] = [
+            {"offset": span.offset, "length": span.length, **(classification(each) or {})}
+            for span, each in result.sentences
+        ]
+    if body.explain:
+        item["words"] = [
+            {
+                "offset": span.offset,
+                "length": span.length,
+                "text": span.of(text),
+                "weight": round(weight, 6),
+            }
+            for span, weight in result.words
+        ]
+    return item
 
 
 def _task_of(body: ClassifyRequest, services: Services) -> Task:

@@ -141,6 +141,13 @@ def check_extract(base_url: str) -> None:
         assert all(item in text for item in items.split(", "))
 
 
+def check_explain(base_url: str) -> None:
+    label, *sentences, words = output_of(base_url, "explain").splitlines()
+    assert label.removesuffix(", mixed") in LABELS
+    assert len(sentences) == 2
+    assert re.fullmatch(r"(\S+ [+-][01]\.\d\d(, )?){3}", words)
+
+
 def check_decisions(base_url: str) -> None:
     refund, team, urgency, usage = output_of(base_url, "decisions").splitlines()
     assert re.fullmatch(r"refund   [01]\.\d\d likely", refund)

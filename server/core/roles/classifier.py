@@ -127,8 +127,13 @@ class Classifier:
                 label_ids = prompts.labels(len(prompt_ids[longest]), input_param=where)
         return PreparedTexts(task, keys, prompt_ids, label_ids, num_shared)
 
-    async def judge(self, prepared: PreparedTexts, work: Work) -> list[Classification]:
+    async def judge(
+        self, prepared: PreparedTexts, work: Work, num_texts: int | None = None
+    ) -> list[Classification]:
         """The labels of the texts, which are computed as a batch.
+
+        num_texts: the first ones, which `label_counts` counts; the others are parts of these.
+        None: all are counted.
 
         Raises: as `prepare`, for a text whose result was known then, and is no longer.
         """
@@ -138,7 +143,7 @@ class Classifier:
         # turn of the event loop as the conversation.
         results = [await passes[0]] if len(passes) == 1 else await all_of(passes)
         if task.version in self._judges:
-            for result in results:
+            for result in results[:num_texts]:
                 self.label_counts[task.name, result.label.value] += 1
         return results
 
