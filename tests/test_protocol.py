@@ -17,7 +17,7 @@ from server.errors import InvalidRequestError
 from server.protocol import completions
 from server.protocol.base import RequestBody, classification, new_id, usage
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
-from server.protocol.classify import MAX_INPUTS, ClassifyRequest
+from server.protocol.classify import ClassifyRequest
 from server.protocol.completions import (
     DEFAULT_MAX_TOKENS,
     MAX_LOGPROBS,
@@ -28,6 +28,7 @@ from server.protocol.completions import (
 from server.protocol.decisions import DecisionsRequest
 from server.protocol.responses import ResponsesRequest, TextOptions
 from server.protocol.sampling import MAX_CHOICES, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS
+from server.protocol.texts import MAX_INPUTS
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.protocol.tools import MAX_TOOLS
 
