@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Engine
 from server.core.engine.model.runner import ModelRunner
 from server.core.engine.model.sampler import Sampler
@@ -141,10 +142,14 @@ async def ask_together(
     submitted = []
 
     def submit(
-        prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> TokenStream:
         submitted.append(params)
-        return Engine.submit(engine, prompt_ids, params, work=work)
+        return Engine.submit(engine, prompt_ids, params, work=work, adapter=adapter)
 
     def have_begun() -> bool:
         # One may fail before it is submitted.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.runner import Runner
 from server.core.engine.sequence import PrefilledEvent, SamplingParams, ScoredEvent, Sequence
 from server.core.engine.stream import TokenStream
@@ -32,8 +33,9 @@ class Scores:
 class Engine:
     """Runs sequences in continuous batches on a thread of its own.
 
-    work: the request that a sequence belongs to; None: the sequence is one of its own. Methods that
-    start a sequence raise an EngineClosedError once the engine is closing.
+    work: the request that a sequence belongs to; None: the sequence is one of its own.
+    adapter: what the sequence is computed with beside the base model.
+    Methods that start a sequence raise an EngineClosedError once the engine is closing.
     """
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_rows: int) -> None:
@@ -44,11 +46,12 @@ class Engine:
         self._thread.start()
 
     def submit(
-        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
-    ) -> TokenStream:
+        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None,
+        adapter: Adapter = BASE,
+    ) -> TokenStream:  # fmt: skip
         """Starts to continue the prompt. Call from the event loop."""
         assert prompt_ids and params.max_tokens > 0
-        return self._start(Sequence(prompt_ids, params, work=work or Work()))
+        return self._start(Sequence(prompt_ids, params, work=work or Work(), adapter=adapter))
 
     async def score(
         self,
@@ -59,6 +62,7 @@ class Engine:
         num_shared: int = 0,
         is_pinned: bool = False,
         work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> Scores:
         """Scores each continuation after the prompt.
 
@@ -76,20 +80,23 @@ class Engine:
             num_shared=num_shared,
             is_pinned=is_pinned,
             work=work or Work(),
+            adapter=adapter,
         )
         stream = self._start(sequence)
         end = await stream.end(ScoredEvent)
         return Scores(end.logprobs, stream.num_cached, end.hidden_states)
 
-    async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
+    async def prefill(
+        self, prompt_ids: list[int], *, work: Work | None = None, adapter: Adapter = BASE
+    ) -> int | None:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
 
         Returns how many of its tokens were known already; None, and nothing is computed, if it is
         too long to be kept. A cancelled call frees its slot.
         """
-        if not self._runner.is_kept(len(prompt_ids)):
+        if not self._runner.is_kept(adapter.num_virtual_tokens + len(prompt_ids)):
             return None
-        stream = self._start(Sequence(prompt_ids, work=work or Work()))
+        stream = self._start(Sequence(prompt_ids, work=work or Work(), adapter=adapter))
         await stream.end(PrefilledEvent)
         return stream.num_cached
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.work import Work
 
 
@@ -128,6 +129,7 @@ class Sequence:
     num_shared: int = 0
     is_pinned: bool = False  # the shared tokens are never evicted
     work: Work = field(default_factory=Work)  # of the request it belongs to
+    adapter: Adapter = BASE
     completion_ids: list[int] = field(default_factory=list)
     # Tokens whose keys and values are in the KV cache, and how many of these were there
     # before the sequence ran: None until it is admitted.

@@ -1,9 +1,12 @@
 """The only package that imports torch: weights, forward, KV cache, sampling."""
 
+from collections.abc import Iterable
+
 import torch
 
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.gguf_file import Source
+from server.core.engine.model.adapter_weights import LoadedAdapter, read_adapter
 from server.core.engine.model.backend import kv_bytes_per_token
 from server.core.engine.model.config import ModelConfig, read_model_config
 from server.core.engine.model.linear import INT4_GROUP_SIZE, Int8Linear
@@ -12,10 +15,12 @@ from server.core.engine.model.runner import ModelRunner
 from server.core.engine.model.weights import weights_digest
 
 __all__ = [
+    "LoadedAdapter",
     "ModelConfig",
     "choose_dtype",
     "kv_bytes_per_token",
     "load_runner",
+    "read_adapter",
     "read_model_config",
     "weights_digest",
 ]
@@ -34,6 +39,7 @@ def load_runner(
     max_kv_tokens: int,
     max_context: int,
     max_prefix_bytes: int,
+    adapters: Iterable[LoadedAdapter] = (),
 ) -> ModelRunner:
     """Loads the checkpoint, ready to run.
 
@@ -60,6 +66,7 @@ def load_runner(
         max_kv_tokens=max_kv_tokens,
         max_context=max_context,
         max_prefix_bytes=max_prefix_bytes,
+        adapters=adapters,
     )
 
 

@@ -19,6 +19,7 @@ class KVLayout(NamedTuple):
     blocks.
     value_axis: the dimension of the values that counts blocks.
     by_token: turns keys and values, each (H_kv, *shape), into (H_kv, S, D) and (H_kv, D, S).
+    laid_out: turns (..., S, D) and (..., D, S) into keys and values of whole blocks, (..., *shape).
     """
 
     dtype: torch.dtype
@@ -26,6 +27,7 @@ class KVLayout(NamedTuple):
     shapes: Callable[[int, int], tuple[Shape, Shape]]
     value_axis: int
     by_token: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    laid_out: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -44,4 +46,5 @@ BY_TOKEN = KVLayout(
     shapes=lambda capacity, head_dim: ((capacity, head_dim), (head_dim, capacity)),
     value_axis=1,
     by_token=lambda keys, values: (keys, values),
+    laid_out=lambda keys, values: (keys, values),
 )

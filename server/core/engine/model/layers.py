@@ -18,6 +18,7 @@ class Attention:
     qkv: Linear  # C -> (H + 2 H_kv) D: one product instead of three
     head_norms: Tensor | None  # (H + H_kv, D): of queries and keys, Qwen3
     out: Linear  # H D -> C
+    norm: Tensor  # (C,), what the columns of qkv were multiplied by
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Mlp:
 
     gate_up: Linear  # C -> 2 I
     down: Linear  # I -> C
+    norm: Tensor  # (C,), what the columns of gate_up were multiplied by
 
 
 def read_attention(
@@ -33,25 +35,25 @@ def read_attention(
 ) -> Attention:
     """Reads it from layer `index`. sample: as `make` has it, what the norm before it gives."""
     prefix = f"model.layers.{index}."
-    num_rotated = c.num_heads + c.num_kv_heads
     query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     parts = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-    pairs = _paired(c.head_dim)
 
     def read(name: str, *shape: int) -> Tensor:
         return reader.read(prefix + name, shape)
 
     def read_qkv(kind: str, *columns: int) -> Tensor:
-        rows = torch.cat([read(f"self_attn.{p}.{kind}", rows, *columns) for p, rows in parts])
-        heads = rows.view(-1, c.head_dim, *columns)
-        if not c.has_qk_norm:
-            heads[: c.num_heads] *= c.head_dim**-0.5
-        return torch.cat((heads[:num_rotated, pairs], heads[num_rotated:])).flatten(0, 1)
+        return torch.cat(
+            [
+                folded_heads(c, p, read(f"self_attn.{p}.{kind}", num_rows, *columns))
+                for p, num_rows in parts
+            ]
+        )
 
     head_norms = None
     if c.has_qk_norm:
         norms = [
-            read(f"self_attn.{p}_norm.weight", c.head_dim)[pairs] * math.sqrt(c.head_dim)
+            read(f"self_attn.{p}_norm.weight", c.head_dim)[paired(c.head_dim)]
+            * math.sqrt(c.head_dim)
             for p in ("q", "k")
         ]
         norms[0] *= c.head_dim**-0.5
@@ -69,6 +71,7 @@ def read_attention(
             [read("self_attn.o_proj.weight", size, query_rows)],
             read("self_attn.o_proj.bias", size) if c.has_out_bias else None,
         ),
+        norm=norm,
     )
 
 
@@ -89,10 +92,22 @@ def read_mlp(
             sample=sample,
         ),
         down=make([read("mlp.down_proj.weight", size, inner)]),
+        norm=norm,
     )
 
 
-def _paired(head_dim: int) -> Tensor:
+def folded_heads(c: ModelConfig, module: str, rows: Tensor) -> Tensor:
+    """Rows of q_proj, k_proj or v_proj, (heads D, ...), as they stand in qkv.
+
+    Without a norm of their own, queries are scaled for attention.
+    """
+    heads = rows.view(-1, c.head_dim, *rows.shape[1:])
+    if module == "q_proj" and not c.has_qk_norm:
+        heads = heads * c.head_dim**-0.5
+    return (heads if module == "v_proj" else heads[:, paired(c.head_dim)]).flatten(0, 1)
+
+
+def paired(head_dim: int) -> Tensor:
     """Order of a head's dimensions in which those that RoPE turns together are neighbours.
 
     Checkpoints hold them half a head apart. Queries and keys change alike, so their products

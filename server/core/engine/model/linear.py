@@ -18,6 +18,8 @@ from server.core.engine.heap import trim_heap
 
 QUANTIZED_DTYPES = ("int8", "int4")
 INT4_GROUP_SIZE = 64
+# Matrix products sum the last rows in another order unless there is a multiple of this many.
+ROWS = 4
 # Rows of a packed int4 matrix come in blocks of this many.
 _INT4_BLOCK = 64
 _TINY = torch.finfo(torch.float32).tiny

@@ -1,6 +1,7 @@
 """What a layer computes, by PyTorch: for any type of weights, on any processor."""
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.layers import Attention, Mlp
 from server.core.engine.model.linear import Factories, Linear, LinearFactory
+from server.core.engine.model.lora import LoraRows
 
 
 class Operations(Protocol):
@@ -20,15 +22,16 @@ class Operations(Protocol):
 
     def add_attention(
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
-        rotations: Tensor,
+        rotations: Tensor, loras: Sequence[LoraRows] = (),
     ) -> None:  # fmt: skip
         """Adds the attention of layer `index` to hidden, (N, C).
 
         rotations: unit complex numbers that turn each token's pairs, (N, D / 2).
+        loras: of this layer, each for rows of its own; other rows are as without them.
         """
 
-    def add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
-        """Adds the MLP's result to hidden, (N, C)."""
+    def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
+        """Adds the MLP's result to hidden, (N, C). loras: as `add_attention` has them."""
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32. norm: (C,), the last norm's weights times sqrt(C)."""
@@ -47,29 +50,48 @@ class TorchOperations:
 
     def add_attention(
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
-        rotations: Tensor,
+        rotations: Tensor, loras: Sequence[LoraRows] = (),
     ) -> None:  # fmt: skip
         c = self._config
-        heads = weights.qkv(self._normalised(hidden)).view(len(hidden), -1, c.head_dim)
+        x = self._normalised(hidden)
+        qkv = weights.qkv(x)
+        for rows, lora in loras:
+            lora.qkv.add_to(qkv, x[rows], rows)
+        heads = qkv.view(len(hidden), -1, c.head_dim)
         if weights.head_norms is not None:
             rotated = heads[:, : len(weights.head_norms)]
             rotated.copy_(self._normalised(rotated) * weights.head_norms)
         # RoPE turns pairs of numbers, which is a product of complex ones.
         pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2))
         pairs[:, : c.num_heads + c.num_kv_heads].mul_(rotations[:, None])
-        weights.out.add_to(hidden, attend(index, heads))
+        mixed = attend(index, heads)
+        weights.out.add_to(hidden, mixed)
+        for rows, lora in loras:
+            lora.out.add_to(hidden, mixed[rows], rows)
 
-    def add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
-        gate, up = weights.gate_up(self._normalised(hidden)).chunk(2, dim=-1)
-        weights.down.add_to(hidden, F.silu(gate, inplace=True).mul_(up))
+    def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
+        x = self._normalised(hidden)
+        gate_up = weights.gate_up(x)
+        for rows, lora in loras:
+            lora.gate_up.add_to(gate_up, x[rows], rows)
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = F.silu(gate, inplace=True).mul_(up)
+        weights.down.add_to(hidden, inner)
+        for rows, lora in loras:
+            lora.down.add_to(hidden, inner[rows], rows)
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         return head(self._normalised(hidden) * norm)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
+        return normalised(x, self._epsilons[x.shape[-1]])
 
-        The square root is in the weights. hypot adds epsilon under the root, in one kernel.
-        """
-        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / norms.hypot(self._epsilons[x.shape[-1]])
+
+def normalised(x: Tensor, epsilon: Tensor) -> Tensor:
+    """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
+
+    The square root is in the weights. hypot adds epsilon under the root, in one kernel.
+    epsilon: the root of RMSNorm's, times sqrt(C).
+    """
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norms.hypot(epsilon)

@@ -20,6 +20,7 @@ class _Entry:
     key: bytes
     prefix: KVPrefix
     is_pinned: bool
+    adapter: str
 
 
 _get_key = attrgetter("key")
@@ -30,14 +31,18 @@ class PrefixCache:
 
     Entries are sorted by their tokens. The one that has most in common with a query is then a
     neighbour of the query's place, so a search does not grow with the number of entries.
+    What one adapter computed is never found for another one, or for the base model ("").
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._num_pinned_bytes = 0
-        # By number of layers and `is_pinned`. No unpinned entry is a prefix of another in its list.
-        self._lists: dict[tuple[int, bool], list[_Entry]] = defaultdict(list)
+        # By adapter, then by number of layers and `is_pinned`. No unpinned entry is a prefix of
+        # another in its list.
+        self._lists: dict[str, dict[tuple[int, bool], list[_Entry]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         self._unpinned: OrderedDict[_Entry, None] = OrderedDict()  # the least recently used first
 
     @property
@@ -45,7 +50,9 @@ class PrefixCache:
         """Memory of all entries."""
         return self._num_bytes
 
-    def lookup(self, token_ids: Sequence[int], num_layers: int) -> KVPrefix | None:
+    def lookup(
+        self, token_ids: Sequence[int], num_layers: int, *, adapter: str = ""
+    ) -> KVPrefix | None:
         """The longest prefix known in the first `num_layers` layers; not to be changed.
 
         It is always shorter than `token_ids`: one token at least stays to be computed, or there
@@ -53,7 +60,7 @@ class PrefixCache:
         """
         key = _key(token_ids[:-1])
         best, longest = None, 0
-        for entry in self._neighbours(key):
+        for entry in self._neighbours(key, adapter):
             length = _num_common(entry.key, key)
             if length > longest and entry.prefix.num_layers >= num_layers:
                 best, longest = entry, length
@@ -63,8 +70,9 @@ class PrefixCache:
         return best.prefix.first(longest, num_layers)
 
     def store(
-        self, token_ids: Sequence[int], cache: KVCache, num_layers: int, *, is_pinned: bool = False
-    ) -> None:
+        self, token_ids: Sequence[int], cache: KVCache, num_layers: int, *,
+        adapter: str = "", is_pinned: bool = False,
+    ) -> None:  # fmt: skip
         """Copies the tokens, which are the first of `cache`, into a new entry.
 
         num_layers: the first layers, which alone have computed the tokens.
@@ -77,7 +85,7 @@ class PrefixCache:
         if not is_pinned and not self.has_room_for(prefix.num_bytes):
             return
         key = _key(token_ids)
-        neighbours = self._neighbours(key)
+        neighbours = self._neighbours(key, adapter)
         for entry in neighbours:
             is_as_deep = entry.prefix.num_layers >= num_layers
             if entry.key.startswith(key) and is_as_deep and (entry.is_pinned or not is_pinned):
@@ -89,20 +97,24 @@ class PrefixCache:
                 self._remove(entry)
         while self._unpinned and self._num_bytes + prefix.num_bytes > self._max_bytes:
             self._remove(next(iter(self._unpinned)))
-        self._add(_Entry(key, prefix.clone(), is_pinned))
+        self._add(_Entry(key, prefix.clone(), is_pinned, adapter))
+
+    def pin(self, token_ids: Sequence[int], prefix: KVPrefix, *, adapter: str) -> None:
+        """Keeps what was not computed from tokens: an adapter's virtual ones."""
+        self._add(_Entry(_key(token_ids), prefix, True, adapter))
 
     def has_room_for(self, num_bytes: int) -> bool:
         """Whether an entry of that size fits beside the pinned ones. Any thread."""
         return self._num_pinned_bytes + num_bytes <= self._max_bytes
 
-    def _neighbours(self, key: bytes) -> list[_Entry]:
+    def _neighbours(self, key: bytes, adapter: str) -> list[_Entry]:
         """The entries directly before and after the key's place in each list.
 
         Among them are, of each list: the one with the longest common prefix; one that begins with
         the key, if any does; the only unpinned one that the key begins with, if there is one.
         """
         neighbours = []
-        for entries in self._lists.values():
+        for entries in self._lists[adapter].values():
             place = bisect(entries, key, key=_get_key)
             neighbours += entries[max(place - 1, 0) : place + 1]
         return neighbours
@@ -112,7 +124,8 @@ class PrefixCache:
             self._unpinned.move_to_end(entry)
 
     def _add(self, entry: _Entry) -> None:
-        insort(self._lists[entry.prefix.num_layers, entry.is_pinned], entry, key=_get_key)
+        entries = self._lists[entry.adapter][entry.prefix.num_layers, entry.is_pinned]
+        insort(entries, entry, key=_get_key)
         self._num_bytes += entry.prefix.num_bytes
         if entry.is_pinned:
             self._num_pinned_bytes += entry.prefix.num_bytes
@@ -120,7 +133,7 @@ class PrefixCache:
             self._unpinned[entry] = None
 
     def _remove(self, entry: _Entry) -> None:
-        entries = self._lists[entry.prefix.num_layers, False]
+        entries = self._lists[entry.adapter][entry.prefix.num_layers, False]
         del entries[bisect(entries, entry.key, key=_get_key) - 1]
         del self._unpinned[entry]
         self._num_bytes -= entry.prefix.num_bytes

@@ -7,7 +7,8 @@ read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from server.core.engine.gguf_file import Source
+from server.core.engine.model.adapter_weights import LoraWeights, SoftPrefix, SoftPrompt
 from server.core.engine.model.attention.segment import Segment, step_order
 from server.core.engine.model.attention.step import StepAttention
 from server.core.engine.model.backend import Backend, choose_backend
 from server.core.engine.model.config import ModelConfig
-from server.core.engine.model.kv_cache import KVCache
+from server.core.engine.model.kv_cache import KVCache, KVPrefix
 from server.core.engine.model.kv_memory import KVMemory
-from server.core.engine.model.layers import Attention, Mlp, read_attention, read_mlp
+from server.core.engine.model.layers import Attention, Mlp, paired, read_attention, read_mlp
 from server.core.engine.model.linear import QUANTIZED_DTYPES, FloatLinear
+from server.core.engine.model.lora import Lora, LoraRows, fold_lora
 from server.core.engine.model.weights import Lookup, WeightReader, open_weights
 from server.core.engine.runner import StepInterruptedError
 
@@ -62,7 +65,7 @@ class QwenModel:
         else:
             # Stay in the file: few rows are looked up, and the file has them in full.
             self._embeddings = reader.lookup(embeddings, (c.vocab_size, c.hidden_size))
-        sample = _Sample(self, sample_ids) if sample_ids else None
+        sample = _Sample(self, self._embedded(sample_ids)) if sample_ids else None
         # disable=None: on a terminal only, so that no log is full of it.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
         self._layers = list[tuple[Attention, Mlp]]()
@@ -105,15 +108,18 @@ class QwenModel:
         stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
         rotations = self._rotations([p for s in ordered for p in s.positions])
         hidden = self._embedded([i for s in ordered for i in s.token_ids])
+        rows_by_lora = _rows_by_lora(ordered)
         for i, (attention, mlp) in enumerate(self._layers):
             if should_stop():
                 raise StepInterruptedError
-            self._operations.add_attention(i, attention, hidden, attend, rotations)
-            self._operations.add_mlp(mlp, hidden)
+            loras = [LoraRows(rows, lora.layers[i]) for lora, rows in rows_by_lora.items()]
+            self._operations.add_attention(i, attention, hidden, attend, rotations, loras)
+            self._operations.add_mlp(mlp, hidden, loras)
             if i + 1 not in stops:
                 continue
             num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
             hidden, rotations = hidden[:num_staying], rotations[:num_staying]
+            rows_by_lora = _first_rows(rows_by_lora, num_staying)
             if not num_staying:
                 break
         for segment in segments:
@@ -140,6 +146,22 @@ class QwenModel:
                 collected.append(hidden[rows] if is_leaving else hidden[rows].clone())
         return num_staying
 
+    def fold_lora(self, weights: LoraWeights) -> Lora:
+        """The LoRA as segments are computed with it."""
+        return fold_lora(weights, self.config, self._layers)
+
+    def virtual_prefix(self, weights: SoftPrompt | SoftPrefix) -> KVPrefix:
+        """Keys and values of an adapter's virtual tokens, which sequences begin with."""
+        if isinstance(weights, SoftPrompt):
+            virtual = _Sample(self, weights.embeddings.clone())
+            for i, (attention, mlp) in enumerate(self._layers):
+                virtual.add_attention(i, attention)
+                virtual.add_mlp(mlp)
+            return virtual.prefix
+        layout, keys = self._attention.layout, weights.keys[..., paired(self.config.head_dim)]
+        of_layout = layout.laid_out(keys.to(layout.dtype), weights.values.to(layout.dtype))
+        return KVPrefix(*of_layout, keys.shape[2], layout)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32."""
         return self._operations.logits(self._head, self._norm, hidden)
@@ -154,21 +176,46 @@ class QwenModel:
         return torch.polar(torch.ones_like(angles), angles)
 
 
-class _Sample:
-    """Some tokens on their way through a model whose layers are being read."""
+def _rows_by_lora(segments: Sequence[Segment]) -> dict[Lora, Tensor]:
+    """Which rows of a step are computed with which LoRA, rising."""
+    rows = defaultdict[Lora, list[int]](list)
+    begin = 0
+    for segment in segments:
+        end = begin + len(segment.token_ids)
+        if segment.lora is not None:
+            rows[segment.lora] += range(begin, end)
+        begin = end
+    return {lora: torch.tensor(of_lora) for lora, of_lora in rows.items()}
 
-    def __init__(self, model: QwenModel, token_ids: Sequence[int]) -> None:
-        cache = KVCache()
-        is_reserved = model.new_memory(len(token_ids), len(token_ids)).reserve(
-            cache, len(token_ids)
-        )
+
+def _first_rows(rows_by_lora: Mapping[Lora, Tensor], num: int) -> dict[Lora, Tensor]:
+    """Those among the first `num` rows."""
+    staying = {lora: rows[rows < num] for lora, rows in rows_by_lora.items()}
+    return {lora: rows for lora, rows in staying.items() if len(rows)}
+
+
+class _Sample:
+    """Some rows on their way through a model, whose layers may still have to be read."""
+
+    def __init__(self, model: QwenModel, hidden: Tensor) -> None:
+        """hidden: embeddings, (N, C), which are changed."""
+        num = len(hidden)
+        self._cache = KVCache()
+        is_reserved = model.new_memory(num, num).reserve(self._cache, num)
         assert is_reserved
-        segment = Segment(token_ids, range(len(token_ids)), cache)
+        segment = Segment([0] * num, range(num), self._cache)
         self._operations = model._operations
         self._norm_eps = model.config.rms_norm_eps
         self._attend = StepAttention(model._attention, [segment])
         self._rotations = model._rotations(segment.positions)
-        self._hidden = model._embedded(token_ids)
+        self._hidden = hidden
+
+    @property
+    def prefix(self) -> KVPrefix:
+        """A copy of its keys and values in all layers."""
+        pool = self._cache.pool
+        assert pool is not None
+        return pool.view(self._cache.slot, len(self._hidden)).clone()
 
     def normalised(self) -> Tensor:
         """What the next matrix behind a norm is given: (N, C)."""

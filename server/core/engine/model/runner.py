@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.core.engine.heap import trim_heap
+from server.core.engine.model.adapter_weights import LoadedAdapter, LoraWeights
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.logits import ChunkStates, StepLogits, read_logits
+from server.core.engine.model.lora import Lora
 from server.core.engine.model.prefix_cache import PrefixCache
 from server.core.engine.model.qwen import QwenModel
 from server.core.engine.model.sampler import Sampler, sample
@@ -42,19 +44,24 @@ class ModelRunner:
 
     def __init__(
         self, model: QwenModel, *, vocab_size: int, max_kv_tokens: int, max_context: int,
-        max_prefix_bytes: int = 0,
+        max_prefix_bytes: int = 0, adapters: Iterable[LoadedAdapter] = (),
     ) -> None:  # fmt: skip
         """vocab_size: ids beyond it are padding of the output matrix and never come out.
 
         max_kv_tokens: room for all running sequences together, one of max_context at least.
 
         max_prefix_bytes: memory for what finished sequences computed, for others to reuse.
+
+        adapters: those that sequences may name.
         """
         self._model = model
         self._vocab_size = vocab_size
         self._memory = model.new_memory(max_kv_tokens, max_context)
         self._prefixes = PrefixCache(max_prefix_bytes)
         self._states: dict[Sequence, _State] = {}
+        self._loras: dict[str, Lora] = {}
+        for adapter in adapters:
+            self._add_adapter(adapter)
 
     @property
     def num_sequences(self) -> int:
@@ -118,20 +125,26 @@ class ModelRunner:
         """
         state = self._states.get(sequence)
         cache = KVCache() if state is None else state.cache
-        if not self._memory.reserve(cache, sequence.num_tokens):
+        if not self._memory.reserve(cache, _num_positions(sequence, sequence.num_tokens)):
             return None
         if state is None:
             state = self._states[sequence] = _State(cache, self._new_sampler(sequence))
-        prefix = self._prefixes.lookup(sequence.token_ids, self._num_layers(sequence))
+        prefix = self._prefixes.lookup(
+            _prefix_ids(sequence, sequence.num_tokens),
+            self._num_layers(sequence),
+            adapter=sequence.adapter.name,
+        )
         if prefix is not None:
             self._memory.fill(state.cache, prefix)
-        return state.cache.length
+        return state.cache.length - sequence.adapter.num_virtual_tokens
 
     @torch.inference_mode()
     def reserve(self, sequence: Sequence) -> bool:
         """Makes room for the sequence's next token; False if memory is short."""
         cache = self._states[sequence].cache
-        cache.length = sequence.num_computed  # not what a failed step left
+        cache.length = _num_positions(
+            sequence, sequence.num_computed
+        )  # not what a failed step left
         return self._memory.reserve(cache, 1)
 
     @torch.inference_mode()
@@ -154,7 +167,7 @@ class ModelRunner:
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
         """Whether the sequence could be admitted if the others were suspended."""
         freed = [self._states[other].cache for other in without]
-        return self._memory.fits(sequence.num_tokens, freed)
+        return self._memory.fits(_num_positions(sequence, sequence.num_tokens), freed)
 
     def is_kept(self, num_tokens: int) -> bool:
         """Whether a prompt of that length, once computed, is kept for others. Any thread."""
@@ -164,6 +177,15 @@ class ModelRunner:
         """Returns free memory to the system. Called when the engine is idle."""
         self._memory.rest()
         trim_heap()
+
+    @torch.inference_mode()
+    def _add_adapter(self, loaded: LoadedAdapter) -> None:
+        adapter, weights = loaded
+        if isinstance(weights, LoraWeights):
+            self._loras[adapter.name] = self._model.fold_lora(weights)
+            return
+        prefix = self._model.virtual_prefix(weights)
+        self._prefixes.pin([0] * prefix.length, prefix, adapter=adapter.name)
 
     def _new_sampler(self, sequence: Sequence) -> Sampler | None:
         if sequence.params is None:
@@ -175,9 +197,10 @@ class ModelRunner:
         length = min(sequence.num_computed, bound)
         if length:
             self._prefixes.store(
-                sequence.tokens(0, length),
+                _prefix_ids(sequence, length),
                 self._states[sequence].cache,
                 self._num_layers(sequence),
+                adapter=sequence.adapter.name,
                 is_pinned=sequence.is_pinned,
             )
 
@@ -186,23 +209,27 @@ class ModelRunner:
         sequence = chunk.sequence
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
+        first, last = _num_positions(sequence, begin), _num_positions(sequence, end)
         cache = self._states[sequence].cache
         # Longer if a step failed behind its forward; what is there is written again.
-        cache.length = begin
+        cache.length = first
         segments = []
+        lora = self._loras.get(sequence.adapter.name)
         # None: the model's last layer.
         layers = (self._num_layers(sequence),) if sequence.layers else None
         if chunk.num_tokens:
-            ids, positions = sequence.tokens(begin, end), range(begin, end)
+            ids, positions = sequence.tokens(begin, end), range(first, last)
             # Before the last chunk no hidden states are needed; the segment only has to stop.
             wanted = sequence.layers if chunk.is_prompt_complete else ()
             of_prompt = layers and tuple(sorted({*wanted, *layers}))
-            segments.append(Segment(ids, positions, cache, sequence.is_decoding, layers=of_prompt))
+            segments.append(
+                Segment(ids, positions, cache, sequence.is_decoding, layers=of_prompt, lora=lora)
+            )
         if branches := [ids[:-1] for ids in chunk.continuations if len(ids) > 1]:
             lengths = tuple(map(len, branches))
-            behind = [end + i for length in lengths for i in range(length)]
+            behind = [last + i for length in lengths for i in range(length)]
             ids = list(chain(*branches))
-            segments.append(Segment(ids, behind, cache, branches=lengths, layers=layers))
+            segments.append(Segment(ids, behind, cache, branches=lengths, layers=layers, lora=lora))
         return segments
 
     def _num_layers(self, sequence: Sequence) -> int:
@@ -238,3 +265,13 @@ class ModelRunner:
         if state.hidden_states is not None and not np.isfinite(state.hidden_states).all():
             raise ValueError("the model's hidden states are not finite")
         return ScoredEvent(state.logprobs, state.hidden_states)
+
+
+def _num_positions(sequence: Sequence, num_tokens: int) -> int:
+    """Of the sequence's first tokens and of the virtual ones before them."""
+    return sequence.adapter.num_virtual_tokens + num_tokens
+
+
+def _prefix_ids(sequence: Sequence, num_tokens: int) -> list[int]:
+    """Of the same; virtual tokens have no ids, 0 stands for each."""
+    return [0] * sequence.adapter.num_virtual_tokens + sequence.tokens(0, num_tokens)

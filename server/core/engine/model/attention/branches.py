@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.core.engine.model.attention.segment import ROWS, Segment, split_heads, tile_end
+from server.core.engine.model.attention.segment import Segment, split_heads, tile_end
+from server.core.engine.model.linear import ROWS
 
 # Scores of a head that are held at once: 15 MB of 14 heads.
 _MAX_SCORES = 2**18

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from server.core.engine.model.kv_cache import KVCache, KVPool
+from server.core.engine.model.linear import ROWS
+from server.core.engine.model.lora import Lora
 
 # A token attends to all positions up to the end of its tile of this many; those behind it are
 # masked. So the number of positions depends on where the token stands, and on nothing that it is
 # computed with, and its sums are equal to the last bit.
 TILE = 128
-# Matrix products sum the last rows in another order unless there is a multiple of this many.
-ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Segment:
     to the tokens in the cache and to itself, and is not kept.
     layers: those after which its hidden states are wanted, rising from 1. The segment leaves
     the forward after the last of them. None means the model's last layer.
+    lora: what is computed beside the model's matrices; None: nothing.
     """
 
     token_ids: Sequence[int]
@@ -34,6 +35,7 @@ class Segment:
     is_decode: bool = False
     branches: tuple[int, ...] = ()
     layers: tuple[int, ...] | None = None
+    lora: Lora | None = None
 
     @property
     def depth(self) -> float:

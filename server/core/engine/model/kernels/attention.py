@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -99,5 +100,14 @@ def _by_token(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-IN_BLOCKS = KVLayout(torch.bfloat16, TILE, _shapes, value_axis=0, by_token=_by_token)
+def _laid_out(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    *first, num_tokens, head_dim = keys.shape
+    missing = -num_tokens % TILE
+    keys = F.pad(keys, (0, 0, 0, missing)).view(*first, -1, TILE, head_dim // 2, 2)
+    values = F.pad(values, (0, missing)).view(*first, head_dim // TILE, TILE, -1, TILE // 2, 2)
+    # The blocks come first; in them, the dimensions of a key and the positions of a value.
+    return keys.transpose(-2, -3), values.movedim(-3, -5).movedim(-2, -3)
+
+
+IN_BLOCKS = KVLayout(torch.bfloat16, TILE, _shapes, 0, _by_token, _laid_out)
 KERNEL_ATTENTION = AttentionKind(IN_BLOCKS, _are_neighbours, _make_run)

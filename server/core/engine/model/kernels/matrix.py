@@ -33,6 +33,15 @@ class Quantized(NamedTuple):
     scales: Floats  # (N,)
     zeros: Floats  # (N,)
 
+    def of(self, rows: NDArray[np.int64]) -> "Quantized":
+        """A copy of these rows."""
+        return Quantized(self.integers[rows], self.scales[rows], self.zeros[rows])
+
+    def replace(self, rows: NDArray[np.int64], other: "Quantized") -> None:
+        """Puts the other's rows in place of these."""
+        self.integers[rows] = other.integers
+        self.scales[rows], self.zeros[rows] = other.scales, other.zeros
+
 
 def empty_rows(num_rows: int, num_columns: int) -> Quantized:
     """To be filled by a kernel."""
@@ -114,12 +123,19 @@ class KernelMatrix:
         """Adds the product to `residual`, (N, C_out)."""
         self._packed.multiply(x, self._columns, rows.ADDED, residual)
 
-    def gated(self, x: Quantized) -> Quantized:
-        """The product without bias is gate and up, (N, 2 I). Returns silu(gate) * up, (N, I)."""
-        gated = empty_rows(len(x.integers), self.num_rows // 2)
-        scales, sums, _ = self._columns
-        raw = self._packed.multiply(x, self._columns, rows.RAW)
-        rows.gate(raw, x.scales, x.zeros, scales, sums, *gated)
+    def sums(self, x: Quantized) -> Floats:
+        """The product's sums of integers, (N, C_out)."""
+        return self._packed.multiply(x, self._columns, rows.RAW)
+
+    def values(self, sums: Floats, x: Quantized) -> Floats:
+        """The product whose sums are given, in their memory."""
+        rows.finish(sums, x.scales, x.zeros, *self._columns, sums, rows.VALUE)
+        return sums
+
+    def gated(self, sums: Floats, x: Quantized) -> Quantized:
+        """silu(gate) * up, (N, I); sums: of the product, which is gate and up, without bias."""
+        gated = empty_rows(len(sums), self.num_rows // 2)
+        rows.gate(sums, x.scales, x.zeros, self._columns.scales, self._columns.sums, *gated)
         return gated
 
     def _quantized(self, x: Tensor) -> Quantized:

@@ -1,9 +1,12 @@
 """What a layer computes, in 8 bits: few passes over the rows between the products."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from server.core.engine.model.attention.step import StepAttention
@@ -22,6 +25,8 @@ from server.core.engine.model.kernels.matrix import (
 )
 from server.core.engine.model.layers import Attention, Mlp
 from server.core.engine.model.linear import Factories, Linear
+from server.core.engine.model.lora import LoraRows
+from server.core.engine.model.operations import normalised
 
 
 class KernelOperations:
@@ -36,34 +41,57 @@ class KernelOperations:
         self._config = config
         self._epsilon = np.float32(config.hidden_size * config.rms_norm_eps)
         self._head_epsilon = np.float32(config.head_dim * config.rms_norm_eps)
+        self._norm_epsilon = torch.tensor(math.sqrt(config.hidden_size * config.rms_norm_eps))
         self._ones = np.ones(config.hidden_size, np.float32)
         self._no_norms = np.empty((config.num_heads + config.num_kv_heads, 0), np.float32)
 
     def add_attention(
         self, index: int, weights: Attention, hidden: Tensor, attend: StepAttention,
-        rotations: Tensor,
+        rotations: Tensor, loras: Sequence[LoraRows] = (),
     ) -> None:  # fmt: skip
         if index == 0:
             match_threads()
         qkv, out = _kernel_matrix(weights.qkv), _kernel_matrix(weights.out)
         norms = self._no_norms if weights.head_norms is None else weights.head_norms.numpy()
         heads = qkv.product(self._normalised(hidden, qkv.factors))
+        for of_lora, lora in loras:
+            x = self._normalised_floats(hidden, of_lora)
+            lora.qkv.add_to(torch.from_numpy(heads), x, of_lora)
         heads = heads.reshape(len(hidden), -1, self._config.head_dim)
         rows.rotate(
             heads, torch.view_as_real(rotations).flatten(1).numpy(), norms, self._head_epsilon
         )
         mixed = attend(index, torch.from_numpy(heads))
         out.add_product(hidden.numpy(), quantize(mixed.numpy()))
+        for of_lora, lora in loras:
+            lora.out.add_to(hidden, mixed[of_lora], of_lora)
 
-    def add_mlp(self, weights: Mlp, hidden: Tensor) -> None:
+    def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
         gate_up, down = _kernel_matrix(weights.gate_up), _kernel_matrix(weights.down)
-        gated = gate_up.gated(self._normalised(hidden, gate_up.factors))
+        x = self._normalised(hidden, gate_up.factors)
+        sums = gate_up.sums(x)
+        gated = gate_up.gated(sums, x)
+        loras, inner = [each for each in loras if each.layer.changes_mlp], []
+        for of_lora, lora in loras:
+            # Once more in floats; the kernel leaves no room to add to gate and up.
+            chosen = of_lora.numpy()
+            values = torch.from_numpy(gate_up.values(sums[chosen], x.of(chosen)))
+            lora.gate_up.add_to(values, self._normalised_floats(hidden, of_lora))
+            gate, up = values.chunk(2, dim=-1)
+            inner.append(F.silu(gate) * up)
+            gated.replace(chosen, quantize(inner[-1].numpy()))
         down.add_product(hidden.numpy(), gated)
+        for (of_lora, lora), floats in zip(loras, inner, strict=True):
+            lora.down.add_to(hidden, floats, of_lora)
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         return torch.from_numpy(
             _kernel_matrix(head).product(self._normalised(hidden, norm.numpy()))
         )
+
+    def _normalised_floats(self, hidden: Tensor, of_lora: Tensor) -> Tensor:
+        """What the matrices behind a norm are given in these rows, not quantized."""
+        return normalised(hidden[of_lora], self._norm_epsilon)
 
     def _normalised(self, hidden: Tensor, factors: Floats | None) -> Quantized:
         quantized = empty_rows(*hidden.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kernels.attention import IN_BLOCKS, KERNEL_ATTENTION
-from server.core.engine.model.kv_cache import KVCache
+from server.core.engine.model.kv_cache import KVCache, KVPrefix
 from server.core.engine.model.kv_memory import KVMemory
 
 SHAPES = [(4, 4, 64), (14, 2, 64), (4, 2, 128)]  # H, H_kv, D
@@ -145,3 +145,19 @@ def test_a_copied_prefix_is_the_same_and_no_more_than_its_blocks(num_tokens: int
         assert torch.equal(ours, theirs)
     source.length, heads = num_tokens, slots.heads(3, seed=4)
     assert torch.equal(slots.attend([(target, 3)], heads), slots.attend([(source, 3)], heads))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 64, 100])
+def test_keys_and_values_by_token_are_laid_out_and_read_back(shape: Shape, num_tokens: int) -> None:
+    _, num_kv, size = shape
+    keys = torch.randn(2, num_kv, num_tokens, size).bfloat16()
+    values = torch.randn(2, num_kv, size, num_tokens).bfloat16()
+    laid_out = IN_BLOCKS.laid_out(keys, values)
+    shapes = IN_BLOCKS.shapes(IN_BLOCKS.rounded(num_tokens), size)
+    assert [tuple(x.shape) for x in laid_out] == [(2, num_kv, *each) for each in shapes]
+    prefix = KVPrefix(*laid_out, num_tokens, IN_BLOCKS)
+    for layer in range(2):
+        read_keys, read_values = prefix.layer(layer).by_token()
+        assert torch.equal(read_keys, keys[layer].float())
+        assert torch.equal(read_values, values[layer].float())
