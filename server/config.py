@@ -1,6 +1,7 @@
 """Every setting, its default and its help text, once."""
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,21 @@ def _keys(value: Any) -> Any:
     return keys
 
 
+def _adapters(value: Any) -> Any:
+    """Each as `NAME=FOLDER`."""
+    pairs, seen = _split(value), set[str]()
+    for pair in pairs:
+        name, _, folder = str(pair).partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not folder:
+            raise ValueError(f"{pair!r} is not NAME=FOLDER, with a name of A-Z, a-z, 0-9, . _ -")
+        if name == "plain":
+            raise ValueError("the name 'plain' is taken: it asks for a chat without sentiment")
+        if name in seen:
+            raise ValueError(f"the name {name!r} is given twice")
+        seen.add(name)
+    return pairs
+
+
 class Settings(BaseSettings):
     """An OpenAI-compatible server on one small Qwen that reads the mood, then answers.
 
@@ -53,6 +69,11 @@ class Settings(BaseSettings):
         None,
         description="commit, branch or tag of a model of the hub; default: the newest, but of "
         "'auto' always the same commit",
+    )
+    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_adapters)] = Field(
+        (),
+        description="NAME=FOLDER of a peft adapter (LoRA, prompt, prefix), which a chat chooses by "
+        "the model id with :NAME behind it; several as keys",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
@@ -151,6 +172,12 @@ class Settings(BaseSettings):
         except RuntimeError:  # the user has no home
             base = Path(tempfile.gettempdir())
         return base / "qwen-all-in-one"
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Folders by the names of the adapters in them."""
+        pairs = (pair.partition("=") for pair in self.adapter)
+        return {name: Path(folder).expanduser() for name, _, folder in pairs}
 
     @cached_property
     def keys(self) -> tuple[SecretStr, ...]:

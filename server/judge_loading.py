@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
+from server.core.engine.adapters import BASE, ONLY_BASE, Adapter
 from server.core.engine.checkpoint import CheckpointError
 from server.core.roles.fitted_judges import read_fitted_judge
 from server.core.roles.fitting import fit_judge
@@ -30,11 +31,12 @@ class JudgeLoader:
 
     def __init__(
         self, scorer: Scorer, tokenizer: ChatTokenizer, cache: JudgeCache, *,
-        num_layers: int, max_context: int,
+        num_layers: int, max_context: int, adapters: Mapping[str, Adapter] = ONLY_BASE,
     ) -> None:  # fmt: skip
-        """num_layers, max_context: the model's."""
+        """num_layers, max_context: the model's. adapters: by their names, which tasks may have."""
         self._scorer, self._tokenizer, self._cache = scorer, tokenizer, cache
         self._num_layers, self._max_context = num_layers, max_context
+        self._adapters = adapters
         self.judges: dict[str, Judge] = {}  # by the version of their task
 
     def find(self, tasks: Iterable[Task]) -> None:
@@ -101,14 +103,15 @@ class JudgeLoader:
         return self._cache.read(self._path(prompts))
 
     def _prompts(self, task: Task) -> TaskPrompts:
-        return TaskPrompts(task, self._tokenizer, self._max_context)
+        adapter = self._adapters[task.adapter]
+        return TaskPrompts(task, self._tokenizer, self._max_context, adapter)
 
     def _path(self, prompts: TaskPrompts) -> Path:
         return self._cache.path(_key(prompts))
 
 
 def _key(prompts: TaskPrompts) -> object:
-    """All that a judge depends on but the model: prompts, answers, and which answer is right."""
+    """All that a judge depends on but the model: adapter, prompts, answers, and which is right."""
     examples, all_ids = prompts.examples
     return [
         prompts.task.version,
@@ -118,4 +121,5 @@ def _key(prompts: TaskPrompts) -> object:
         ],
         prompts.labels(0),
         None if examples else prompts.references,
+        *([prompts.adapter.digest] if prompts.adapter is not BASE else []),
     ]

@@ -1,19 +1,23 @@
 """Builds the services from the settings: finds, checks and loads the model."""
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 from server.config import Settings
+from server.core.engine.adapters import ONLY_BASE, Adapter
 from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_checkpoint
 from server.core.engine.engine import Engine
 from server.core.engine.generation_config import GenerationDefaults, read_generation_defaults
 from server.core.engine.gguf_file import Source, open_source
 from server.core.engine.model import (
+    LoadedAdapter,
     choose_dtype,
     kv_bytes_per_token,
     load_runner,
+    read_adapter,
     read_model_config,
     weights_digest,
 )
@@ -53,6 +57,13 @@ class Model:
     defaults: GenerationDefaults
     max_kv_tokens: int
     max_context: int
+    loaded_adapters: tuple[LoadedAdapter, ...]
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """By name; the base model is one of them."""
+        named = {loaded.adapter.name: loaded.adapter for loaded in self.loaded_adapters}
+        return {**ONLY_BASE, **named}
 
 
 def load_services(settings: Settings) -> Services:
@@ -71,6 +82,7 @@ def load_services(settings: Settings) -> Services:
             cache,
             num_layers=model.config.num_layers,
             max_context=model.max_context,
+            adapters=model.adapters,
         )
         tasks = model.task_file.tasks
         judges.find(tasks.values())
@@ -114,24 +126,23 @@ def find_model(settings: Settings) -> Model:
             f"the cue_task {cue_task!r} in the table [{REPLY}] is no task; there are "
             f"{', '.join(sorted(task_file.tasks))}"
         )
-    for task in task_file.tasks.values():
-        check_task(task, tokenizer, max_context)
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
             f"{source}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
             f"the model's {config.vocab_size} tokens"
         )
-    return Model(
-        checkpoint,
-        source,
-        task_file,
-        config,
-        dtype,
-        tokenizer,
-        defaults,
-        max_kv_tokens,
-        max_context,
+    adapters = tuple(
+        read_adapter(name, folder, config) for name, folder in settings.adapters.items()
     )
+    model = Model(
+        checkpoint, source, task_file, config, dtype, tokenizer, defaults, max_kv_tokens,
+        max_context, adapters,
+    )  # fmt: skip
+    for adapter in model.adapters.values():
+        _check_room(adapter, max_context)
+    for task in task_file.tasks.values():
+        check_task(_prompts_of(task, model))
+    return model
 
 
 def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
@@ -155,6 +166,7 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
             max_kv_tokens=model.max_kv_tokens,
             max_context=model.max_context,
             max_prefix_bytes=settings.max_prefix_mib * 2**20,
+            adapters=model.loaded_adapters,
         ).result()
         weights = digest.result()
     engine = Engine(
@@ -175,6 +187,7 @@ def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoa
         cache_size=settings.sentiment_cache_size,
         judges=loader.judges,
         unfitted={task.version: partial(loader.fit, task) for task in tasks.values()},
+        adapters=model.adapters,
     )
     replier = Replier(
         engine,
@@ -208,6 +221,7 @@ def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoa
             cache_size=settings.sentiment_cache_size,
         ),
         completer=Completer(engine, tokenizer, max_context=max_context),
+        adapters=model.adapters,
     )
 
 
@@ -222,14 +236,32 @@ def _style_of(task_file: TaskFile, persona: str | None) -> ReplyStyle:
     return task_file.reply | own
 
 
-def check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
+def _check_room(adapter: Adapter, max_context: int) -> None:
+    # A prompt of one token and an answer of one.
+    if adapter.num_virtual_tokens + 2 > max_context:
+        raise CheckpointError(
+            f"the {adapter.num_virtual_tokens} virtual tokens of the adapter {adapter.name!r} "
+            f"leave no room in a context of {max_context} tokens; raise --max-context"
+        )
+
+
+def _prompts_of(task: Task, model: Model) -> TaskPrompts:
+    if task.adapter not in model.adapters:
+        raise CheckpointError(
+            f"the task {task.name!r} names the adapter {task.adapter!r}, which this server does "
+            f"not have; add --adapter {task.adapter}=FOLDER"
+        )
+    return TaskPrompts(task, model.tokenizer, model.max_context, model.adapters[task.adapter])
+
+
+def check_task(prompts: TaskPrompts) -> None:
     """Finds out now what would otherwise fail with the first text.
 
     Raises:
         CheckpointError: the model cannot be asked this task.
     """
+    task = prompts.task
     try:
-        prompts = TaskPrompts(task, tokenizer, max_context)
         prompts.labels(len(prompts.encode("a")))
     except ChatTemplateError as error:
         raise CheckpointError(
@@ -238,7 +270,7 @@ def check_task(task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
     except ContextLengthError as error:
         raise CheckpointError(
             f"the instruction of the task {task.name!r} leaves no room in a context of "
-            f"{max_context} tokens; raise --max-context, or shorten it"
+            f"{prompts.max_context} tokens; raise --max-context, or shorten it"
         ) from error
     except InvalidRequestError as error:
         raise CheckpointError(f"the task {task.name!r} cannot be used: {error.message}") from error

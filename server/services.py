@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Engine
 from server.core.engine.generation_config import GenerationDefaults
 from server.core.roles.classifier import Classifier
@@ -16,6 +18,15 @@ from server.core.text.tokenizer import ChatTokenizer
 from server.metrics import Metrics
 
 PLAIN_SUFFIX = ":plain"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What an id stands for: the model or an adapter of it, with sentiment or without."""
+
+    id: str
+    adapter: Adapter = BASE
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,3 +49,15 @@ class Services:
     replier: Replier
     extractor: Extractor
     completer: Completer
+    adapters: Mapping[str, Adapter]  # by name; the base model is one of them
+
+    @cached_property
+    def models(self) -> Mapping[str, ServedModel]:
+        """All that may be asked for, by id: the base model first."""
+        served = [
+            ServedModel(f"{self.model_id}{name}{suffix}", adapter, is_plain=bool(suffix))
+            for adapter in self.adapters.values()
+            for name in (f":{adapter.name}" if adapter.name else "",)
+            for suffix in ("", PLAIN_SUFFIX)
+        ]
+        return {model.id: model for model in served}

@@ -4,6 +4,7 @@ import asyncio
 import io
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from server.config import Settings
+from server.core.engine.adapters import ONLY_BASE, Adapter
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.model import load_runner
 from server.core.engine.stream import EngineClosedError
@@ -48,8 +50,12 @@ def load(
     digest: str = "digest",
     max_context: int = 1000,
     tokenizer: FakeTokenizer | None = None,
+    adapters: Mapping[str, Adapter] = ONLY_BASE,
 ) -> Mapping[str, Judge]:
-    judges = loader(model, folder, digest=digest, max_context=max_context, tokenizer=tokenizer)
+    judges = loader(
+        model, folder, digest=digest, max_context=max_context, tokenizer=tokenizer,
+        adapters=adapters,
+    )  # fmt: skip
     judges.load(tasks or (task(), PLAIN))
     return judges.judges
 
@@ -61,6 +67,7 @@ def loader(
     digest: str = "digest",
     max_context: int = 1000,
     tokenizer: FakeTokenizer | None = None,
+    adapters: Mapping[str, Adapter] = ONLY_BASE,
 ) -> JudgeLoader:
     return JudgeLoader(
         model,
@@ -68,6 +75,7 @@ def loader(
         JudgeCache(folder, digest),
         num_layers=NUM_LAYERS,
         max_context=max_context,
+        adapters=adapters,
     )
 
 
@@ -126,6 +134,20 @@ def test_a_second_start_reads_and_does_not_score(tmp_path: Path) -> None:
     assert_same(load(again, tmp_path), first)
     assert not again.calls
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_judge_is_fitted_with_the_adapter_of_its_task_and_again_with_another_one(
+    tmp_path: Path,
+) -> None:
+    adapted = Task(**PLAIN.model_dump(), adapter="poet")
+    poet = Adapter("poet", num_virtual_tokens=5, digest="first")
+    for adapter in (poet, replace(poet, digest="second")):
+        model = answering()
+        load(model, tmp_path, adapted, adapters={**ONLY_BASE, "poet": adapter})
+        assert {call["adapter"] for call in model.calls} == {adapter}
+    again = answering()
+    load(again, tmp_path, adapted, adapters={**ONLY_BASE, "poet": poet})
+    assert not again.calls
 
 
 def test_only_what_is_missing_is_fitted(tmp_path: Path) -> None:

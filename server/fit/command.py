@@ -87,8 +87,8 @@ def _selected(settings: FitSettings, model: Model) -> tuple[TaskPrompts, Selecti
     max_context = model.max_context
     if settings.method == "prompt":
         max_context -= MAX_VIRTUAL_TOKENS
-    check_task(task, model.tokenizer, max_context)
     prompts = TaskPrompts(task, model.tokenizer, max_context)
+    check_task(prompts)
     selection = select(
         labelled(rows, task),
         task,

@@ -10,13 +10,20 @@ from server.core.roles.tasks import Task, inline_task
 from server.errors import InvalidRequestError
 from server.protocol.base import classification, new_id, now, usage
 from server.protocol.classify import ClassifyRequest
-from server.routes.common import check_tasks, read, unless_disconnected, work_of
+from server.routes.common import (
+    check_tasks,
+    read,
+    refuse_adapter,
+    unless_disconnected,
+    work_of,
+)
 from server.services import Services
 
 
 async def classify(request: Request) -> Response:
     """Labels one text or several, which are computed as a batch."""
     services, body = await read(request, ClassifyRequest)
+    refuse_adapter(services, body.model)
     results = await unless_disconnected(
         request,
         judge_details(

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from server.core.engine.work import Work
 from server.errors import InvalidRequestError, NotFoundError, RequestTimeoutError
 from server.protocol import base
-from server.services import PLAIN_SUFFIX, Services
+from server.services import ServedModel, Services
 
 T = TypeVar("T")
 R = TypeVar("R", bound=base.RequestBody)
@@ -41,22 +41,38 @@ async def read(request: Request, kind: type[R]) -> tuple[Services, R]:
     """
     services, body = services_of(request), await parse(request, kind)
     if body.model is not None:
-        check_model(services, body.model)
+        find_model(services, body.model)
     return services, body
 
 
-def check_model(services: Services, model: str) -> None:
-    """The model may be asked for without sentiment (`:plain`).
+def find_model(services: Services, model: str) -> ServedModel:
+    """What is asked for: the model or an adapter of it (`:NAME`), or without sentiment (`:plain`).
 
     Raises:
-        NotFoundError: it is not the model served.
+        NotFoundError: there is no such model here.
     """
-    if model.removesuffix(PLAIN_SUFFIX) != services.model_id:
+    if model not in services.models:
+        *others, last = map(repr, services.models)
         raise NotFoundError(
-            f"The model {model!r} does not exist here; this server has {services.model_id!r} and "
-            f"{services.model_id + PLAIN_SUFFIX!r}.",
+            f"The model {model!r} does not exist here; this server has {', '.join(others)} and "
+            f"{last}.",
             param="model",
             code="model_not_found",
+        )
+    return services.models[model]
+
+
+def refuse_adapter(services: Services, model: str | None) -> None:
+    """For what is judged: there the task chooses.
+
+    Raises:
+        InvalidRequestError: the request names an adapter.
+    """
+    if model is not None and find_model(services, model).adapter.name:
+        raise InvalidRequestError(
+            "'model': a task is judged with the adapter that its file names, if any; ask for "
+            f"{services.model_id!r}.",
+            param="model",
         )
 
 

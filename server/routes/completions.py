@@ -10,7 +10,7 @@ from server.core.engine.sequence import TokenEvent
 from server.core.text.choices import Choices
 from server.protocol.base import new_id, now, usage
 from server.protocol.completions import CompletionRequest, LogprobsWriter
-from server.routes.common import read, unless_disconnected, work_of
+from server.routes.common import find_model, read, unless_disconnected, work_of
 from server.routes.sampling import sampling_params
 from server.routes.streaming import stream
 from server.services import Services
@@ -19,11 +19,17 @@ from server.services import Services
 async def text_completions(request: Request) -> Response:
     """Continues each prompt as it is."""
     services, body = await read(request, CompletionRequest)
+    adapter = find_model(services, body.model).adapter
     params = sampling_params(body, services, max_tokens=body.max_tokens, num_logprobs=body.logprobs)
 
     async def begin() -> _Completion:
         choices = await services.completer.complete(
-            body.prompts, params, body.stop, num_choices=body.n, work=work_of(request)
+            body.prompts,
+            params,
+            body.stop,
+            num_choices=body.n,
+            work=work_of(request),
+            adapter=adapter,
         )
         return _Completion(body, services, choices)
 

@@ -7,34 +7,35 @@ from starlette.responses import JSONResponse, Response
 
 from server.core.roles.judges import Judge
 from server.core.roles.tasks import Task
-from server.routes.common import check_model, services_of
-from server.services import PLAIN_SUFFIX, Services
+from server.routes.common import find_model, services_of
+from server.services import ServedModel, Services
 
 
 async def list_models(request: Request) -> Response:
-    """The model, and the same one without sentiment."""
+    """The model and its adapters, each with sentiment and without."""
     services = services_of(request)
-    ids = (services.model_id, services.model_id + PLAIN_SUFFIX)
-    return JSONResponse({"object": "list", "data": [_model(services, i) for i in ids]})
+    data = [_model(services, model) for model in services.models.values()]
+    return JSONResponse({"object": "list", "data": data})
 
 
 async def retrieve_model(request: Request) -> Response:
     """One of them."""
     services = services_of(request)
-    model_id = request.path_params["model_id"]
-    check_model(services, model_id)
-    return JSONResponse(_model(services, model_id))
+    model = find_model(services, request.path_params["model_id"])
+    return JSONResponse(_model(services, model))
 
 
-def _model(services: Services, model_id: str) -> dict[str, Any]:
+def _model(services: Services, model: ServedModel) -> dict[str, Any]:
     return {
-        "id": model_id,
+        "id": model.id,
         "object": "model",
         "created": services.created,
         "owned_by": "qwen-all-in-one",
-        "context_length": services.max_context,
+        # Of an adapter, as vLLM lists them: the model whose weights it shares.
+        "parent": services.model_id if model.adapter.name else None,
+        "context_length": services.max_context - model.adapter.num_virtual_tokens,
         "capabilities": {
-            "sentiment": not model_id.endswith(PLAIN_SUFFIX),
+            "sentiment": not model.is_plain,
             "tools": True,
             "structured_output": True,
             "vision": False,

@@ -12,9 +12,9 @@ from server.core.text.grammar import GrammarCompiler, GrammarError, OutputFormat
 from server.errors import InvalidRequestError
 from server.protocol.chat import ChatCompletionRequest
 from server.protocol.responses import ResponsesRequest
-from server.routes.common import check_tasks, work_of
+from server.routes.common import check_tasks, find_model, work_of
 from server.routes.sampling import sampling_params
-from server.services import PLAIN_SUFFIX, Services
+from server.services import Services
 
 
 async def begin_reply(
@@ -28,6 +28,7 @@ async def begin_reply(
     schema_param: where the request has the schema of the answer.
     """
     check_tasks(body.tasks, services.replier.task_names, lambda i: f"tasks[{i}]")
+    model = find_model(services, body.model)
     grammar = await asyncio.to_thread(
         _compile, services.grammars, output, schema_param=schema_param
     )
@@ -39,11 +40,12 @@ async def begin_reply(
         # An answer of calls alone has no text to end.
         () if output.is_call_required else body.stop,
         work=work_of(request),
-        with_sentiment=body.sentiment and not body.model.endswith(PLAIN_SUFFIX),
+        with_sentiment=body.sentiment and not model.is_plain,
         tasks=body.tasks,
         tools=output.tools,
         call_opening=output.call_opening,
         num_choices=num_choices,
+        adapter=model.adapter,
     )
 
 

@@ -415,6 +415,18 @@ async def test_small_packets_are_sent_at_once() -> None:
         (("--tasks", "/no/such/file.toml", "--port", "0"), "/no/such/file.toml"),
         (("--model", __file__, "--port", "0"), "is a file"),
         (("--model", "no/such.gguf", "--port", "0"), "there is no file no/such.gguf"),
+        (("--adapter", "poet", "--port", "0"), "--adapter 'poet': 'poet' is not NAME=FOLDER"),
+        (("--adapter", "po et=/x", "--port", "0"), "is not NAME=FOLDER"),
+        (("--adapter", "poet=", "--port", "0"), "is not NAME=FOLDER"),
+        (("--adapter", "plain=/x", "--port", "0"), "the name 'plain' is taken"),
+        (
+            ("--adapter", "poet=/x", "--adapter", "poet=/y", "--port", "0"),
+            "the name 'poet' is given twice",
+        ),
+        (
+            ("--model", "mini", "--adapter", "poet=/no/such/folder", "--port", "0"),
+            "there is no folder /no/such/folder with an adapter",
+        ),
         (
             ("--api-key-file", "/no/such/file", "--port", "0"),
             "--api-key-file /no/such/file: No such",

@@ -183,6 +183,10 @@ def check_async_many(base_url: str) -> None:
     assert places == sorted(places)
 
 
+def check_adapters(base_url: str) -> None:
+    assert output_of(base_url, "adapters").startswith("qwen-mini (base model): ")
+
+
 def check_repl(base_url: str) -> None:
     for goodbye in ("exit\n", ""):
         output = output_of(base_url, "repl", stdin=f"你好\n\nThank you!\n{goodbye}")

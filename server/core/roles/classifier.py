@@ -15,6 +15,7 @@ from typing import Any
 from cachetools import LRUCache
 
 from server.core.concurrency import SingleFlight, all_of
+from server.core.engine.adapters import BASE, ONLY_BASE, Adapter
 from server.core.engine.work import Work
 from server.core.roles.classification import Classification, decide
 from server.core.roles.fitting import measure_prior
@@ -63,6 +64,7 @@ class Classifier:
         cache_size: int,
         judges: Mapping[str, Judge],
         unfitted: Mapping[str, Callable[[], Coroutine[Any, Any, Judge]]] | None = None,
+        adapters: Mapping[str, Adapter] = ONLY_BASE,
     ) -> None:
         """cache_size: number of results kept, 0 for none.
 
@@ -70,9 +72,10 @@ class Classifier:
         these computed for good. unfitted: what fits the judges of those tasks that have none
         yet, and adds it to `judges`; called when a task is first used. Clients' own tasks get
         a judge of their own then.
+        adapters: by their names, which tasks may have.
         """
         self._scorer, self._tokenizer = scorer, tokenizer
-        self._max_context = max_context
+        self._max_context, self._adapters = max_context, adapters
         # Not by names: what a client calls its own task must not make it one of these.
         self._judges, self._unfitted = judges, unfitted or {}
         # The model is not part of the key: a classifier lives and dies with one model.
@@ -113,8 +116,8 @@ class Classifier:
             for key, i in unknown.items():
                 ids = prompt_ids[key] = prompts.encode(key[-1])
                 # Before the next: an instruction of megabytes is encoded once for each text.
-                if len(ids) >= self._max_context:
-                    raise ContextLengthError(len(ids), self._max_context, param(i))
+                if len(ids) >= prompts.max_context:
+                    raise ContextLengthError(len(ids), prompts.max_context, param(i))
             num_shared = prompts.num_shared if unknown else 0
         except ChatTemplateError as error:
             raise _refused(error) from error
@@ -174,6 +177,7 @@ class Classifier:
             # They were encoded before it was known how the task is judged.
             prepared.label_ids if judge.kind == "label_scores" else [],
             prepared.num_shared, work, is_pinned=task.version in self._judges,
+            adapter=self._adapters[task.adapter],
         )  # fmt: skip
 
     async def judge_of(self, task: Task, work: Work | None = None) -> Judge:
@@ -193,7 +197,9 @@ class Classifier:
     def _prompts_of(self, task: Task) -> TaskPrompts:
         with self._prompts_lock:
             if (prompts := self._prompts.get(task.version)) is None:
-                prompts = TaskPrompts(task, self._tokenizer, self._max_context)
+                prompts = TaskPrompts(
+                    task, self._tokenizer, self._max_context, self._adapters[task.adapter]
+                )
                 self._prompts[task.version] = prompts
         return prompts
 
@@ -271,7 +277,7 @@ class Classifier:
 
     async def _score(
         self, task: Task, judge: Judge, prompt_ids: list[int], label_ids: list[list[int]],
-        num_shared: int, work: Work, *, is_pinned: bool = False,
+        num_shared: int, work: Work, *, is_pinned: bool = False, adapter: Adapter = BASE,
     ) -> Classification:  # fmt: skip
         """num_shared: first tokens that later prompts will have too."""
         scores = await self._scorer.score(
@@ -281,6 +287,7 @@ class Classifier:
             num_shared=num_shared,
             is_pinned=is_pinned,
             work=work,
+            adapter=adapter,
         )
         num_kept = max(0, num_shared - scores.num_cached)
         return replace(decide(task, judge, scores, len(prompt_ids)), num_kept_tokens=num_kept)

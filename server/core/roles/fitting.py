@@ -45,7 +45,9 @@ async def measure_prior(
     references = await asyncio.to_thread(lambda: prompts.references)
 
     async def measure(ids: list[int], label_ids: list[list[int]]) -> list[float]:
-        scores = await scorer.score(ids, label_ids, num_shared=prompts.num_shared, work=work)
+        scores = await scorer.score(
+            ids, label_ids, num_shared=prompts.num_shared, work=work, adapter=prompts.adapter
+        )
         return scores.logprobs
 
     if not references:
@@ -108,6 +110,7 @@ async def measure(
             num_shared=prompts.num_shared,
             is_pinned=is_pinned,
             work=work,
+            adapter=prompts.adapter,
         )
         report()
         return scores

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Scores
 from server.core.engine.work import Work
 from server.core.roles.heads import LinearHead
@@ -24,6 +25,7 @@ class Scorer(Protocol):
         num_shared: int = 0,
         is_pinned: bool = False,
         work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> Awaitable[Scores]:
         """Log-probabilities (nats) of the continuations, hidden states after the layers."""
 

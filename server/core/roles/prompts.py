@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from functools import cached_property
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.roles.tasks import MIN_EXAMPLES, Example, Task
 from server.core.text.tokenizer import ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
@@ -26,8 +27,12 @@ REFERENCE_TEXTS = (
 class TaskPrompts:
     """The analyst's prompts of one task, and its labels, as token ids."""
 
-    def __init__(self, task: Task, tokenizer: ChatTokenizer, max_context: int) -> None:
-        self.task, self._tokenizer, self._max_context = task, tokenizer, max_context
+    def __init__(
+        self, task: Task, tokenizer: ChatTokenizer, max_context: int, adapter: Adapter = BASE
+    ) -> None:
+        """max_context: of the model. adapter: the one that the task names."""
+        self.task, self._tokenizer, self.adapter = task, tokenizer, adapter
+        self.max_context = max_context - adapter.num_virtual_tokens
 
     @cached_property
     def num_shared(self) -> int:
@@ -58,7 +63,7 @@ class TaskPrompts:
 
     def has_room_for(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt fits the context with the labels' texts behind it."""
-        room = self._max_context - sum(len(ids) - 1 for ids in self.labels(0))
+        room = self.max_context - sum(len(ids) - 1 for ids in self.labels(0))
         return len(prompt_ids) < room
 
     @cached_property
@@ -101,8 +106,8 @@ class TaskPrompts:
             )
         # All labels but their last tokens may be laid behind the prompt in one forward.
         num_tokens = num_prompt_tokens + num_label_tokens - len(self._label_ids)
-        if num_tokens >= self._max_context:
-            raise ContextLengthError(num_tokens, self._max_context, input_param)
+        if num_tokens >= self.max_context:
+            raise ContextLengthError(num_tokens, self.max_context, input_param)
         return self._label_ids
 
     @cached_property

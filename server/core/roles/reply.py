@@ -9,6 +9,7 @@ from typing import Any
 
 import regex
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams
 from server.core.engine.stream import EngineClosedError
@@ -68,13 +69,14 @@ class Replier:
         self, messages: Sequence[Message], params: SamplingParams, stop: Sequence[str], *,
         with_sentiment: bool, tasks: Sequence[str] = (), tools: Sequence[Tool] = (),
         call_opening: regex.Pattern[str] | None = None, num_choices: int = 1,
-        work: Work | None = None,
+        work: Work | None = None, adapter: Adapter = BASE,
     ) -> Reply:  # fmt: skip
         """Judges the last user message, then starts the answer, or several.
 
         tasks: names of what else is wanted to be known of the message.
         call_opening: what a call of a tool begins with; stop strings cut none.
         work: of the request; None: a new one.
+        adapter: what the answer is computed with. The mood is judged as its task says.
 
         Without sentiment the conversation goes to the model as it is: no cue and no persona,
         and no pass but those of `tasks`. A pass that fails is logged, and the answer comes
@@ -89,25 +91,29 @@ class Replier:
         language = language_of(text) if with_sentiment else ""
         conversation = self._with_persona(messages, language) if with_sentiment else messages
         # Before the pass: a conversation that cannot be answered needs no sentiment.
-        prompt_ids = await asyncio.to_thread(self._encode, conversation, tools)
+        prompt_ids = await asyncio.to_thread(self._encode, conversation, tools, adapter)
         moods = [SENTIMENT, self.style.cue_task] if with_sentiment else []
         # In this order, and each once.
         results: dict[str, Analysis | None] = dict.fromkeys([*moods, *tasks])
         num_cached = None
         if results and text.strip():
             is_prefilled = not (with_sentiment and self.style.cue_position == "system")
-            num_cached = await self._analyse(text, results, prompt_ids, work, is_prefilled)
+            num_cached = await self._analyse(
+                text, results, prompt_ids, work, adapter, is_prefilled=is_prefilled
+            )
             work.sentiment_s = work.total_s
         sentiment, mood = (_label_in(results, name) for name in (SENTIMENT, self.style.cue_task))
         if with_sentiment and (cue := self._cue(mood, language)) is not None:
-            prompt_ids = await self._encode_cued(conversation, cue, tools) or prompt_ids
+            cued_ids = await self._encode_cued(conversation, cue, tools, adapter)
+            prompt_ids = cued_ids or prompt_ids
         if num_choices > 1:
             # The answers copy what is computed here once, if it can be kept for them.
-            known = await self._engine.prefill(prompt_ids, work=work) or 0
+            known = await self._engine.prefill(prompt_ids, work=work, adapter=adapter) or 0
             num_cached = known if num_cached is None else num_cached
         choices = begin_choices(
             self._engine, prompt_ids, params, num_choices, self._tokenizer.token_bytes,
             stop, stop_until=call_opening, max_context=self._max_context, work=work,
+            adapter=adapter,
         )  # fmt: skip
         return Reply(
             sentiment=sentiment if with_sentiment else None,
@@ -133,7 +139,7 @@ class Replier:
 
     async def _analyse(
         self, text: str, results: dict[str, Analysis | None], plain_ids: list[int], work: Work,
-        is_prefilled: bool,
+        adapter: Adapter, *, is_prefilled: bool,
     ) -> int | None:  # fmt: skip
         """Puts into `results` what its tasks find in the text; what fails stays None.
 
@@ -157,7 +163,9 @@ class Replier:
         ]
         prefill = None
         if is_prefilled and any(each.prompt_ids for each in prepared.values()):
-            prefill = asyncio.create_task(self._engine.prefill(plain_ids, work=work))
+            prefill = asyncio.create_task(
+                self._engine.prefill(plain_ids, work=work, adapter=adapter)
+            )
         try:
             await asyncio.gather(*running)
             if prefill is None:
@@ -192,7 +200,7 @@ class Replier:
             results[name] = await self._extractors[name](text, work)
 
     async def _encode_cued(
-        self, conversation: Sequence[Message], cue: str, tools: Sequence[Tool]
+        self, conversation: Sequence[Message], cue: str, tools: Sequence[Tool], adapter: Adapter
     ) -> list[int] | None:
         """Ids of the conversation with the cue; None if it has no place for one, or is refused.
 
@@ -202,20 +210,23 @@ class Replier:
         if cued == conversation:
             return None
         try:
-            return await asyncio.to_thread(self._encode, cued, tools)
+            return await asyncio.to_thread(self._encode, cued, tools, adapter)
         except InvalidRequestError as error:
             logger.warning("the answer comes without a cue: %s", error)
             return None
 
-    def _encode(self, conversation: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+    def _encode(
+        self, conversation: Sequence[Message], tools: Sequence[Tool], adapter: Adapter
+    ) -> list[int]:
         try:
             prompt_ids = self._tokenizer.encode_chat(conversation, tools)
         except ChatTemplateError as error:
             raise InvalidRequestError(
                 f"The model's chat template refuses these messages: {error}.", param="messages"
             ) from error
-        if len(prompt_ids) >= self._max_context:
-            raise ContextLengthError(len(prompt_ids), self._max_context, "messages")
+        max_context = self._max_context - adapter.num_virtual_tokens
+        if len(prompt_ids) >= max_context:
+            raise ContextLengthError(len(prompt_ids), max_context, "messages")
         return prompt_ids
 
 

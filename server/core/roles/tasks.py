@@ -81,6 +81,7 @@ class Task(_Frozen):
     poles: the values of the labels that count +1 and -1 in a result's `score`.
     examples: what the judgement is fitted to when a model is loaded.
     judge: the file of a judge that was fitted before, which is used instead.
+    adapter: the name of one that the task is judged with; "" is the base model alone.
     """
 
     name: NonEmpty
@@ -90,6 +91,8 @@ class Task(_Frozen):
     min_confidence: Probability = 0.0
     min_label_mass: Probability = 0.0
     poles: tuple[str, str] | None = None
+    # Part of the version only where there is one, so that judges fitted earlier still hold.
+    adapter: str = Field(default="", exclude_if=lambda name: not name)
     examples: tuple[Example, ...] = Field(default=(), exclude=True, repr=False)
     judge: Path | None = Field(default=None, exclude=True)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import regex
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams, TokenEvent
 from server.core.engine.stream import TokenStream
@@ -155,21 +156,23 @@ def begin_choices(
     max_context: int,
     work: Work | None = None,
     stop_until: regex.Pattern[str] | None = None,
+    adapter: Adapter = BASE,
 ) -> tuple[Choice, ...]:
     """Starts to continue the prompt in several ways; the seed of each further one is one higher.
 
     max_context: tokens of the prompt and a choice together, which end it.
     work: of the request; None: each choice is one of its own.
     stop_until: what no stop string cuts, and what none counts behind.
+    adapter: what the choices are computed with.
 
     Raises:
         EngineClosedError: the engine is closing.
     """
-    room = max_context - len(prompt_ids)
+    room = max_context - adapter.num_virtual_tokens - len(prompt_ids)
     params = replace(params, max_tokens=min(params.max_tokens, room))
     return tuple(
         Choice(
-            engine.submit(prompt_ids, _with_seed(params, i), work=work),
+            engine.submit(prompt_ids, _with_seed(params, i), work=work, adapter=adapter),
             Detokenizer(token_bytes, stop, stop_until=stop_until),
         )
         for i in range(num_choices)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 
 from server.core.concurrency import all_of
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Engine
 from server.core.engine.sequence import SamplingParams
 from server.core.engine.work import Work
@@ -25,12 +26,13 @@ class Completer:
 
     async def complete(
         self, prompts: Mapping[str, Prompt], params: SamplingParams, stop: Sequence[str], *,
-        num_choices: int = 1, work: Work | None = None,
+        num_choices: int = 1, work: Work | None = None, adapter: Adapter = BASE,
     ) -> Choices:  # fmt: skip
         """Starts to continue every prompt; its choices stand side by side.
 
         prompts: by their place in the request, which errors name.
         work: of the request; None: each prompt is one of its own.
+        adapter: what the prompts are continued with.
         num_choices: of each prompt. The seed of each further one is one higher.
 
         Raises:
@@ -39,12 +41,14 @@ class Completer:
         """
         # Not on the event loop: megabytes take a second.
         all_ids = await asyncio.to_thread(
-            lambda: [self._encode(place, prompt) for place, prompt in prompts.items()]
+            lambda: [self._encode(place, prompt, adapter) for place, prompt in prompts.items()]
         )
         num_cached = None
         if num_choices > 1:
             # The choices copy what is computed here once, if it can be kept for them.
-            known = await all_of(self._engine.prefill(ids, work=work) for ids in all_ids)
+            known = await all_of(
+                self._engine.prefill(ids, work=work, adapter=adapter) for ids in all_ids
+            )
             num_cached = sum(num_known or 0 for num_known in known)
         return Choices(
             num_prompt_tokens=sum(len(ids) for ids in all_ids),
@@ -53,18 +57,19 @@ class Completer:
                 for ids in all_ids
                 for choice in begin_choices(
                     self._engine, ids, params, num_choices, self._tokenizer.token_bytes, stop,
-                    max_context=self._max_context, work=work,
+                    max_context=self._max_context, work=work, adapter=adapter,
                 )
             ),
             num_prefilled_cached=num_cached,
         )  # fmt: skip
 
-    def _encode(self, place: str, prompt: Prompt) -> list[int]:
+    def _encode(self, place: str, prompt: Prompt, adapter: Adapter) -> list[int]:
         if isinstance(prompt, str):
             ids = self._tokenizer.encode_text(prompt)
         else:
             ids = list(prompt)
             self._tokenizer.check_ids(ids, lambda i: f"{place}[{i}]")
-        if len(ids) >= self._max_context:
-            raise ContextLengthError(len(ids), self._max_context, place)
+        max_context = self._max_context - adapter.num_virtual_tokens
+        if len(ids) >= max_context:
+            raise ContextLengthError(len(ids), max_context, place)
         return ids

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import pytest
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Scores
 from server.core.engine.work import Work
 from server.core.roles.classification import Classification
@@ -70,6 +71,7 @@ class FakeScorer:
         num_shared: int = 0,
         is_pinned: bool = False,
         work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> Scores:
         prompt = "".join(map(chr, prompt_ids))
         self.calls.append((prompt, ["".join(map(chr, ids)) for ids in continuations]))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Scores
 from server.core.engine.work import Work
 from server.core.roles import fitting
@@ -94,6 +95,7 @@ class FakeModel:
         num_shared: int = 0,
         is_pinned: bool = False,
         work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> Scores:
         prompt = "".join(map(chr, prompt_ids))
         text = prompt.partition("|")[2]
@@ -104,6 +106,7 @@ class FakeModel:
                 "layers": layers,
                 "shared": prompt[:num_shared],
                 "is_pinned": is_pinned,
+                "adapter": adapter,
             }
         )
         try:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import pytest
 from transformers import AutoTokenizer
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.checkpoint import BUNDLED_FOLDER
 from server.core.engine.engine import Scores
 from server.core.engine.sequence import (
@@ -73,12 +74,19 @@ class FakeGenerator:
         self.prefilled: list[list[int]] = []
         self.num_known: int | None = 3
 
-    async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
+    async def prefill(
+        self, prompt_ids: list[int], *, work: Work | None = None, adapter: Adapter = BASE
+    ) -> int | None:
         self.prefilled.append(prompt_ids)
         return self.num_known
 
     def submit(
-        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> TokenStream:
         self.submitted.append((prompt_ids, params))
         stream = TokenStream(self._abort)
@@ -132,6 +140,7 @@ class FakeScorer:
         num_shared: int = 0,
         is_pinned: bool = False,
         work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> Scores:
         self.prompts.append(prompt_ids)
         return Scores(self._logprobs, num_cached=0)
@@ -648,7 +657,9 @@ async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
         ticking = loop.call_soon(tick)
 
     class Prefilling(FakeGenerator):
-        async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
+        async def prefill(
+            self, prompt_ids: list[int], *, work: Work | None = None, adapter: Adapter = BASE
+        ) -> int | None:
             begun.append(("prefill", turn))
             return await super().prefill(prompt_ids, work=work)
 

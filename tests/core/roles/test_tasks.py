@@ -682,6 +682,7 @@ def test_the_analyst_reads_the_instruction_first_and_then_the_text_as_it_is() ->
         {"min_label_mass": 0.5},
         {"poles": ("up", "down")},
         {"poles": ("down", "up")},
+        {"adapter": "poet"},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.sequence import FinishedEvent, FinishReason, SamplingParams, TokenEvent
 from server.core.engine.stream import TokenStream
 from server.core.engine.work import Work
@@ -20,12 +21,19 @@ class FakeEngine:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.prefilled: list[list[int]] = []
 
-    async def prefill(self, prompt_ids: list[int], *, work: Work | None = None) -> int | None:
+    async def prefill(
+        self, prompt_ids: list[int], *, work: Work | None = None, adapter: Adapter = BASE
+    ) -> int | None:
         self.prefilled.append(prompt_ids)
         return 3
 
     def submit(
-        self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        work: Work | None = None,
+        adapter: Adapter = BASE,
     ) -> TokenStream:
         self.submitted.append((prompt_ids, params))
         stream = TokenStream(lambda: None, lambda: 2)
