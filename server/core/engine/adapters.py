@@ -84,7 +84,7 @@ class LoraConfig(AdapterConfig):
 
     r: Count
     lora_alpha: Scale
-    target_modules: list[str] | Pattern
+    target_modules: Pattern | list[str]
     layers_to_transform: list[int] | int | None = None
     use_rslora: bool = False
     rank_pattern: dict[Pattern, Count] = {}
@@ -114,7 +114,11 @@ class LoraConfig(AdapterConfig):
         """A target that is none of the model's layers' matrices; None: there is none."""
         if isinstance(self.target_modules, str):
             return None if any(self.modules(num_layers)) else self.target_modules
-        paths = [module_path(0, name) for name in ATTENTION_TARGETS + MLP_TARGETS]
+        paths = [
+            module_path(layer, name)
+            for layer in range(num_layers)
+            for name in ATTENTION_TARGETS + MLP_TARGETS
+        ]
         return next(
             (t for t in self.target_modules if not any(_ends_with(p, t) for p in paths)), None
         )

@@ -203,6 +203,21 @@ def test_a_folder_that_is_not_there_is_one_clear_sentence(tmp_path: Path) -> Non
     assert_refused(tmp_path / "nowhere", "there is no folder")
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
+        ["self_attn.q_proj"],
+        r".*\.q_proj",
+    ],
+)
+def test_targets_are_paths_ends_of_paths_or_one_regex(lora: Path, targets: object) -> None:
+    with_config(target_modules=targets)(lora)
+    weights = read_adapter("own", lora, SHAPE).weights
+    assert isinstance(weights, LoraWeights)
+    assert list(weights.matrices) == [(0, "q_proj"), (1, "q_proj")]
+
+
 def test_the_digest_changes_with_either_file(lora: Path) -> None:
     def digest() -> str:
         return read_adapter("own", lora, SHAPE).adapter.digest
