@@ -16,6 +16,9 @@ from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.layers import Attention, Mlp, folded_heads
 from server.core.engine.model.linear import ROWS, padded
 
+# Rows of a step, rising; a slice where they are neighbours.
+Rows = Tensor | slice
+
 
 class _Part(NamedTuple):
     """One B: which rows of A it follows, and which columns of the product it changes."""
@@ -35,18 +38,24 @@ class LowRank:
     a: Tensor
     parts: tuple[_Part, ...] = ()
 
-    def add_to(self, y: Tensor, x: Tensor, rows: Tensor | None = None) -> None:
-        """Adds its product with x, (n, C_in), to rows of y, (N, C_out); None: to all of them."""
+    def add_to_rows(self, y: Tensor, rows: Rows, x: Tensor) -> None:
+        """Adds its product with x, (n, C_in), to n rows of y, (N, C_out)."""
+        if isinstance(rows, slice):
+            self.add_to(y[rows], x)
+        elif self.parts:
+            # Once there and back: index_add_ would take a call for each row and part.
+            chosen = y[rows]
+            self.add_to(chosen, x)
+            y[rows] = chosen
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """Adds its product with x, (n, C_in), to y, (n, C_out)."""
         if not self.parts:
             return
         # A row's sums then do not depend on how many others there are.
         low = F.linear(padded(x, ROWS), self.a)
         for ranks, columns, b in self.parts:
-            product = F.linear(low[:, ranks], b)[: len(x)]
-            if rows is None:
-                y[:, columns] += product
-            else:
-                y[:, columns].index_add_(0, rows, product)
+            y[:, columns] += F.linear(low[:, ranks], b)[: len(x)]
 
 
 class LoraLayer(NamedTuple):
@@ -71,9 +80,9 @@ class Lora:
 
 
 class LoraRows(NamedTuple):
-    """Rows of a step's hidden states, (n,), and what a LoRA adds to them in a layer."""
+    """Rows of a step, and what a LoRA adds to them in a layer."""
 
-    rows: Tensor
+    rows: Rows
     layer: LoraLayer
 
 

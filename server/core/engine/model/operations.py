@@ -56,7 +56,7 @@ class TorchOperations:
         x = self._normalised(hidden)
         qkv = weights.qkv(x)
         for rows, lora in loras:
-            lora.qkv.add_to(qkv, x[rows], rows)
+            lora.qkv.add_to_rows(qkv, rows, x[rows])
         heads = qkv.view(len(hidden), -1, c.head_dim)
         if weights.head_norms is not None:
             rotated = heads[:, : len(weights.head_norms)]
@@ -67,18 +67,18 @@ class TorchOperations:
         mixed = attend(index, heads)
         weights.out.add_to(hidden, mixed)
         for rows, lora in loras:
-            lora.out.add_to(hidden, mixed[rows], rows)
+            lora.out.add_to_rows(hidden, rows, mixed[rows])
 
     def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
         x = self._normalised(hidden)
         gate_up = weights.gate_up(x)
         for rows, lora in loras:
-            lora.gate_up.add_to(gate_up, x[rows], rows)
+            lora.gate_up.add_to_rows(gate_up, rows, x[rows])
         gate, up = gate_up.chunk(2, dim=-1)
         inner = F.silu(gate, inplace=True).mul_(up)
         weights.down.add_to(hidden, inner)
         for rows, lora in loras:
-            lora.down.add_to(hidden, inner[rows], rows)
+            lora.down.add_to_rows(hidden, rows, inner[rows])
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         return head(self._normalised(hidden) * norm)

@@ -8,7 +8,7 @@ read: the scales of norms and of attention, and RoPE's pairs laid side by side.
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ from server.core.engine.model.kv_cache import KVCache, KVPrefix
 from server.core.engine.model.kv_memory import KVMemory
 from server.core.engine.model.layers import Attention, Mlp, paired, read_attention, read_mlp
 from server.core.engine.model.linear import QUANTIZED_DTYPES, FloatLinear
-from server.core.engine.model.lora import Lora, LoraRows, fold_lora
+from server.core.engine.model.lora import Lora, LoraRows, Rows, fold_lora
 from server.core.engine.model.weights import Lookup, WeightReader, open_weights
 from server.core.engine.runner import StepInterruptedError
 
@@ -108,7 +108,7 @@ class QwenModel:
         stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
         rotations = self._rotations([p for s in ordered for p in s.positions])
         hidden = self._embedded([i for s in ordered for i in s.token_ids])
-        rows_by_lora = _rows_by_lora(ordered)
+        rows_by_lora = _rows_by_lora(ordered, len(hidden))
         for i, (attention, mlp) in enumerate(self._layers):
             if should_stop():
                 raise StepInterruptedError
@@ -119,7 +119,7 @@ class QwenModel:
                 continue
             num_staying = self._collect(i + 1, hidden, ordered, [states[j] for j in order])
             hidden, rotations = hidden[:num_staying], rotations[:num_staying]
-            rows_by_lora = _first_rows(rows_by_lora, num_staying)
+            rows_by_lora = _rows_by_lora(ordered, num_staying)
             if not num_staying:
                 break
         for segment in segments:
@@ -176,22 +176,22 @@ class QwenModel:
         return torch.polar(torch.ones_like(angles), angles)
 
 
-def _rows_by_lora(segments: Sequence[Segment]) -> dict[Lora, Tensor]:
-    """Which rows of a step are computed with which LoRA, rising."""
+def _rows_by_lora(segments: Sequence[Segment], num_rows: int) -> dict[Lora, Rows]:
+    """Which of the first rows of a step are computed with which LoRA."""
     rows = defaultdict[Lora, list[int]](list)
     begin = 0
     for segment in segments:
         end = begin + len(segment.token_ids)
         if segment.lora is not None:
-            rows[segment.lora] += range(begin, end)
+            rows[segment.lora] += range(begin, min(end, num_rows))
         begin = end
-    return {lora: torch.tensor(of_lora) for lora, of_lora in rows.items()}
+    return {lora: _as_rows(of_lora) for lora, of_lora in rows.items() if of_lora}
 
 
-def _first_rows(rows_by_lora: Mapping[Lora, Tensor], num: int) -> dict[Lora, Tensor]:
-    """Those among the first `num` rows."""
-    staying = {lora: rows[rows < num] for lora, rows in rows_by_lora.items()}
-    return {lora: rows for lora, rows in staying.items() if len(rows)}
+def _as_rows(rows: list[int]) -> Rows:
+    """rows: rising."""
+    are_neighbours = rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if are_neighbours else torch.tensor(rows)
 
 
 class _Sample:

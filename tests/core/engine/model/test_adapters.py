@@ -26,7 +26,7 @@ from server.core.engine.model.runner import ModelRunner
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import SamplingParams, ScoredEvent, Sequence
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
 NUM_VIRTUAL_TOKENS = 5
 OF_LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 VIRTUAL: dict[str, Any] = {**OF_LM, "num_virtual_tokens": NUM_VIRTUAL_TOKENS}
@@ -278,7 +278,7 @@ def test_a_suspended_sequence_goes_on_where_it_was(
     ("kind", "dtype", "max_error"),
     [
         ("lora", "bfloat16", 0.03),
-        ("lora", "int8", 0.06),
+        ("lora", "int8", 0.1),
         ("lora", "int4", 0.5),
         ("prefix", "bfloat16", 0.3),
         ("prefix", "int8", 0.5),

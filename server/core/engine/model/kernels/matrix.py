@@ -33,11 +33,11 @@ class Quantized(NamedTuple):
     scales: Floats  # (N,)
     zeros: Floats  # (N,)
 
-    def of(self, rows: NDArray[np.int64]) -> "Quantized":
-        """A copy of these rows."""
+    def of(self, rows: NDArray[np.int64] | slice) -> "Quantized":
+        """These rows."""
         return Quantized(self.integers[rows], self.scales[rows], self.zeros[rows])
 
-    def replace(self, rows: NDArray[np.int64], other: "Quantized") -> None:
+    def replace(self, rows: NDArray[np.int64] | slice, other: "Quantized") -> None:
         """Puts the other's rows in place of these."""
         self.integers[rows] = other.integers
         self.scales[rows], self.zeros[rows] = other.scales, other.zeros

@@ -25,7 +25,7 @@ from server.core.engine.model.kernels.matrix import (
 )
 from server.core.engine.model.layers import Attention, Mlp
 from server.core.engine.model.linear import Factories, Linear
-from server.core.engine.model.lora import LoraRows
+from server.core.engine.model.lora import LoraRows, Rows
 from server.core.engine.model.operations import normalised
 
 
@@ -56,7 +56,7 @@ class KernelOperations:
         heads = qkv.product(self._normalised(hidden, qkv.factors))
         for of_lora, lora in loras:
             x = self._normalised_floats(hidden, of_lora)
-            lora.qkv.add_to(torch.from_numpy(heads), x, of_lora)
+            lora.qkv.add_to_rows(torch.from_numpy(heads), of_lora, x)
         heads = heads.reshape(len(hidden), -1, self._config.head_dim)
         rows.rotate(
             heads, torch.view_as_real(rotations).flatten(1).numpy(), norms, self._head_epsilon
@@ -64,7 +64,7 @@ class KernelOperations:
         mixed = attend(index, torch.from_numpy(heads))
         out.add_product(hidden.numpy(), quantize(mixed.numpy()))
         for of_lora, lora in loras:
-            lora.out.add_to(hidden, mixed[of_lora], of_lora)
+            lora.out.add_to_rows(hidden, of_lora, mixed[of_lora])
 
     def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
         gate_up, down = _kernel_matrix(weights.gate_up), _kernel_matrix(weights.down)
@@ -74,22 +74,22 @@ class KernelOperations:
         loras, inner = [each for each in loras if each.layer.changes_mlp], []
         for of_lora, lora in loras:
             # Once more in floats; the kernel leaves no room to add to gate and up.
-            chosen = of_lora.numpy()
-            values = torch.from_numpy(gate_up.values(sums[chosen], x.of(chosen)))
+            chosen = of_lora if isinstance(of_lora, slice) else of_lora.numpy()
+            values = torch.from_numpy(gate_up.values(sums[chosen].copy(), x.of(chosen)))
             lora.gate_up.add_to(values, self._normalised_floats(hidden, of_lora))
             gate, up = values.chunk(2, dim=-1)
             inner.append(F.silu(gate) * up)
             gated.replace(chosen, quantize(inner[-1].numpy()))
         down.add_product(hidden.numpy(), gated)
         for (of_lora, lora), floats in zip(loras, inner, strict=True):
-            lora.down.add_to(hidden, floats, of_lora)
+            lora.down.add_to_rows(hidden, of_lora, floats)
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         return torch.from_numpy(
             _kernel_matrix(head).product(self._normalised(hidden, norm.numpy()))
         )
 
-    def _normalised_floats(self, hidden: Tensor, of_lora: Tensor) -> Tensor:
+    def _normalised_floats(self, hidden: Tensor, of_lora: Rows) -> Tensor:
         """What the matrices behind a norm are given in these rows, not quantized."""
         return normalised(hidden[of_lora], self._norm_epsilon)
 
