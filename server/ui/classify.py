@@ -22,11 +22,21 @@ SHOW_INTERVAL_S = 1.0
 
 @dataclass(frozen=True)
 class Judged:
-    """How far a run has come. is_due: whether it is time to show it."""
+    """How far a run has come. is_due: whether it is time to show it. task: as `task_of`."""
 
     texts: Sequence[str]
     results: list[dict[str, Any]]
     is_due: bool
+    task: Mapping[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """The values of the task's labels."""
+        return [each["value"] for each in self.results[0]["probabilities"]]
+
+    def label_of(self, text: str) -> str:
+        """What the text was judged to be."""
+        return str(self.results[self.texts.index(text)]["label"])
 
     def rows(self, language: Language) -> list[list[str]]:
         """The first of them, for a table."""
@@ -72,4 +82,4 @@ async def judge(
         results += await classify(client, batch, task)
         is_due = time.monotonic() - shown_at > SHOW_INTERVAL_S or len(results) == len(texts)
         shown_at = time.monotonic() if is_due else shown_at
-        yield Judged(texts, results, is_due)
+        yield Judged(texts, results, is_due, task)

@@ -8,10 +8,12 @@ from gradio.processing_utils import save_bytes_to_cache
 from openai import APIError, AuthenticationError
 
 from server.ui.classify import MAX_ROWS, Judged, gather_texts, judge, task_of
-from server.ui.client import connect, own_url, served_model
+from server.ui.client import classify, connect, own_url, served_model
+from server.ui.explanation import colors_of, sentence_pieces, word_pieces
 from server.ui.failures import explain, warn
+from server.ui.lines import to_labelled_csv
 from server.ui.side_bar import QUIETLY, SideBar
-from server.ui.texts import language_of, local, say
+from server.ui.texts import Language, language_of, local, say
 
 
 class ClassifyTab:
@@ -20,6 +22,8 @@ class ClassifyTab:
     def __init__(self, tab: gr.Tab, side: SideBar) -> None:
         self._side = side
         self._judged = gr.State()
+        self._chosen = gr.State()  # a text
+        self._right_labels = gr.State({})  # by text
         with gr.Row():
             with gr.Column():
                 self._lay_out_texts()
@@ -63,7 +67,16 @@ class ClassifyTab:
             elem_id="results",
             visible=False,
         )
+        with gr.Column(visible=False) as self._details:
+            self._sentences = gr.HighlightedText(
+                label=local("sentences"), elem_id="sentences", buttons=[]
+            )
+            self._words = gr.HighlightedText(label=local("words"), elem_id="words", buttons=[])
+            self._right = gr.Dropdown([], label=local("right_label"), elem_id="right-label")
         self._download = gr.DownloadButton(local("download"), visible=False, elem_id="download")
+        self._download_corrected = gr.DownloadButton(
+            local("download_corrected"), visible=False, elem_id="download-corrected"
+        )
 
     def _connect(self, tab: gr.Tab) -> None:
         key = self._side.api_key
@@ -72,7 +85,10 @@ class ClassifyTab:
         running = self._run.click(
             self._classify,
             [self._pasted, self._file, self._task, self._labels, self._instructions, key],
-            [self._judged, self._download, *shown, *self._side.asking],
+            [
+                *(self._judged, self._right_labels, self._details),
+                *(self._download, self._download_corrected, *shown, *self._side.asking),
+            ],
             show_progress_on=[self._plot],
             # One run at a time: ten thousand lines of one browser are work enough.
             concurrency_limit=1,
@@ -81,6 +97,20 @@ class ClassifyTab:
         stopped = self._stop.click(None, cancels=[running], api_visibility="private")
         for end in (running, stopped):
             end.then(self._offer, [self._judged], [self._download, *shown], **QUIETLY)
+
+        self._table.select(
+            self._explain,
+            [self._judged, self._right_labels, key],
+            [self._chosen, self._details, self._sentences, self._words, self._right],
+            show_progress_on=[self._words],
+            api_visibility="private",
+        )
+        self._right.input(
+            self._correct,
+            [self._judged, self._chosen, self._right, self._right_labels],
+            [self._right_labels, self._download_corrected, self._note],
+            **QUIETLY,
+        )
 
     async def _list_tasks(self, api_key: str, request: gr.Request) -> Any:
         try:
@@ -105,7 +135,13 @@ class ClassifyTab:
         if not texts or body is None:
             warn(say("two_labels" if texts else "no_lines", language), language)
             return
-        yield {self._judged: None, self._download: gr.DownloadButton(visible=False)}
+        yield {
+            self._judged: None,
+            self._right_labels: {},
+            self._details: gr.Column(visible=False),
+            self._download: gr.DownloadButton(visible=False),
+            self._download_corrected: gr.DownloadButton(visible=False),
+        }
         progress(0)
         try:
             async with connect(own_url(request), api_key) as client:
@@ -117,6 +153,64 @@ class ClassifyTab:
             warn(explain(error, language), language)
             if isinstance(error, AuthenticationError):
                 yield self._side.ask_for_key()
+
+    async def _explain(
+        self,
+        judged: Judged | None,
+        right_labels: dict[str, str],
+        api_key: str,
+        chosen: gr.SelectData,
+        request: gr.Request,
+    ) -> dict[Any, Any]:
+        """The row in colours, and the label it was given, to be corrected."""
+        if judged is None:
+            return {self._chosen: None}
+        language, text = language_of(request), chosen.row_value[0]
+        body = {**judged.task, "sentences": True, "explain": True}
+        try:
+            async with connect(own_url(request), api_key) as client:
+                [result] = await classify(client, [text], body)
+        except APIError as error:
+            warn(explain(error, language), language)
+            return {self._chosen: None}
+        label = right_labels.get(text, judged.label_of(text))
+        return {
+            self._chosen: text,
+            self._details: gr.Column(visible=True),
+            self._sentences: gr.HighlightedText(
+                sentence_pieces(text, result, language), color_map=colors_of(result, language)
+            ),
+            self._words: word_pieces(text, result),
+            self._right: gr.Dropdown(judged.labels, value=label),
+        }
+
+    def _correct(
+        self,
+        judged: Judged,
+        text: str,
+        label: str,
+        right_labels: dict[str, str],
+        request: gr.Request,
+    ) -> dict[Any, Any]:
+        """Keeps the right label of the chosen text; one that was right already counts as well."""
+        right_labels = {**right_labels, text: label}
+        path = save_bytes_to_cache(
+            to_labelled_csv(right_labels), "corrected.csv", self._download_corrected.GRADIO_CACHE
+        )
+        return {
+            self._right_labels: right_labels,
+            self._download_corrected: gr.DownloadButton(value=path, visible=True),
+            self._note: self._noted(judged, language_of(request), len(right_labels)),
+        }
+
+    def _noted(self, judged: Judged, language: Language, num_corrected: int = 0) -> str:
+        done = len(judged.results)
+        note = say("progress", language).format(done=done, total=len(judged.texts))
+        if done > MAX_ROWS:
+            note += say("shown_first", language).format(shown=MAX_ROWS)
+        if num_corrected:
+            note += say("corrected", language).format(number=num_corrected)
+        return f"{note}\n\n{say('choose_row', language)}"
 
     def _offer(self, judged: Judged | None, request: gr.Request) -> dict[Any, Any]:
         """What a run has come to, wherever it ended, to be taken away."""
@@ -130,16 +224,13 @@ class ClassifyTab:
         }
 
     def _shown(self, judged: Judged, request: gr.Request) -> dict[Any, Any]:
-        language, done = language_of(request), len(judged.results)
-        note = say("progress", language).format(done=done, total=len(judged.texts))
-        if done > MAX_ROWS:
-            note += say("shown_first", language).format(shown=MAX_ROWS)
+        language = language_of(request)
         headers = [say(key, language) for key in ("text", "label", "confidence")]
         rows = {"headers": headers, "data": judged.rows(language)}
         return {
             self._plot: gr.BarPlot(
                 judged.distribution(language), title=say("distribution", language)
             ),
-            self._note: note,
+            self._note: self._noted(judged, language),
             self._table: gr.Dataframe(rows, visible=True),
         }

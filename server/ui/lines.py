@@ -45,6 +45,15 @@ def to_csv(texts: Sequence[str], results: Sequence[Mapping[str, Any]]) -> bytes:
     return file.getvalue().encode("utf-8-sig")
 
 
+def to_labelled_csv(labels: Mapping[str, str]) -> bytes:
+    """Texts with their right labels, to fit a judge to. labels: by text."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["text", "label"])
+    writer.writerows([_inert(text), label] for text, label in labels.items())
+    return file.getvalue().encode("utf-8-sig")
+
+
 def _inert(cell: str) -> str:
     # A spreadsheet would take it for a formula.
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell

@@ -11,11 +11,16 @@ from server.ui.texts import TITLE, local
 QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
+# In a narrower window it would cover the chat.
+MIN_WIDTH = 768
+
+
 class SideBar:
     """Conversations, and what every request is sent with."""
 
     def __init__(self) -> None:
         # Closed until it is known that it does not cover a phone's whole screen.
+        self._width = gr.Number(visible=False)  # of the browser's window, in pixels
         with gr.Sidebar(open=False) as self.itself:
             gr.Markdown(f"## {TITLE}")
             self.api_key = gr.Textbox(
@@ -66,13 +71,16 @@ class SideBar:
     def connect(self, page: gr.Blocks) -> None:
         """What happens here without the tabs."""
         self._has_own.input(_show_if, [self._has_own], [self._sampling], queue=False, **QUIETLY)
-        page.load(_open_if_wide, None, [self.itself], queue=False, **QUIETLY)
+        page.load(
+            _open_if_wide, [self._width], [self.itself], js="() => innerWidth", queue=False,
+            **QUIETLY,
+        )  # fmt: skip
         page.load(None, None, [self.api_key], js=RECALL_KEY, **QUIETLY)
         self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **QUIETLY)
 
 
-def _open_if_wide(request: gr.Request) -> Any:
-    return gr.Sidebar(open="Mobi" not in request.headers.get("user-agent", ""))
+def _open_if_wide(width: float) -> Any:
+    return gr.Sidebar(open=width >= MIN_WIDTH)
 
 
 def _show_if(is_wanted: bool) -> Any:

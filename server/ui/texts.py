@@ -45,6 +45,18 @@ TEXTS: dict[str, tuple[str, str]] = {
     "results": ("结果", "Results"),
     "distribution": ("分布", "Distribution"),
     "download": ("下载 CSV", "Download CSV"),
+    "choose_row": (
+        "点一行，看它的句子和词语，或改正标签。",
+        "Choose a row to see its sentences and words, or to correct its label.",
+    ),
+    "sentences": ("各句的标签", "The label of each sentence"),
+    "words": (
+        "各词对标签的影响（红：支持，蓝：反对）",
+        "What each word does to the label (red: for, blue: against)",
+    ),
+    "right_label": ("正确的标签", "The right label"),
+    "download_corrected": ("下载改正过的标签（CSV）", "Download corrected labels (CSV)"),
+    "corrected": ("；已改正 {number} 条", "; {number} corrected"),
     "notice": ("请注意", "Please note"),
     "key_needed": (
         "这台服务器需要 API 密钥，请在侧栏输入后重试。",

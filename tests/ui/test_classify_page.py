@@ -139,3 +139,37 @@ def test_the_tasks_are_those_the_server_has(
         page.page.get_by_role("option", name="spam").click()
         page.classify(write(tmp_path / "one.txt", "buy now"))
         assert page.download()[0]["label"] in ("yes", "no")
+
+
+def test_a_row_is_explained_in_colours_and_its_label_corrected(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    text = "屏幕太好看了！客服态度太差了。"
+    with visit(mini.url) as page:
+        page.classify(write(tmp_path / "two.txt", f"{text}\n=1+1 真好\n"))
+        results = page.page.locator("#results")
+        results.get_by_text(text).locator("visible=true").first.click()
+        expect(page.page.locator("#sentences")).to_contain_text("😢 negative")
+        expect(page.page.locator("#sentences")).to_contain_text("😄 positive")
+        expect(page.page.locator("#words")).to_contain_text("屏幕")
+        page.page.locator("#right-label input").click()
+        page.page.get_by_role("option", name="neutral").click()
+        expect(page.page.locator("#note")).to_contain_text("1 corrected")
+        page.save_screenshot("classify-explained-en")
+        with page.page.expect_download() as started:
+            page.page.locator("#download-corrected").click()
+        with Path(started.value.path()).open(encoding="utf-8-sig", newline="") as given:
+            assert list(csv.DictReader(given)) == [{"text": text, "label": "neutral"}]
+
+
+def test_on_a_phone_the_explanation_fits(
+    mini: LiveServer, visit: VisitPage, tmp_path: Path
+) -> None:
+    text = "屏幕太好看了，我很喜欢！可是客服态度太差了，等了两个小时。"
+    with visit(mini.url, "zh-CN", **PHONE) as page:
+        page.classify(write(tmp_path / "one.txt", text))
+        page.page.locator("#results").get_by_text(text).locator("visible=true").first.click()
+        expect(page.page.locator("#sentences")).to_contain_text("负面")
+        page.page.locator("#words").scroll_into_view_if_needed()
+        page.save_screenshot("classify-explained-phone-zh")
+        assert page.width() <= 390

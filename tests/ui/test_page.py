@@ -300,3 +300,18 @@ def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: Visit
     assert "graceful shutdown exceeded" not in output
     # Neither what was uploaded nor what was given back is left; of an upload an empty file is.
     assert not any(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(("width", "is_open"), [(390, False), (1280, True)])
+def test_the_side_bar_opens_only_where_it_leaves_room(
+    mini: LiveServer, visit: VisitPage, width: int, is_open: bool
+) -> None:
+    with visit(mini.url, viewport={"width": width, "height": 844}) as page:
+        new = page.page.get_by_role("button", name="New conversation")
+        if is_open:
+            expect(new).to_be_in_viewport()
+        page.say("Hello!")
+        page.until_answered(1)
+        page.save_screenshot(f"chat-{width}")
+        if not is_open:
+            expect(new).not_to_be_in_viewport()

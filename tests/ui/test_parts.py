@@ -29,6 +29,7 @@ from server.ui.conversation import (
     turn_at,
     with_names,
 )
+from server.ui.explanation import COLORS, colors_of, sentence_pieces, word_pieces
 from server.ui.failures import explain
 from server.ui.lines import batches, read_file, read_lines, to_csv
 from server.ui.page import build_page
@@ -173,7 +174,7 @@ def test_what_the_server_says_is_told_without_the_status() -> None:
 
 def test_a_table_shows_the_first_rows_and_the_csv_has_all() -> None:
     results = [{"label": "a", "text": "b", "confidence": 0.5}] * (MAX_ROWS + 1)
-    judged = Judged(["x"] * 1000, results, is_due=True)
+    judged = Judged(["x"] * 1000, results, is_due=True, task={"task": "a"})
     assert judged.rows("zh") == [["x", "b", "50%"]] * MAX_ROWS
     assert len(judged.csv().decode("utf-8-sig").splitlines()) == 1 + len(results)
     assert judged.distribution("en").values.tolist() == [["a", len(results)]]
@@ -199,3 +200,26 @@ async def test_the_page_wakes_the_server_some_fifty_times_a_second_at_most() -> 
         assert not queue.stopped
         assert queue.sleep_when_free >= 0.02
         assert queue.progress_update_sleep_when_free >= 0.1
+
+
+def test_a_text_in_colours_is_the_whole_text() -> None:
+    text = " Good. 坏！ "
+    result = {
+        "sentences": [
+            {"offset": 1, "length": 5, "label": "yes", "text": "好", "emoji": ""},
+            {"offset": 7, "length": 2, "label": "no", "text": "坏", "emoji": ""},
+        ],
+        "words": [
+            {"offset": 1, "length": 4, "weight": -0.1},
+            {"offset": 7, "length": 1, "weight": 0.2},
+        ],
+        "probabilities": [{"value": "yes"}, {"value": "no"}],
+    }
+    assert sentence_pieces(text, result, "en") == [
+        (" ", None), ("Good.", "yes"), (" ", None), ("坏！", "no"), (" ", None)
+    ]  # fmt: skip
+    assert word_pieces(text, result) == [
+        (" ", None), ("Good", -0.5), (". ", None), ("坏", 1.0), ("！ ", None)
+    ]  # fmt: skip
+    assert colors_of(result, "zh") == {"好": COLORS[0], "坏": COLORS[1]}
+    assert word_pieces("……", {"words": []}) == [("……", None)]
