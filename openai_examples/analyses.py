@@ -3,10 +3,19 @@
 python -m openai_examples.analyses
 """
 
+from typing import Any
+
 from openai_examples.connection import clear_errors, connect, served_model
 
 MESSAGE = "快递三天没动静，客服也不回，你们到底管不管？"
-TASKS = ["sentiment", "emotion", "intent"]
+TASKS = ["sentiment", "emotion", "intent", "keywords"]
+
+
+def told(result: Any) -> str:
+    """A label with its probability, or pieces of the text."""
+    if isinstance(result, list):
+        return ", ".join(result)
+    return f"{result['emoji']} {result['label']:10} {result['confidence']:.2f}"
 
 
 def main() -> None:
@@ -22,9 +31,7 @@ def main() -> None:
         )
         for chunk in stream:
             for name, result in (chunk.model_extra or {}).get("analyses", {}).items():
-                print(
-                    f"{name:10} {result['emoji']} {result['label']:10} {result['confidence']:.2f}"
-                )
+                print(f"{name:10} {told(result)}")
             if chunk.choices:
                 print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()

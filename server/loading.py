@@ -22,11 +22,12 @@ from server.core.engine.model import (
     weights_digest,
 )
 from server.core.engine.model.config import ModelConfig
+from server.core.engine.work import Work
 from server.core.roles.classifier import Classifier
 from server.core.roles.extractor import Extractor
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.prompts import TaskPrompts
-from server.core.roles.reply import SENTIMENT, Replier
+from server.core.roles.reply import SENTIMENT, Extract, Replier
 from server.core.roles.task_files import (
     REPLY,
     TASK_FILE_NAME,
@@ -34,7 +35,7 @@ from server.core.roles.task_files import (
     TaskFileError,
     read_task_file,
 )
-from server.core.roles.tasks import DEFAULT_LANGUAGE, ReplyStyle, Task
+from server.core.roles.tasks import DEFAULT_LANGUAGE, ExtractTask, ReplyStyle, Task
 from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
@@ -189,11 +190,21 @@ def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoa
         unfitted={task.version: partial(loader.fit, task) for task in tasks.values()},
         adapters=model.adapters,
     )
+    extractor = Extractor(
+        engine,
+        tokenizer,
+        grammars,
+        eos_token_ids=frozenset(model.defaults.eos_token_ids),
+        max_context=max_context,
+        cache_size=settings.sentiment_cache_size,
+    )
+    extract_tasks = model.task_file.extract_tasks
     replier = Replier(
         engine,
         classifier,
         tokenizer,
         tasks=tasks,
+        extractors={name: _finder(extractor, task) for name, task in extract_tasks.items()},
         style=_style_of(model.task_file, settings.persona),
         max_context=max_context,
     )
@@ -206,23 +217,23 @@ def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoa
         grammars=grammars,
         defaults=model.defaults,
         tasks=tasks,
-        extract_tasks=model.task_file.extract_tasks,
+        extract_tasks=extract_tasks,
         judges=loader.judges,
         metrics=metrics,
         engine=engine,
         classifier=classifier,
         replier=replier,
-        extractor=Extractor(
-            engine,
-            tokenizer,
-            grammars,
-            eos_token_ids=frozenset(model.defaults.eos_token_ids),
-            max_context=max_context,
-            cache_size=settings.sentiment_cache_size,
-        ),
+        extractor=extractor,
         completer=Completer(engine, tokenizer, max_context=max_context),
         adapters=model.adapters,
     )
+
+
+def _finder(extractor: Extractor, task: ExtractTask) -> Extract:
+    async def find(text: str, work: Work) -> list[str]:
+        return list((await extractor.extract(task, text, work=work)).items)
+
+    return find
 
 
 def _task_file_of(checkpoint: Checkpoint) -> TaskFile:

@@ -161,3 +161,13 @@ def test_a_task_is_fitted_when_it_is_first_used(
         [intent] = [task for task in tasks if task["name"] == "intent"]
         assert intent["judged_by"] and intent["num_examples"] > 0
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_keywords_are_a_list_of_pieces_of_the_text(live: LiveServer) -> None:
+    text = "Our flight to Lisbon was late again."
+    messages = [{"role": "user", "content": text}]
+    reply = post(live, messages=messages, tasks=["keywords", "emotion"]).json()
+    keywords = reply["analyses"]["keywords"]
+    assert list(reply["analyses"]) == ["keywords", "emotion"]
+    assert 1 <= len(keywords) <= 5
+    assert all(keyword in text for keyword in keywords)

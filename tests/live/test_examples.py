@@ -130,7 +130,8 @@ def check_analyses(base_url: str) -> None:
     lines = output_of(base_url, "analyses").splitlines()
     rows = [re.fullmatch(r"(\w+) +\S+ (\w+) +[01]\.\d\d", line) for line in lines[:3]]
     assert [match and match[1] for match in rows] == ["sentiment", "emotion", "intent"]
-    assert len(lines) > 3
+    assert re.fullmatch(r"keywords +\S.*", lines[3])
+    assert len(lines) > 4
 
 
 def check_extract(base_url: str) -> None:
