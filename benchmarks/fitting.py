@@ -21,12 +21,11 @@ import numpy as np
 from server.config import Settings
 from server.core.roles.fitting import candidate_layers
 from server.core.roles.measures import Quality
-from server.core.roles.prompts import TaskPrompts
 from server.fit.learning import Measurements, learn, measure_rows
 from server.fit.rows import Row
 from server.fit.selection import labelled, select
 from server.judge_loading import load_judges
-from server.loading import find_model, load_engine
+from server.loading import find_model, load_engine, prompts_of
 from training.corpus import read_sentiment
 
 NUM_ROWS = (50, 200, 1000)
@@ -52,7 +51,7 @@ def run(model_name: str, rows: list[Row], num_test: int) -> dict[str, Any]:
     settings = Settings(model=model_name)
     model = find_model(settings)
     task = model.task_file.tasks["sentiment"]
-    prompts = TaskPrompts(task, model.tokenizer, model.max_context)
+    prompts = prompts_of(task, model)
     # Twice as many as are wanted, for those that repeat or are too long.
     texts = labelled(rows[: 2 * (num_test + max(NUM_ROWS))], task)
     selection = select(

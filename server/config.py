@@ -45,6 +45,10 @@ def _adapters(value: Any) -> Any:
     return pairs
 
 
+# NAME=FOLDER, several.
+AdapterFolders = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_adapters)]
+
+
 class Settings(BaseSettings):
     """An OpenAI-compatible server on one small Qwen that reads the mood, then answers.
 
@@ -70,7 +74,7 @@ class Settings(BaseSettings):
         description="commit, branch or tag of a model of the hub; default: the newest, but of "
         "'auto' always the same commit",
     )
-    adapter: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_adapters)] = Field(
+    adapter: AdapterFolders = Field(
         (),
         description="NAME=FOLDER of a peft adapter (LoRA, prompt, prefix), which a chat chooses by "
         "the model id with :NAME behind it; several as keys",

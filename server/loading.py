@@ -142,7 +142,7 @@ def find_model(settings: Settings) -> Model:
     for adapter in model.adapters.values():
         _check_room(adapter, max_context)
     for task in task_file.tasks.values():
-        check_task(_prompts_of(task, model))
+        check_task(prompts_of(task, model))
     return model
 
 
@@ -256,7 +256,12 @@ def _check_room(adapter: Adapter, max_context: int) -> None:
         )
 
 
-def _prompts_of(task: Task, model: Model) -> TaskPrompts:
+def prompts_of(task: Task, model: Model) -> TaskPrompts:
+    """The prompts of the task, which is judged with the adapter that it names.
+
+    Raises:
+        CheckpointError: there is no such adapter.
+    """
     if task.adapter not in model.adapters:
         raise CheckpointError(
             f"the task {task.name!r} names the adapter {task.adapter!r}, which this server does "

@@ -27,7 +27,7 @@ from server.fit.selection import Selection, labelled, renamed, select, task_of
 from server.fit.settings import FitSettings
 from server.fit.tuning import MAX_VIRTUAL_TOKENS, SoftPrompt, check_tuning, tune
 from server.judge_loading import JudgeLoader
-from server.loading import Model, check_task, find_model, load_engine
+from server.loading import Model, check_task, find_model, load_engine, prompts_of
 from server.logs import configure_logs
 from server.reasons import first_line
 
@@ -84,10 +84,14 @@ def _selected(settings: FitSettings, model: Model) -> tuple[TaskPrompts, Selecti
     task = task_of(
         model.task_file.tasks, settings.task, settings.instruction, [each.label for each in rows]
     )
-    max_context = model.max_context
-    if settings.method == "prompt":
-        max_context -= MAX_VIRTUAL_TOKENS
-    prompts = TaskPrompts(task, model.tokenizer, max_context)
+    is_tuned = settings.method == "prompt"
+    if is_tuned and task.adapter:
+        raise FitError(
+            f"the task {task.name!r} is judged with the adapter {task.adapter!r}; --method prompt "
+            "tunes on the base model, so give a task without one"
+        )
+    room = MAX_VIRTUAL_TOKENS if is_tuned else 0
+    prompts = prompts_of(task, replace(model, max_context=model.max_context - room))
     check_task(prompts)
     selection = select(
         labelled(rows, task),
@@ -96,7 +100,7 @@ def _selected(settings: FitSettings, model: Model) -> tuple[TaskPrompts, Selecti
         max_rows=settings.max_rows,
         test_share=settings.test_share,
     )
-    if settings.method == "prompt":
+    if is_tuned:
         check_tuning(selection, task, model.checkpoint.path)
     return prompts, replace(selection, left_out=[*bad, *unwanted, *selection.left_out])
 
@@ -112,6 +116,7 @@ def _fitted(
         judges = JudgeLoader(
             engine, model.tokenizer, cache,
             num_layers=model.config.num_layers, max_context=model.max_context,
+            adapters=model.adapters,
         )  # fmt: skip
         judges.load([prompts.task])
         present = judges.judges[prompts.task.version]

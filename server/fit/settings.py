@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict
 
-from server.config import PositiveInt, Settings
+from server.config import AdapterFolders, PositiveInt, Settings
 
 # Of the server's own settings, those that fitting knows, too.
-SHARED = ("model", "dtype", "num_threads", "max_context", "tasks", "cache_dir")
+SHARED = ("model", "dtype", "num_threads", "max_context", "tasks", "adapter", "cache_dir")
 
 
 def _names(value: Any) -> Any:
@@ -79,6 +79,7 @@ class FitSettings(BaseSettings):
     num_threads: PositiveInt | None = Field(None, description="as the server's")
     max_context: PositiveInt | None = Field(None, description="as the server's")
     tasks: Path | None = Field(None, description="as the server's: where the task may be from")
+    adapter: AdapterFolders = Field((), description="as the server's, for a task that names one")
     cache_dir: Path | None = Field(None, description="as the server's")
 
     @property

@@ -10,7 +10,7 @@ by 0.
 import numpy as np
 from numba import float32, int64, prange, uint16, void
 
-from server.core.engine.model.kernels.compiling import helper, kernel
+from server.core.engine.model.kernels.compiling import exact_helper, helper, kernel
 from server.core.engine.model.kernels.dots import (
     MAX_ROWS,
     TILE,
@@ -109,6 +109,12 @@ def _attend_chunk(queries, num_seen, keys, values):
     return tops, totals, _mix(weights, values, size)
 
 
+# Exact, for a token's only chunk is finished in another place than several.
+@exact_helper
+def _mean(total, total_weight):
+    return total / total_weight
+
+
 @helper
 def _merge(tops, totals, parts, out):
     """One softmax over chunks. tops, totals: (chunks,). parts: (chunks, D). out: (D,)."""
@@ -121,7 +127,7 @@ def _merge(tops, totals, parts, out):
         for d in range(len(out)):
             out[d] += factor * parts[i, d]
     for d in range(len(out)):
-        out[d] /= total
+        out[d] = _mean(out[d], total)
 
 
 @kernel(void(float32[:, :, ::1], int64, uint16[::1], uint16[::1], int64[:, ::1]))
@@ -181,7 +187,9 @@ def attend(heads, num_heads, keys, values, rows, items, mixed):
             for r in range(len(sums)):
                 row, head = t + r // group, kv * group + r % group
                 if num_chunks == 1:
-                    mixed[row, head * size : (head + 1) * size] = sums[r] / totals[r]
+                    out = mixed[row, head * size : (head + 1) * size]
+                    for d in range(size):
+                        out[d] = _mean(sums[r, d], totals[r])
                 else:
                     all_tops[row, head, chunk], all_totals[row, head, chunk] = tops[r], totals[r]
                     parts[row, head, chunk] = sums[r]

@@ -8,7 +8,7 @@ a row's result is the same in any company.
 import numpy as np
 from numba import float32, int64, prange, uint8, void
 
-from server.core.engine.model.kernels.compiling import helper, kernel
+from server.core.engine.model.kernels.compiling import exact_helper, helper, kernel
 from server.core.engine.model.kernels.floats import exp, from_ordered, ordered
 
 _TINY = np.float32(1.1754944e-38)
@@ -36,7 +36,9 @@ def _quantize(row, factor, quantized):
     return scale * factor, zero
 
 
-@helper
+# Exact, for a product's values are taken in two places: where a tile is finished, and where
+# oneDNN's sums are. Left to itself, the compiler joins the additions in one of them only.
+@exact_helper
 def _value(raw, row_scale, row_zero, column_scale, column_sum, bias):
     return (raw * column_scale - row_zero * column_sum) * row_scale + bias
 
