@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,20 @@ def _csv_rows(path: Path, content: str, columns: tuple[str, str]) -> Iterator[Ro
         for cells in reader:
             line, end = end + 1, reader.line_num
             if any(cells):
-                yield _row(line, [cells[i] if i < len(cells) else None for i in places], columns)
+                read = [_unguarded(cells[i]) if i < len(cells) else None for i in places]
+                yield _row(line, read, columns)
     except csv.Error as error:
         raise FitError(
             f"{path}, line {reader.line_num}: is not CSV ({error}); a text with a quotation mark "
             "in it stands between quotation marks, and that mark is written twice"
         ) from error
+
+
+def _unguarded(cell: str) -> str:
+    """Without the quotation mark that keeps spreadsheets from computing a cell, as the page's
+    downloads have it.
+    """
+    return re.sub(r"^'(?=[=+\-@\t\r])", "", cell)
 
 
 def _delimiter(content: str) -> str:

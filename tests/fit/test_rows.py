@@ -6,6 +6,7 @@ import pytest
 
 from server.fit.errors import FitError
 from server.fit.rows import BadRow, Row, read_rows
+from server.ui.lines import to_labelled_csv
 
 
 def read(
@@ -30,6 +31,13 @@ def test_csv_is_read_whatever_spreadsheet_wrote_it(
     rows, bad = read(tmp_path / "rows.csv", content)
     assert rows == [Row(2, "好吃", "positive"), Row(3, "太慢了", "negative")]
     assert bad == []
+
+
+def test_a_download_of_the_page_is_read_as_what_was_said(tmp_path: Path) -> None:
+    texts = ["=1+1", "-10 for the soup", "'quoted'", "@you", "plain"]
+    content = to_labelled_csv(dict.fromkeys(texts, "a"))
+    rows, _ = read(tmp_path / "rows.csv", content)
+    assert [row.text for row in rows] == texts
 
 
 def test_a_text_may_hold_lines_delimiters_and_quotation_marks(tmp_path: Path) -> None:

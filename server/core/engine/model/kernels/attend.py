@@ -10,7 +10,7 @@ by 0.
 import numpy as np
 from numba import float32, int64, prange, uint16, void
 
-from server.core.engine.model.kernels.compiling import exact_helper, helper, kernel
+from server.core.engine.model.kernels.compiling import helper, kernel
 from server.core.engine.model.kernels.dots import (
     MAX_ROWS,
     TILE,
@@ -109,12 +109,6 @@ def _attend_chunk(queries, num_seen, keys, values):
     return tops, totals, _mix(weights, values, size)
 
 
-# Exact, for a token's only chunk is finished in another place than several.
-@exact_helper
-def _mean(total, total_weight):
-    return total / total_weight
-
-
 @helper
 def _merge(tops, totals, parts, out):
     """One softmax over chunks. tops, totals: (chunks,). parts: (chunks, D). out: (D,)."""
@@ -127,7 +121,7 @@ def _merge(tops, totals, parts, out):
         for d in range(len(out)):
             out[d] += factor * parts[i, d]
     for d in range(len(out)):
-        out[d] = _mean(out[d], total)
+        out[d] /= total
 
 
 @kernel(void(float32[:, :, ::1], int64, uint16[::1], uint16[::1], int64[:, ::1]))
@@ -168,10 +162,9 @@ def attend(heads, num_heads, keys, values, rows, items, mixed):
     num_kv = (num_all - num_heads) // 2
     group = num_heads // num_kv
     num_chunks = items[:, 2].max() + 1
-    kept = num_rows if num_chunks > 1 else 0
-    all_tops = np.empty((kept, num_heads, num_chunks), np.float32)
-    all_totals = np.empty((kept, num_heads, num_chunks), np.float32)
-    parts = np.empty((kept, num_heads, num_chunks, size), np.float32)
+    all_tops = np.empty((num_rows, num_heads, num_chunks), np.float32)
+    all_totals = np.empty((num_rows, num_heads, num_chunks), np.float32)
+    parts = np.empty((num_rows, num_heads, num_chunks, size), np.float32)
     for item in prange(num_kv * len(items)):
         kv, i = item // len(items), item % len(items)
         n, num, chunk = items[i, 0], items[i, 1], items[i, 2]
@@ -186,14 +179,9 @@ def attend(heads, num_heads, keys, values, rows, items, mixed):
             )  # fmt: skip
             for r in range(len(sums)):
                 row, head = t + r // group, kv * group + r % group
-                if num_chunks == 1:
-                    out = mixed[row, head * size : (head + 1) * size]
-                    for d in range(size):
-                        out[d] = _mean(sums[r, d], totals[r])
-                else:
-                    all_tops[row, head, chunk], all_totals[row, head, chunk] = tops[r], totals[r]
-                    parts[row, head, chunk] = sums[r]
-    for item in prange(kept * num_heads):
+                all_tops[row, head, chunk], all_totals[row, head, chunk] = tops[r], totals[r]
+                parts[row, head, chunk] = sums[r]
+    for item in prange(num_rows * num_heads):
         row, head = item // num_heads, item % num_heads
         num = rows[row, 2] // CHUNK + 1
         out = mixed[row, head * size : (head + 1) * size]

@@ -39,12 +39,6 @@ def helper(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def exact_helper(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without freedom of rounding: equal numbers give equal bits, whoever calls it."""
-    compiled: Callable[..., Any] = _njit(function)
-    return compiled
-
-
 def match_threads() -> None:
     """Lets the kernels that this thread calls use as many threads as PyTorch does.
 

@@ -3,7 +3,11 @@
 A bfloat16 is held as uint16, the upper half of the float32 of the same value.
 """
 
+from typing import Any
+
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 from server.core.engine.model.kernels.compiling import helper
 
@@ -31,6 +35,17 @@ def exp(x):
     y = p * r * r + r + np.float32(1)
     y *= np.int32((np.int32(n) + 127) << 23).view(np.float32)
     return np.float32(0) if x < _LOWEST else y
+
+
+def _generate_multiply_add(typing_context, x, factor, addend):
+    def generate(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(*[types.float32] * 3), generate
+
+
+# (x, factor, addend) -> x * factor + addend in float32, rounded once, whatever else is computed.
+multiply_add: Any = intrinsic(_generate_multiply_add)
 
 
 @helper

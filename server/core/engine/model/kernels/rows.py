@@ -8,8 +8,8 @@ a row's result is the same in any company.
 import numpy as np
 from numba import float32, int64, prange, uint8, void
 
-from server.core.engine.model.kernels.compiling import exact_helper, helper, kernel
-from server.core.engine.model.kernels.floats import exp, from_ordered, ordered
+from server.core.engine.model.kernels.compiling import helper, kernel
+from server.core.engine.model.kernels.floats import exp, from_ordered, multiply_add, ordered
 
 _TINY = np.float32(1.1754944e-38)
 # What becomes of a product: sums of integers, values, or values added to what is there.
@@ -36,11 +36,12 @@ def _quantize(row, factor, quantized):
     return scale * factor, zero
 
 
-# Exact, for a product's values are taken in two places: where a tile is finished, and where
-# oneDNN's sums are. Left to itself, the compiler joins the additions in one of them only.
-@exact_helper
+# A product's values are taken in two places: where a tile is finished, and where oneDNN's sums are.
+# Additions that the compiler may join with products would be rounded in another way in each.
+@helper
 def _value(raw, row_scale, row_zero, column_scale, column_sum, bias):
-    return (raw * column_scale - row_zero * column_sum) * row_scale + bias
+    centred = multiply_add(raw, column_scale, -(row_zero * column_sum))
+    return multiply_add(centred, row_scale, bias)
 
 
 @kernel(void(_ROWS, uint8[:, ::1], _COLUMNS, _COLUMNS))
