@@ -84,7 +84,9 @@ def _csv_rows(path: Path, content: str, columns: tuple[str, str]) -> Iterator[Ro
         for cells in reader:
             line, end = end + 1, reader.line_num
             if any(cells):
-                read = [_unguarded(cells[i]) if i < len(cells) else None for i in places]
+                read: list[object] = [
+                    _unguarded(cells[i]) if i < len(cells) else None for i in places
+                ]
                 yield _row(line, read, columns)
     except csv.Error as error:
         raise FitError(

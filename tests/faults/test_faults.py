@@ -112,7 +112,7 @@ def break_grammar(name: str) -> Callable[[pytest.MonkeyPatch, ModelRunner], None
 
 
 def break_compiler(patch: pytest.MonkeyPatch, runner: ModelRunner) -> None:
-    patch.setattr(grammar.GrammarCompiler, "_compile", raising)
+    patch.setattr(grammar.GrammarCompiler, "json_schema", raising)
 
 
 FAULTS = {

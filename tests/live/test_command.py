@@ -47,6 +47,7 @@ from tests.processes import (
 )
 
 REVISIONS = {"main": "0123456789abcdef0123456789abcdef01234567", "v1": "1" * 40}
+COMMITS = {DEFAULT_REVISION, *REVISIONS.values()}
 
 
 @dataclass
@@ -73,7 +74,9 @@ class Hub:
                 status_code=404,
                 headers={"x-error-code": "RepoNotFound", "x-error-message": "Repository not found"},
             )
-        if request.path_params["revision"] not in REVISIONS:
+        revision = request.path_params["revision"]
+        commit = revision if revision in COMMITS else REVISIONS.get(revision)
+        if commit is None:
             return JSONResponse(
                 {"error": "Invalid rev id"},
                 status_code=404,
@@ -85,7 +88,7 @@ class Hub:
                 "id": DEFAULT_MODEL,
                 "modelId": DEFAULT_MODEL,
                 "siblings": siblings,
-                "sha": REVISIONS[request.path_params["revision"]],
+                "sha": commit,
             }
         )
 

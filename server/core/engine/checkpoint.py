@@ -1,11 +1,13 @@
 """Finds a checkpoint: bundled, local, in the Hugging Face cache, or on the hub."""
 
 import contextlib
+import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import get_session, snapshot_download
+from huggingface_hub import HfApi, get_session, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -99,7 +101,7 @@ def _find_default(revision: str) -> Checkpoint:
     with contextlib.suppress(HubUnreachableError):
         folder = _download(DEFAULT_MODEL, revision)
         # Where the hub cannot be reached, what is cached is all there is, complete or not.
-        if all((folder / name).is_file() for name in ESSENTIAL_FILES):
+        if _is_complete(folder):
             return Checkpoint(DEFAULT_MODEL, folder)
     return Checkpoint(
         f"{BUNDLED_MODEL}-fallback",
@@ -115,7 +117,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     if _limit_time not in hooks:
         hooks.append(_limit_time)
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        return _fetch(repo_id, revision)
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo_id!r} is neither a folder here nor a model id of the Hugging Face hub"
@@ -149,6 +151,27 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"cannot store {repo_id!r} in the cache: {first_line(error)}"
         ) from error
+
+
+def _fetch(repo_id: str, revision: str | None) -> Path:
+    fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=list(FILES))
+    if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
+        return Path(fetch())
+    # A commit never changes.
+    with contextlib.suppress(LocalEntryNotFoundError):
+        if _is_complete(folder := Path(fetch(local_files_only=True))):
+            return folder
+    try:
+        # Fails at once where the hub cannot be reached. To list the files of a commit,
+        # huggingface_hub would try six times, for 25 s.
+        HfApi().model_info(repo_id, revision=revision)
+    except httpx2.TransportError:
+        return Path(fetch(local_files_only=True))
+    return Path(fetch())
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ESSENTIAL_FILES)
 
 
 def _limit_time(request: httpx2.Request) -> None:
