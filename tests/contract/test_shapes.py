@@ -61,4 +61,4 @@ def test_a_model_is_one(tiny: LiveServer) -> None:
     listed = httpx.get(f"{tiny.base_url}/models").json()
     assert set(listed) == {"object", "data"}
     for model in listed["data"]:
-        assert_is(Model, model, frozenset({"context_length", "capabilities", "tasks"}))
+        assert_is(Model, model, frozenset({"parent", "context_length", "capabilities", "tasks"}))
