@@ -89,7 +89,9 @@ class Replier:
         work = work or Work()
         text = _last_user_text(messages)
         language = language_of(text) if with_sentiment else ""
-        conversation = self._with_persona(messages, language) if with_sentiment else messages
+        # Beside a persona a small model answers from memory where it should call a tool.
+        has_persona = with_sentiment and not tools
+        conversation = self._with_persona(messages, language) if has_persona else messages
         # Before the pass: a conversation that cannot be answered needs no sentiment.
         prompt_ids = await asyncio.to_thread(self._encode, conversation, tools, adapter)
         moods = [SENTIMENT, self.style.cue_task] if with_sentiment else []

@@ -588,6 +588,16 @@ async def test_a_persona_in_one_language_serves_users_of_every_other(
     assert generator.prompt_ids == tokenizer.encode_chat([system(CHINESE_PERSONA), user(text)])
 
 
+async def test_there_is_no_persona_where_there_are_tools(
+    make: Callable[..., Replier], tokenizer: ChatTokenizer
+) -> None:
+    generator, tools = FakeGenerator(), [Tool("find", {"type": "object"})]
+    replier = make(generator, FakeClassifier(NEGATIVE))
+    await replier.reply([user("My keys!")], PARAMS, (), with_sentiment=True, tools=tools)
+    cued = [user("My keys!" + cue(NEGATIVE))]
+    assert generator.prompt_ids == tokenizer.encode_chat(cued, tools)
+
+
 # --- a conversation that stays as it is -----------------------------------------------
 
 
