@@ -62,8 +62,8 @@ class FitSettings(BaseSettings):
     encoding: str = Field("utf-8-sig", description="of the file, such as gb18030 or utf-16")
     method: Literal["head", "prompt"] = Field(
         "head",
-        description="'head': a linear head on the model's hidden state, a minute; 'prompt': a "
-        "soft prompt that starts from the instruction, an hour (needs the extra 'tune')",
+        description="'head': a linear head on the model's hidden state; 'prompt': a soft prompt "
+        "that starts from the instruction, which takes much longer (needs the extra 'tune')",
     )
     test_share: Annotated[float, Field(ge=0.1, le=0.5)] = Field(
         0.3, description="share of the rows that is kept aside to test with"
