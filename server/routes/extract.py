@@ -8,13 +8,14 @@ from server.core.roles.tasks import ExtractTask
 from server.errors import InvalidRequestError
 from server.protocol.base import new_id, now, usage
 from server.protocol.extract import ExtractRequest
-from server.routes.common import read, unless_disconnected, work_of
+from server.routes.common import read, refuse_adapter, unless_disconnected, work_of
 from server.services import Services
 
 
 async def extract(request: Request) -> Response:
     """Extracts from one text or several, which are computed side by side."""
     services, body = await read(request, ExtractRequest)
+    refuse_adapter(services, body.model)
     task, work = _task_of(body, services), work_of(request)
     results = await unless_disconnected(
         request,

@@ -209,6 +209,7 @@ def test_what_is_judged_takes_no_adapter_from_the_request(server: LiveServer) ->
     questions = [{"type": "predicate", "instructions": "Is it?"}]
     for response in (
         classify(server, "weather", model=model),
+        post(server, "extract", model=model, input="x"),
         post(server, "decisions", model=model, input="x", questions=questions),
     ):
         assert response.status_code == 400, response.text
