@@ -155,8 +155,8 @@ def store(heads, num_heads, keys, values, rows):
 def attend(heads, num_heads, keys, values, rows, items, mixed):
     """Mixes the values of the positions that each of N tokens may see; `store` comes first.
 
-    heads, keys, values, rows: as `store` has them. items: for each part of the work the first
-    token, how many more of the same sequence, and the chunk: (I, 3). mixed: (N, H D).
+    heads, keys, values, rows: as `store` has them. items: the parts of the work, (I, 3): the first
+    token, the number of tokens, all of one sequence, and the chunk. mixed: (N, H D).
     """
     num_rows, num_all, size = heads.shape
     num_kv = (num_all - num_heads) // 2

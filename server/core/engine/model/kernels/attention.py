@@ -55,7 +55,7 @@ def _items(row: int, position: int, num_tokens: int) -> Iterator[tuple[int, int,
 
 
 def _dealt(items: list[tuple[int, int, int]]) -> NDArray[np.int64]:
-    """The items in an order of which each part takes as long: later tokens take longer."""
+    """Deals the items to the threads in turn, as later tokens of a prompt take longer."""
     num_parts = torch.get_num_threads()
     dealt = [item for part in range(num_parts) for item in items[part::num_parts]]
     return np.array(dealt, np.int64)
