@@ -167,6 +167,7 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
             max_kv_tokens=model.max_kv_tokens,
             max_context=model.max_context,
             max_prefix_bytes=settings.max_prefix_mib * 2**20,
+            max_draft_tokens=settings.max_draft_tokens,
             adapters=model.loaded_adapters,
         ).result()
         weights = digest.result()

@@ -39,7 +39,7 @@ class Ours:
         self._runner = load_runner(
             checkpoint, self._config, dtype=dtype, vocab_size=self._config.vocab_size,
             num_threads=NUM_THREADS, max_kv_tokens=16 * MAX_CONTEXT, max_context=MAX_CONTEXT,
-            max_prefix_bytes=0,
+            max_prefix_bytes=0, max_draft_tokens=0,
         )  # fmt: skip
         allocator = RunnerAllocator(self._runner, _fail)
         self._scheduler = Scheduler(MAX_STREAMS, MAX_ROWS, allocator)

@@ -6,9 +6,9 @@ from typing import Protocol
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence, TokenEvent
 
-# What one sequence got out of a step: a sampled token, the scores it asked for, or only
-# the news that its prompt is computed.
-StepResult = TokenEvent | ScoredEvent | PrefilledEvent
+# What one sequence got out of a step: sampled tokens, at least one, the scores it asked for, or
+# only the news that its prompt is computed.
+StepResult = list[TokenEvent] | ScoredEvent | PrefilledEvent
 
 
 class StepInterruptedError(Exception):
@@ -27,6 +27,8 @@ class Runner(Protocol):
     ) -> dict[Sequence, StepResult | Exception]:
         """Computes the chunks; a result, or what went wrong, for each that is its sequence's last.
 
+        Of several sampled tokens all but the last are computed, too, and none but the last is a
+        stop token or the last that the sequence may have.
         A step that raises has sampled nothing: its chunks may be tried again.
 
         Raises:

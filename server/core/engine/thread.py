@@ -174,20 +174,25 @@ class EngineThread(threading.Thread):
             sequence.context.run(logger.error, "a sequence failed", exc_info=result)
             self._end(sequence, FailedEvent(result))
             return
-        if not isinstance(result, TokenEvent):
+        if not isinstance(result, list):
             self._end(sequence, result)
             return
+        sequence.num_computed += len(result) - 1
+        for token in result:
+            self._add_token(sequence, token)
+
+    def _add_token(self, sequence: Sequence, token: TokenEvent) -> None:
         params = sequence.params
         assert params is not None
-        if result.token_id in params.stop_token_ids:
+        if token.token_id in params.stop_token_ids:
             self._end(sequence, FinishedEvent(FinishReason.STOP))
             return
         if self.observer is not None:
             now, is_first = time.perf_counter(), not sequence.completion_ids
             self.observer.token_sampled(now - sequence.last_event_at, is_first=is_first)
             sequence.last_event_at = now
-        sequence.completion_ids.append(result.token_id)
-        sequence.deliver(result)
+        sequence.completion_ids.append(token.token_id)
+        sequence.deliver(token)
         if len(sequence.completion_ids) >= params.max_tokens:
             self._end(sequence, FinishedEvent(FinishReason.LENGTH))
 

@@ -106,7 +106,7 @@ class FakeRunner:
             return ScoredEvent(logprobs, np.array(states, np.float32) if states else None)
         if sequence.params is None:
             return PrefilledEvent()
-        return TokenEvent(100 + len(sequence.completion_ids))
+        return [TokenEvent(100 + len(sequence.completion_ids))]
 
 
 class Hold:
@@ -475,13 +475,29 @@ async def test_one_failing_sequence_leaves_the_others_alone(runner: FakeRunner) 
         assert await tokens_of(good) == [100, 101, 102, 103]
 
 
+async def test_several_tokens_of_a_step_come_in_order_and_end_the_sequence_once(
+    runner: FakeRunner,
+) -> None:
+    runner.answers[1] = lambda sequence: [TokenEvent(5), TokenEvent(6), TokenEvent(7)]
+    async with running(runner) as engine:
+        stream = engine.submit([1], SamplingParams(max_tokens=3))
+        assert await tokens_of(stream) == [5, 6, 7]
+        assert stream.finish_reason is FinishReason.LENGTH
+        stopped = engine.submit([1], SamplingParams(max_tokens=9, stop_token_ids=frozenset({7})))
+        assert await tokens_of(stopped) == [5, 6]
+        assert stopped.finish_reason is FinishReason.STOP
+    assert len(runner.steps) == 2
+    # Of the tokens behind the prompt all but the last are computed.
+    assert [sequence.num_computed for sequence in runner.released] == [3, 3]
+
+
 async def test_a_sequence_that_fails_later_keeps_its_tokens_and_fails_once(
     runner: FakeRunner,
 ) -> None:
     error = ValueError("bad logits")
 
     def fail_at_third(sequence: Sequence) -> StepResult | Exception:
-        return error if len(sequence.completion_ids) == 2 else TokenEvent(5)
+        return error if len(sequence.completion_ids) == 2 else [TokenEvent(5)]
 
     runner.answers[1] = fail_at_third
     async with running(runner) as engine:
@@ -708,7 +724,7 @@ class Disturber:
 def fail_at_third_token(sequence: Sequence) -> StepResult | Exception:
     if sequence.is_scored or len(sequence.completion_ids) == 2:
         return ValueError("this sequence")
-    return TokenEvent(5)
+    return [TokenEvent(5)]
 
 
 @pytest.mark.parametrize("seed", range(8))

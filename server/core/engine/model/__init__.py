@@ -39,6 +39,7 @@ def load_runner(
     max_kv_tokens: int,
     max_context: int,
     max_prefix_bytes: int,
+    max_draft_tokens: int,
     adapters: Iterable[LoadedAdapter] = (),
 ) -> ModelRunner:
     """Loads the checkpoint, ready to run.
@@ -66,6 +67,7 @@ def load_runner(
         max_kv_tokens=max_kv_tokens,
         max_context=max_context,
         max_prefix_bytes=max_prefix_bytes,
+        max_draft_tokens=max_draft_tokens,
         adapters=adapters,
     )
 

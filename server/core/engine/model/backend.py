@@ -17,22 +17,28 @@ _KERNELS = "server.core.engine.model.kernels"
 
 
 class Backend(NamedTuple):
-    """What computes a model's layers, and its attention."""
+    """What computes a model's layers, and its attention.
+
+    is_row_exact: whether a token's numbers are the same to the last bit, as the only new token of
+    its sequence and as one of several.
+    """
 
     operations: Operations
     attention: AttentionKind
+    is_row_exact: bool = False
 
 
 def choose_backend(config: ModelConfig, dtype: str) -> Backend:
     """Kernels, if this processor and the model's sizes allow them; else PyTorch."""
-    operations: Operations = TorchOperations(config, linear_factory(dtype))
+    attention = _attention_of(config, dtype)
     if dtype in QUANTIZED_DTYPES and _has_kernels_for(config):
         # Imported only here: the kernels are compiled as they are imported.
         matrix = importlib.import_module(f"{_KERNELS}.matrix")
         if matrix.is_layout_known():
             module = importlib.import_module(f"{_KERNELS}.operations")
-            operations = module.KernelOperations(config, dtype)
-    return Backend(operations, _attention_of(config, dtype))
+            operations: Operations = module.KernelOperations(config, dtype)
+            return Backend(operations, attention, attention is not TORCH_ATTENTION)
+    return Backend(TorchOperations(config, linear_factory(dtype)), attention)
 
 
 def _attention_of(config: ModelConfig, dtype: str) -> AttentionKind:

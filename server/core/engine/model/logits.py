@@ -28,7 +28,8 @@ class ChunkStates(NamedTuple):
 class StepLogits(NamedTuple):
     """What a step says of the next tokens.
 
-    to_sample: (B, V), of the token that follows in each of `sampled`.
+    to_sample: (N, V), of the token that follows in each of `sampled`, and of those behind each
+    token of its draft.
     scored: (V,), of the token behind each prompt that is scored.
     logprobs: of the tokens of its continuations, in order, without the first token of each.
     """
@@ -40,9 +41,15 @@ class StepLogits(NamedTuple):
 
 
 def read_logits(
-    model: QwenModel, vocab_size: int, states: Mapping[ScheduledChunk, ChunkStates]
+    model: QwenModel,
+    vocab_size: int,
+    states: Mapping[ScheduledChunk, ChunkStates],
+    drafts: Mapping[ScheduledChunk, list[int]],
 ) -> StepLogits:
-    """Computes the logits that the step's sequences need."""
+    """Computes the logits that the step's sequences need.
+
+    drafts: the tokens that were computed behind those of a chunk.
+    """
     complete = [chunk for chunk in states if chunk.is_prompt_complete and chunk.num_tokens]
     sampled = [chunk for chunk in complete if chunk.sequence.params is not None]
     prompts = [chunk for chunk in complete if chunk.sequence.continuations]
@@ -51,7 +58,9 @@ def read_logits(
         for chunk, of_chunk in states.items()
         if of_chunk.branches is not None
     }
-    rows = [states[chunk].prompt[-1][-1:] for chunk in (*sampled, *prompts)]
+    rows = [states[chunk].prompt[-1][-1 - len(drafts.get(chunk, ())) :] for chunk in sampled]
+    num_sampled = sum(map(len, rows))
+    rows += [states[chunk].prompt[-1][-1:] for chunk in prompts]
     rows += branches.values()
     if not rows:
         return StepLogits([], torch.empty(0, 0), {}, {})
@@ -61,7 +70,7 @@ def read_logits(
     )
     # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
     # goes with the prompts; in most steps there is no other.
-    hidden, num_sampled, num_single = torch.cat(rows), len(sampled), len(sampled) + len(prompts)
+    hidden, num_single = torch.cat(rows), num_sampled + len(prompts)
     first = model.logits(hidden[: num_single + LOGITS_ROWS])
     scored = first[num_sampled:num_single, :vocab_size]
     logprobs = _logprobs(first[num_single:, :vocab_size], token_ids[:LOGITS_ROWS])

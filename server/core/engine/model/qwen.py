@@ -50,7 +50,7 @@ class QwenModel:
         The factory of matrices receives what each norm gives for them as its sample.
         """
         self.config = config
-        self._operations, self._attention = backend
+        self._operations, self._attention, self.is_row_exact = backend
         c, make = config, self._operations.factories
         # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim

@@ -2,9 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from server.core.engine.heap import trim_heap
+from server.core.engine.lookup import PromptLookup
 from server.core.engine.model.adapter_weights import LoadedAdapter, LoraWeights
 from server.core.engine.model.attention.segment import Segment
 from server.core.engine.model.kv_cache import KVCache
@@ -22,7 +23,10 @@ from server.core.engine.model.qwen import QwenModel
 from server.core.engine.model.sampler import Sampler, sample
 from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk
-from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence
+from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence, TokenEvent
+
+# Rows of a step with drafts, at most.
+MAX_DRAFT_ROWS = 8
 
 
 @dataclass
@@ -37,6 +41,7 @@ class _State:
     sampler: Sampler | None
     logprobs: list[float] = field(default_factory=list)
     hidden_states: NDArray[np.float32] | None = None
+    lookup: PromptLookup | None = None  # of prompt and completion, from the first draft on
 
 
 class ModelRunner:
@@ -45,6 +50,7 @@ class ModelRunner:
     def __init__(
         self, model: QwenModel, *, vocab_size: int, max_kv_tokens: int, max_context: int,
         max_prefix_bytes: int = 0, adapters: Iterable[LoadedAdapter] = (),
+        max_draft_tokens: int = 0,
     ) -> None:  # fmt: skip
         """vocab_size: ids beyond it are padding of the output matrix and never come out.
 
@@ -53,8 +59,12 @@ class ModelRunner:
         max_prefix_bytes: memory for what finished sequences computed, for others to reuse.
 
         adapters: those that sequences may name.
+
+        max_draft_tokens: of one sequence in a step. Without kernels there are none, as then
+        the last bits of a token's logits depend on whether it was drafted.
         """
         self._model = model
+        self._max_draft_tokens = max_draft_tokens if model.is_row_exact else 0
         self._vocab_size = vocab_size
         self._memory = model.new_memory(max_kv_tokens, max_context)
         self._prefixes = PrefixCache(max_prefix_bytes)
@@ -82,7 +92,8 @@ class ModelRunner:
         Raises:
             StepInterruptedError: `should_stop`, which is asked before each layer, said so.
         """
-        segments = {chunk: self._segments(chunk) for chunk in chunks}
+        drafts = self._drafts(chunks)
+        segments = {chunk: self._segments(chunk, drafts.get(chunk, [])) for chunk in chunks}
         computed = list(chain(*segments.values()))
         # There may be no row to compute: continuations of one token behind a known prompt.
         hidden = iter(self._model.forward(computed, should_stop) if computed else ())
@@ -93,8 +104,8 @@ class ModelRunner:
             )
             for chunk, parts in segments.items()
         }
-        logits = read_logits(self._model, self._vocab_size, states)
-        results = self._sample([chunk.sequence for chunk in logits.sampled], logits.to_sample)
+        logits = read_logits(self._model, self._vocab_size, states, drafts)
+        results = self._sample(logits, drafts)
         for chunk in chunks:
             if chunk.sequence.params is not None:
                 continue
@@ -105,17 +116,71 @@ class ModelRunner:
                 results[chunk.sequence] = error
         return results
 
-    def _sample(
-        self, sequences: list[Sequence], logits: Tensor
-    ) -> dict[Sequence, StepResult | Exception]:
-        if not sequences:
+    def _drafts(self, chunks: list[ScheduledChunk]) -> dict[ScheduledChunk, list[int]]:
+        """Tokens that may come next, in a step so short that checking them costs little."""
+        if len(chunks) * (1 + self._max_draft_tokens) > MAX_DRAFT_ROWS:
             return {}
-        samplers = []
-        for sequence in sequences:
-            sampler = self._states[sequence].sampler
-            assert sampler is not None
-            samplers.append(sampler)
-        return dict(zip(sequences, sample(samplers, logits), strict=True))
+        if not all(self._can_draft(chunk.sequence) for chunk in chunks):
+            return {}
+        return {chunk: self._draft(chunk.sequence) for chunk in chunks}
+
+    def _can_draft(self, sequence: Sequence) -> bool:
+        """Whether the sequence's numbers are the same in any step."""
+        return sequence.is_decoding and sequence.adapter.name not in self._loras
+
+    def _draft(self, sequence: Sequence) -> list[int]:
+        state, params = self._states[sequence], sequence.params
+        assert params is not None
+        room = state.cache.capacity - _num_positions(sequence, sequence.num_tokens)
+        num_left = params.max_tokens - len(sequence.completion_ids) - 1
+        if (limit := min(self._max_draft_tokens, room, num_left)) < 1:
+            return []
+        if state.lookup is None:
+            state.lookup = PromptLookup(sequence.token_ids)
+        return state.lookup.draft(limit)
+
+    def _sample(
+        self, logits: StepLogits, drafts: Mapping[ScheduledChunk, list[int]]
+    ) -> dict[Sequence, StepResult | Exception]:
+        """The next token of each sequence, and one more behind each right token of its draft.
+
+        Every token is sampled, so a draft changes no text.
+        """
+        drawn: dict[ScheduledChunk, list[TokenEvent]] = {chunk: [] for chunk in logits.sampled}
+        failed: dict[ScheduledChunk, Exception] = {}
+        sizes = (1 + len(drafts.get(chunk, ())) for chunk in drawn)
+        # The row of each chunk whose token is sampled next.
+        rows = dict(zip(drawn, accumulate(sizes, initial=0), strict=False))
+        while rows:
+            # Without drafts these are all the logits, which need not be copied.
+            is_all = len(rows) == len(logits.to_sample)
+            chosen = logits.to_sample if is_all else logits.to_sample[list(rows.values())]
+            samplers = [self._sampler_of(chunk.sequence) for chunk in rows]
+            for chunk, result in zip(list(rows), sample(samplers, chosen), strict=True):
+                row = rows.pop(chunk)
+                if isinstance(result, Exception):
+                    failed[chunk] = result
+                    continue
+                drawn[chunk].append(result)
+                if _is_right(drafts.get(chunk, []), drawn[chunk], chunk.sequence):
+                    rows[chunk] = row + 1
+        for chunk, tokens in drawn.items():
+            self._learn(chunk.sequence, tokens, was_drafted=bool(drafts.get(chunk)))
+        return {chunk.sequence: failed.get(chunk, tokens) for chunk, tokens in drawn.items()}
+
+    def _sampler_of(self, sequence: Sequence) -> Sampler:
+        sampler = self._states[sequence].sampler
+        assert sampler is not None
+        return sampler
+
+    def _learn(self, sequence: Sequence, tokens: list[TokenEvent], *, was_drafted: bool) -> None:
+        lookup = self._states[sequence].lookup
+        if lookup is None:
+            return
+        for token in tokens:
+            lookup.append(token.token_id)
+        if was_drafted:
+            lookup.learn(was_right=len(tokens) > 1)
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:
@@ -204,21 +269,24 @@ class ModelRunner:
                 is_pinned=sequence.is_pinned,
             )
 
-    def _segments(self, chunk: ScheduledChunk) -> list[Segment]:
-        """Of the chunk's tokens, and of its continuations' without their last ones."""
+    def _segments(self, chunk: ScheduledChunk, drafts: list[int]) -> list[Segment]:
+        """Of the chunk's tokens with the draft behind them, and of its continuations without
+        their last tokens."""
         sequence = chunk.sequence
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
         first, last = _num_positions(sequence, begin), _num_positions(sequence, end)
         cache = self._states[sequence].cache
-        # Longer if a step failed behind its forward; what is there is written again.
+        # Longer if a step failed behind its forward or a draft was wrong; what is there is
+        # written again.
         cache.length = first
         segments = []
         lora = self._loras.get(sequence.adapter.name)
         # None: the model's last layer.
         layers = (self._num_layers(sequence),) if sequence.layers else None
         if chunk.num_tokens:
-            ids, positions = sequence.tokens(begin, end), range(first, last)
+            ids = sequence.tokens(begin, end) + drafts
+            positions = range(first, last + len(drafts))
             # Before the last chunk no hidden states are needed; the segment only has to stop.
             wanted = sequence.layers if chunk.is_prompt_complete else ()
             of_prompt = layers and tuple(sorted({*wanted, *layers}))
@@ -265,6 +333,14 @@ class ModelRunner:
         if state.hidden_states is not None and not np.isfinite(state.hidden_states).all():
             raise ValueError("the model's hidden states are not finite")
         return ScoredEvent(state.logprobs, state.hidden_states)
+
+
+def _is_right(drafts: list[int], tokens: list[TokenEvent], sequence: Sequence) -> bool:
+    """Whether the token sampled last was drafted, so that the one behind it can be sampled."""
+    token_id, index = tokens[-1].token_id, len(tokens) - 1
+    assert sequence.params is not None
+    is_end = token_id in sequence.params.stop_token_ids
+    return not is_end and drafts[index : index + 1] == [token_id]
 
 
 def _num_positions(sequence: Sequence, num_tokens: int) -> int:

@@ -21,7 +21,6 @@ from server.core.engine.sequence import (
     SamplingParams,
     ScoredEvent,
     Sequence,
-    TokenEvent,
 )
 
 CONTINUATIONS = [[7], [8, 9], [8, 10, 11], [7, 12]]
@@ -96,9 +95,10 @@ def run_all(
         for sequence, result in done.items():
             assert not isinstance(result, Exception), result
             results[sequence].append(result)
-            if isinstance(result, TokenEvent):
-                sequence.completion_ids.append(result.token_id)
-            if not isinstance(result, TokenEvent) or len(sequence.completion_ids) == 12:
+            if isinstance(result, list):
+                sequence.num_computed += len(result) - 1
+                sequence.completion_ids += [token.token_id for token in result]
+            if not isinstance(result, list) or len(sequence.completion_ids) == 12:
                 scheduler.admission.remove(sequence)
                 runner.release(sequence, is_sound=True)
     return results
@@ -250,7 +250,7 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(runner: ModelRunner
     scheduler.admission.add(healthy)
     results = runner.step(scheduler.schedule())
     assert isinstance(results[broken], ValueError)
-    assert isinstance(results[healthy], TokenEvent)
+    assert isinstance(results[healthy], list)
 
 
 # --- hidden states --------------------------------------------------------------------
@@ -465,8 +465,8 @@ def test_the_slot_of_an_early_leaver_does_the_next_sequence_no_harm(
         for chunk in chunks:
             chunk.advance()
             result = results[chunk.sequence]
-            if isinstance(result, TokenEvent):
-                chunk.sequence.completion_ids.append(result.token_id)
+            if isinstance(result, list):
+                chunk.sequence.completion_ids += [token.token_id for token in result]
 
     for sequence in (leaver, neighbour):
         scheduler.admission.add(sequence)
@@ -539,24 +539,25 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     theirs = [expected_score(oracle, [9, 8], c) for c in ([7], [8, 9])]
     assert results[scored].logprobs == pytest.approx(theirs, abs=1e-3)
     assert_close(states_of([results[scored]]), expected_states(oracle, [9, 8], (1,)))
-    assert isinstance(results[generated], TokenEvent)
+    [first] = results[generated]
     assert isinstance(results[prefilled], PrefilledEvent)
     # A sequence in the place of a broken one decodes beside a longer one, which keeps the memory.
-    generated.num_computed, generated.completion_ids = 30, [results[generated].token_id]
+    generated.num_computed, generated.completion_ids = 30, [first.token_id]
     for sequence in reversed(broken):
         runner.release(sequence, is_sound=False)
     later = to_generate([9, 8, 6], temperature=0.0)
     scheduler = Scheduler(16, 1000, Memory(runner))
     scheduler.admission.add(later)
-    later.completion_ids = [runner.step(scheduler.schedule())[later].token_id]
+    [first] = runner.step(scheduler.schedule())[later]
+    later.completion_ids = [first.token_id]
     later.num_computed = 3
     chunks = [ScheduledChunk(generated, 1), ScheduledChunk(later, 1)]
     results = runner.step(chunks)
     for sequence in (generated, later):
-        assert isinstance(results[sequence], TokenEvent)
+        [token] = results[sequence]
         alone = to_generate(sequence.prompt_ids, temperature=0.0)
         run_all(new_runner(runner), [alone])
-        assert [*sequence.completion_ids, results[sequence].token_id] == alone.completion_ids[:2]
+        assert [*sequence.completion_ids, token.token_id] == alone.completion_ids[:2]
 
 
 def test_hidden_states_belong_to_their_reader(runner: ModelRunner, oracle: PreTrainedModel) -> None:

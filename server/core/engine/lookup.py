@@ -1,0 +1,47 @@
+"""Drafts the next tokens of a sequence: what followed the same tokens earlier in it.
+
+This is prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding). Knows token
+ids alone. A step of a few rows takes hardly longer than one of a single row, so to check a draft
+costs little.
+"""
+
+from collections.abc import Iterable
+
+# The last tokens of a sequence that must occur earlier in it, at least.
+MIN_MATCH = 3
+# After each draft whose first token was wrong the match must be a token longer, up to this.
+MAX_MATCH = 8
+_ID_BYTES = 4
+
+
+class PromptLookup:
+    """The tokens of one sequence, searchable."""
+
+    def __init__(self, token_ids: Iterable[int]) -> None:
+        self._bytes = bytearray(b"".join(map(_bytes_of, token_ids)))
+        self._match = MIN_MATCH
+
+    def append(self, token_id: int) -> None:
+        """Adds the token behind the others."""
+        self._bytes += _bytes_of(token_id)
+
+    def draft(self, max_tokens: int) -> list[int]:
+        """What followed when the last tokens occurred most recently; empty if they never did."""
+        needle = self._bytes[-self._match * _ID_BYTES :]
+        # The match must have a token behind it, and must not begin within one.
+        at = self._bytes.rfind(needle, 0, -_ID_BYTES)
+        while at > 0 and at % _ID_BYTES:
+            at = self._bytes.rfind(needle, 0, at + len(needle) - 1)
+        if at < 0:
+            return []
+        begin = at + len(needle)
+        found = self._bytes[begin : begin + max_tokens * _ID_BYTES]
+        return memoryview(found).cast("I").tolist()
+
+    def learn(self, *, was_right: bool) -> None:
+        """Notes whether the first token of the last draft was right."""
+        self._match = MIN_MATCH if was_right else min(self._match + 1, MAX_MATCH)
+
+
+def _bytes_of(token_id: int) -> bytes:
+    return token_id.to_bytes(_ID_BYTES, "little")
