@@ -554,10 +554,10 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     chunks = [ScheduledChunk(generated, 1), ScheduledChunk(later, 1)]
     results = runner.step(chunks)
     for sequence in (generated, later):
-        [token] = results[sequence]
+        [sampled] = results[sequence]
         alone = to_generate(sequence.prompt_ids, temperature=0.0)
         run_all(new_runner(runner), [alone])
-        assert [*sequence.completion_ids, token.token_id] == alone.completion_ids[:2]
+        assert [*sequence.completion_ids, sampled.token_id] == alone.completion_ids[:2]
 
 
 def test_hidden_states_belong_to_their_reader(runner: ModelRunner, oracle: PreTrainedModel) -> None:
