@@ -3,9 +3,9 @@
     python -m training.add_openers --out training/data/openers_new.jsonl FILE...
 
 A row is `{"label", "lang", "topic", "users", "replies"}`. What is malformed is left out and told;
-so are users' lines that are known, or near what measures. One row in twenty goes to the held-out
-pairs of the measure instead. The outcome depends on the files alone, so the command can be run
-again when they have grown.
+so are users' lines that are known, or near what measures. With `--hold-out` one row in twenty
+becomes a held-out pair of the measure instead, in place of the pairs there are. The outcome depends
+on the files alone, so the command can be run again when they have grown.
 """
 
 import argparse
@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hold-out", action="store_true")
     args = parser.parse_args()
     others = [
         path
@@ -97,21 +98,23 @@ def main() -> None:
     ]
     known = Lines(user for path in others for row in read(path) for user in row["users"])
     rows = [row for path in args.files for row in read(path)]
-    PAIRS.unlink(missing_ok=True)
+    if args.hold_out:
+        PAIRS.unlink(missing_ok=True)
     kept, left_out = checked(rows, known, measured_lines())
-    held_out = [row for row in kept if is_held_out(row)]
+    held_out = [row for row in kept if args.hold_out and is_held_out(row)]
     # Other words for what is held out would tell it, too.
     apart = Lines(user for row in held_out for user in row["users"])
     training = []
     for row in kept:
-        if not is_held_out(row):
+        if row not in held_out:
             users = [user for user in row["users"] if not apart.has_near(user)]
             left_out["line near a held-out one"] += len(row["users"]) - len(users)
             training += [row | {"users": users}] if users else []
-    write(held_out, PAIRS)
+    if args.hold_out:
+        write(held_out, PAIRS)
     write(training, args.out)
     counts = Counter((row["lang"], row["label"]) for row in training)
-    print(f"{len(training)} rows to {args.out}, {len(held_out)} to {PAIRS}")
+    print(f"{len(training)} rows to {args.out}, {len(held_out)} held out")
     print("rows:", dict(counts), "lines:", sum(len(row["users"]) for row in training))
     print("left out:", dict(left_out))
 

@@ -75,21 +75,25 @@ def read_templates(folder: Path = OWN_DATA) -> list[ReplyRow]:
     line."""
     rng, measured = random.Random(0), measured_lines()
     rows = set()
-    sections = tomllib.loads((folder / "templates.toml").read_text(encoding="utf-8"))
-    for lang, section in sections.items():
-        for group in section["pairs"]:
-            for user, reply in itertools.product(group["users"], group["replies"]):
-                for _ in range(FILLINGS):
-                    names = sorted(set(re.findall(r"\{(\w+)\}", user + reply)))
-                    filling = {name: rng.choice(section["slots"][name]) for name in names}
-                    row = ReplyRow(
-                        user.format(**filling), _sentence(reply.format(**filling)), lang,
-                        "templates", "caring", group["label"],
-                    )  # fmt: skip
-                    rows.add(row)
+    for path in sorted(folder.glob("templates*.toml")):
+        for lang, section in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            rows |= set(_filled(lang, section, rng))
     return sorted(
         (r for r in rows if not measured.has_near(r.user)), key=lambda r: (r.user, r.reply)
     )
+
+
+def _filled(lang: str, section: dict[str, Any], rng: random.Random) -> Iterator[ReplyRow]:
+    """Every line of a group with every reply, each with some of what its slots may hold."""
+    for group in section["pairs"]:
+        for user, reply in itertools.product(group["users"], group["replies"]):
+            names = sorted(set(re.findall(r"\{(\w+)\}", user + reply)))
+            for _ in range(FILLINGS):
+                filling = {name: rng.choice(section["slots"][name]) for name in names}
+                yield ReplyRow(
+                    user.format(**filling), _sentence(reply.format(**filling)), lang,
+                    "templates", "caring", group["label"],
+                )  # fmt: skip
 
 
 def _sentence(text: str) -> str:

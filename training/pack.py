@@ -58,11 +58,10 @@ SENTIMENT_CLASSES = {
 }  # fmt: skip
 # Share of the replies drawn from each kind of row.
 REPLY_KINDS = {
-    ("openers", "zh"): 0.28, ("openers", "en"): 0.30,
-    ("templates", "zh"): 0.06, ("templates", "en"): 0.08,
-    ("caring", "zh"): 0.05, ("caring", "en"): 0.07,
-    ("friendly", "zh"): 0.01, ("friendly", "en"): 0.02,
-    ("support", "zh"): 0.12, ("empathy", "en"): 0.01,
+    ("openers", "zh"): 0.29, ("openers", "en"): 0.33,
+    ("templates", "zh"): 0.13, ("templates", "en"): 0.15,
+    ("caring", "zh"): 0.02, ("caring", "en"): 0.03,
+    ("support", "zh"): 0.05,
 }  # fmt: skip
 # Of the replies without a cue; "rest" is what does not answer to the point, for its language.
 PLAIN_KINDS = {**REPLY_KINDS, ("rest", "zh"): 0.30}
@@ -222,9 +221,10 @@ def paired(
                 label = values.index(row.label or "neutral")
                 columns.append((user, reply, label, LANGUAGES.index(lang)))
                 drawn.append(weight / len(lines))
+        total = sum(drawn)
         for name, kinds in (("pair", REPLY_KINDS), ("plain", PLAIN_KINDS)):
-            share = kinds.get((kind, lang), 0.0)
-            weights[name] += [weight / sum(drawn) * share for weight in drawn]
+            share = kinds.get((kind, lang), 0.0) / total
+            weights[name] += [weight * share for weight in drawn]
         print(f"{kind} {lang}: {len(columns) - begin} pairs of {len(group)} rows")
     table = np.array(columns, dtype=np.int32)
     return {

@@ -4,8 +4,8 @@
     python -m training.train --pack training/runs/pack/pack.npz --run training/runs/mini
     python -m training.export --weights training/runs/mini/weights --out server/models/qwen-mini
 
-Needs torch, numpy and safetensors alone. A run writes checkpoints and goes on from the last one
-when started again. The averaged weights of the last evaluation are kept.
+Needs torch, numpy, safetensors and tokenizers alone. A run writes checkpoints and goes on from the
+last one when started again. The averaged weights of the last evaluation are kept.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from training.batches import Batches, Pack, Settings, to_device
 from training.evaluate import evaluate
 from training.model import Qwen2, Shape
+from training.points import Points
 from training.weights import quantized, read_weights, write_parts
 
 SHAPES = {
@@ -197,6 +198,7 @@ def train(run: Run, pack: Pack, batches: Iterator[dict[str, Tensor]], args: Any)
     begun, next_at = clock(), 0.0
     total_s = min(args.minutes * 60, run.elapsed + args.until_s - time.monotonic() + STARTED)
     sums, count = torch.zeros(2, device=args.device), 0
+    points = Points(pack, args.device)
     with (args.out / "log.jsonl").open("a") as log:
         while run.elapsed < total_s:
             progress = run.elapsed / total_s
@@ -218,6 +220,7 @@ def train(run: Run, pack: Pack, batches: Iterator[dict[str, Tensor]], args: Any)
             run.elapsed, begun = run.elapsed + clock() - begun, clock()
             with autocast(args.device):
                 scores = evaluate(run.average, pack, args.settings, args.device)
+                scores |= points.shares(run.average)
             line = {"minutes": round(run.elapsed / 60, 2), "step": run.step,
                     "label": round(label_mean, 4), "reply": round(reply_mean, 4)}  # fmt: skip
             line |= scores
