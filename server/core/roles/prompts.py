@@ -63,8 +63,7 @@ class TaskPrompts:
 
     def has_room_for(self, prompt_ids: list[int]) -> bool:
         """Whether a prompt fits the context with the labels' texts behind it."""
-        room = self.max_context - sum(len(ids) - 1 for ids in self.labels(0))
-        return len(prompt_ids) < room
+        return len(prompt_ids) + self._num_tokens_behind < self.max_context
 
     @cached_property
     def references(self) -> list[tuple[list[int], list[list[int]]]]:
@@ -104,8 +103,7 @@ class TaskPrompts:
                 f"{MAX_TOKENS_PER_LABEL} at most; use a shorter one.",
                 param=labels_param,
             )
-        # All labels but their last tokens may be laid behind the prompt in one forward.
-        num_tokens = num_prompt_tokens + num_label_tokens - len(self._label_ids)
+        num_tokens = num_prompt_tokens + self._num_tokens_behind
         if num_tokens >= self.max_context:
             raise ContextLengthError(num_tokens, self.max_context, input_param)
         return self._label_ids
@@ -113,6 +111,11 @@ class TaskPrompts:
     @cached_property
     def _label_ids(self) -> list[list[int]]:
         return [self._tokenizer.encode_text(label.text) for label in self.task.labels]
+
+    @cached_property
+    def _num_tokens_behind(self) -> int:
+        """All labels but their last tokens, which may lie behind a prompt in one forward."""
+        return sum(len(ids) - 1 for ids in self._label_ids)
 
 
 def normalise(text: str) -> str:
