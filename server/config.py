@@ -49,15 +49,11 @@ def _adapters(value: Any) -> Any:
 AdapterFolders = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_adapters)]
 
 
-class Settings(BaseSettings):
-    """An OpenAI-compatible server on one small Qwen that reads the mood, then answers.
-
-    `fit --help`: how it learns a task from your own labelled texts.
-    """
+class ModelSettings(BaseSettings):
+    """Which model is loaded, as what, and with which tasks."""
 
     model_config = SettingsConfigDict(
         env_prefix="QWEN_",
-        cli_prog_name="qwen-all-in-one",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -77,12 +73,9 @@ class Settings(BaseSettings):
     adapter: AdapterFolders = Field(
         (),
         description="NAME=FOLDER of a peft adapter (LoRA, prompt, prefix), which a chat chooses by "
-        "the model id with :NAME behind it; several as keys",
+        "the model id with :NAME behind it, and a task by its file; several: give it again, or put "
+        "commas between",
     )
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
-    check: bool = Field(False, description="load the model, answer one request and exit")
-    ui: bool = Field(True, description="serve the page at /, where Gradio is installed; or --no-ui")
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto",
         description="type of the weights; 'auto': int8 for a large model, float32 for a small one",
@@ -95,6 +88,32 @@ class Settings(BaseSettings):
         description="context length in tokens; default: the model's, at most three quarters of "
         "--max-kv-mib",
     )
+    max_kv_mib: PositiveInt = Field(
+        2048, description="memory for the tokens of running sequences, in MiB; the others wait"
+    )
+    tasks: Path | None = Field(
+        None,
+        description="TOML file of tasks to add, or to replace built-in ones by name; or the folder "
+        "that fit wrote",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="folder for judges fitted to a model; default: ~/.cache/qwen-all-in-one",
+    )
+
+
+class Settings(ModelSettings):
+    """An OpenAI-compatible server on one small Qwen that reads the mood, then answers.
+
+    `fit --help`: how it learns a task from your own labelled texts.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="qwen-all-in-one")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
+    check: bool = Field(False, description="load the model, answer one request and exit")
+    ui: bool = Field(True, description="serve the page at /, where Gradio is installed; or --no-ui")
     max_num_seqs: PositiveInt = Field(
         16, description="requests computed together, and sequences that decode in one step"
     )
@@ -117,16 +136,8 @@ class Settings(BaseSettings):
     grace_period: Annotated[float, Field(ge=0)] = Field(
         30.0, description="seconds that running requests have to finish when the server is stopped"
     )
-    max_kv_mib: PositiveInt = Field(
-        2048, description="memory for the tokens of running sequences, in MiB; the others wait"
-    )
     max_prefix_mib: Annotated[int, Field(ge=0)] = Field(
         512, description="memory for computed prompts that later ones may begin with, in MiB"
-    )
-    tasks: Path | None = Field(
-        None,
-        description="TOML file of tasks to add, or to replace built-in ones by name; or the folder "
-        "that fit wrote",
     )
     persona: str | None = Field(
         None,
@@ -135,10 +146,6 @@ class Settings(BaseSettings):
     )
     sentiment_cache_size: Annotated[int, Field(ge=0)] = Field(
         4096, description="results of sentiment and other tasks kept, 0 for none"
-    )
-    cache_dir: Path | None = Field(
-        None,
-        description="folder for judges fitted to a model; default: ~/.cache/qwen-all-in-one",
     )
     max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)] = Field(

@@ -4,6 +4,7 @@ Exit codes: 0 written; 1 not: it is no better, or something cannot be used; 2 no
 """
 
 import asyncio
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,9 @@ from server.judge_loading import JudgeLoader
 from server.loading import Model, check_task, find_model, load_engine, prompts_of
 from server.logs import configure_logs
 from server.reasons import first_line
+
+# The options that decide which weights a server has.
+IDENTITY = ("model", "revision", "dtype")
 
 
 def fit(arguments: list[str]) -> None:
@@ -143,11 +147,20 @@ def _measured(
 
 def _how_to_serve(settings: FitSettings, has_adapter: bool) -> Iterator[str]:
     stem = file_stem(settings.task)
-    adapter = f" --adapter {stem}={adapter_folder(settings.out, settings.task)}"
+    adapters = [*settings.adapter]
+    if has_adapter:
+        adapters.append(f"{stem}={adapter_folder(settings.out, settings.task)}")
+    options = [
+        *(
+            (name, getattr(settings, name))
+            for name in IDENTITY
+            if name in settings.model_fields_set
+        ),
+        *(("adapter", pair) for pair in adapters),
+        ("tasks", settings.out),
+    ]
+    words = [word for name, value in options for word in (f"--{name}", str(value))]
     yield f"Written to {settings.out}; the page is {settings.out / f'{stem}-report.html'}."
     yield "Serve it with:"
     yield ""
-    yield (
-        f"  python -m server --model {settings.model} --tasks {settings.out}"
-        + (adapter if has_adapter else "")
-    )
+    yield f"  python -m server {shlex.join(words)}"

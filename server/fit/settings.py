@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_settings import BaseSettings, CliPositionalArg, NoDecode, SettingsConfigDict
+from pydantic_settings import CliPositionalArg, NoDecode, SettingsConfigDict
 
-from server.config import AdapterFolders, PositiveInt, Settings
-
-# Of the server's own settings, those that fitting knows, too.
-SHARED = ("model", "dtype", "num_threads", "max_context", "tasks", "adapter", "cache_dir")
+from server.config import ModelSettings, PositiveInt, Settings
 
 
 def _names(value: Any) -> Any:
@@ -28,20 +25,14 @@ def _nonempty(value: str | None) -> str | None:
     return value
 
 
-class FitSettings(BaseSettings):
+class FitSettings(ModelSettings):
     """Learns a task of the analyst from your own labelled texts, and says how much it helps.
 
-    Some rows are kept aside to test with. Where the test shows no gain, nothing is written.
+    Some rows are kept aside to test with. Where the test shows no gain, nothing is written. What
+    is written is good for the model and the type of its weights alone.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="QWEN_",
-        cli_prog_name="qwen-all-in-one fit",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        frozen=True,
-    )
+    model_config = SettingsConfigDict(cli_prog_name="qwen-all-in-one fit")
 
     rows: CliPositionalArg[Path] = Field(
         description="file of labelled texts: CSV with a header, or JSON Lines (.jsonl)"
@@ -72,17 +63,8 @@ class FitSettings(BaseSettings):
         5000, description="of more rows, so many are drawn at random; the same each time"
     )
     force: bool = Field(False, description="write what was fitted even if it is no better")
-    model: str = Field("auto", description="as the server's own option")
-    dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
-        "auto", description="as the server's; what is fitted is good for this type alone"
-    )
-    num_threads: PositiveInt | None = Field(None, description="as the server's")
-    max_context: PositiveInt | None = Field(None, description="as the server's")
-    tasks: Path | None = Field(None, description="as the server's: where the task may be from")
-    adapter: AdapterFolders = Field((), description="as the server's, for a task that names one")
-    cache_dir: Path | None = Field(None, description="as the server's")
 
     @property
     def server(self) -> Settings:
         """The settings that a server would load the same model with."""
-        return Settings(**{name: getattr(self, name) for name in SHARED})
+        return Settings(**{name: getattr(self, name) for name in ModelSettings.model_fields})

@@ -2,17 +2,20 @@
 
 import csv
 import json
+import shlex
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from safetensors import safe_open
 
 from server.__main__ import main
-from server.config import Settings
+from server.config import ModelSettings, Settings, read_settings
+from server.fit.settings import FitSettings
 from tests.conftest import LiveServer
 
 Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
@@ -131,6 +134,42 @@ def test_the_report_has_the_figures_and_needs_nothing_else(
     assert "tractor" not in page and "tractor" not in json.dumps(report)
 
 
+def test_the_command_that_is_printed_serves_what_was_fitted(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[object],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    serve: Serve,
+) -> None:
+    out, rows = tmp_path / "my fits", table(tmp_path / "rows.csv", told())
+    assert fit(monkeypatch, rows, *options, "--dtype", "bfloat16", "--out", out) == ""
+    *_, line = capsys.readouterr().out.splitlines()
+    python, m, server, *arguments = shlex.split(line)
+    assert [python, m, server] == ["python", "-m", "server"]
+    settings = read_settings(Settings, arguments)
+    assert (settings.model, settings.dtype) == (str(tiny_checkpoint), "bfloat16")
+    with serve(settings) as live:
+        assert classify(live, "things", "the dog the cat number 77") == ["animal"]
+
+
+def test_the_options_of_the_model_are_the_servers_own() -> None:
+    given: dict[str, Any] = {
+        "model": "a/b",
+        "revision": "main",
+        "adapter": ("x=y",),
+        "dtype": "int4",
+        "num_threads": 2,
+        "max_context": 99,
+        "max_kv_mib": 7,
+        "tasks": Path("tasks.toml"),
+        "cache_dir": Path("cache"),
+    }
+    assert given.keys() == ModelSettings.model_fields.keys()
+    settings = FitSettings(rows=Path("rows.csv"), **given)
+    assert settings.server.model_dump(include=set(given)) == given
+
+
 def test_a_label_cannot_write_into_the_page(
     monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
 ) -> None:
@@ -202,6 +241,7 @@ def test_what_is_no_better_is_not_written_unless_forced(
         (told(), ("--test-share", "0.9"), "--test-share '0.9'"),
         (told(), ("--tasks", "/no/such.toml"), "cannot read the task file /no/such.toml"),
         (told(), ("--model", "/no/such/model"), "neither a folder"),
+        (told(), ("--revision", "main"), "--revision is for models of the hub"),
         (told(), ("--out", __file__), "is a file; name a folder"),
         (told(), ("--out", "/proc/new"), "cannot write to --out /proc/new"),
         (told(), ("--instruction", "word " * 600), "leaves no room in a context of 512"),
