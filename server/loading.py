@@ -44,6 +44,9 @@ from server.judge_loading import JudgeLoader
 from server.metrics import Metrics
 from server.services import Services
 
+# Tokens behind the prompt of a task that extracts: a sentence, and what is found in it.
+MIN_EXTRACT_ROOM = 32
+
 
 @dataclass(frozen=True)
 class Model:
@@ -143,6 +146,8 @@ def find_model(settings: Settings) -> Model:
         _check_room(adapter, max_context)
     for task in task_file.tasks.values():
         check_task(prompts_of(task, model))
+    for extract_task in task_file.extract_tasks.values():
+        _check_extract_task(extract_task, model)
     return model
 
 
@@ -281,9 +286,7 @@ def check_task(prompts: TaskPrompts) -> None:
     try:
         prompts.labels(len(prompts.encode("a")))
     except ChatTemplateError as error:
-        raise CheckpointError(
-            f"the model's chat template refuses the prompt of the task {task.name!r}: {error}"
-        ) from error
+        raise _refused(task, error) from error
     except ContextLengthError as error:
         raise CheckpointError(
             f"the instruction of the task {task.name!r} leaves no room in a context of "
@@ -291,3 +294,22 @@ def check_task(prompts: TaskPrompts) -> None:
         ) from error
     except InvalidRequestError as error:
         raise CheckpointError(f"the task {task.name!r} cannot be used: {error.message}") from error
+
+
+def _check_extract_task(task: ExtractTask, model: Model) -> None:
+    """As `check_task`, in each language: its prompts differ."""
+    try:
+        prompts = [model.tokenizer.encode_chat(task.messages(text)) for text in ("a", "我")]
+    except ChatTemplateError as error:
+        raise _refused(task, error) from error
+    if max(map(len, prompts)) + MIN_EXTRACT_ROOM > model.max_context:
+        raise CheckpointError(
+            f"the instruction and examples of the task {task.name!r} leave no room for a sentence "
+            f"in a context of {model.max_context} tokens; raise --max-context, or shorten them"
+        )
+
+
+def _refused(task: Task | ExtractTask, error: ChatTemplateError) -> CheckpointError:
+    return CheckpointError(
+        f"the model's chat template refuses the prompt of the task {task.name!r}: {error}"
+    )

@@ -244,8 +244,8 @@ def test_without_the_key_an_example_says_what_the_server_says(
 def test_the_repl_forgets_the_oldest_turn_when_the_conversation_no_longer_fits(
     serve: Callable[[Settings], AbstractContextManager[LiveServer]],
 ) -> None:
-    line = "很好，" * 100  # 100 tokens: one fits, two do not
-    with serve(Settings(model="mini", max_context=200)) as server:
+    line = "很好，" * 150  # 150 tokens: one fits, two do not
+    with serve(Settings(model="mini", max_context=300)) as server:
         output = output_of(server.base_url, "repl", stdin=f"{line}\n{line}\nexit\n")
         too_long = run(server.base_url, "repl", stdin=line * 2)
     first, second = re.split(r"^> ", output, flags=re.M)[1:3]
@@ -254,7 +254,7 @@ def test_the_repl_forgets_the_oldest_turn_when_the_conversation_no_longer_fits(
     assert notice == "(forgetting our oldest turn)"
     assert answer[0] in EMOJIS
     assert too_long.returncode == 1
-    assert "maximum context length is 200" in too_long.stderr
+    assert "maximum context length is 300" in too_long.stderr
     assert too_long.stderr.count("\n") == 1
 
 

@@ -24,7 +24,9 @@ from server.core.engine.model.config import read_model_config
 from server.core.engine.model.kv_cache import KVCache
 from server.core.engine.model.qwen import QwenModel, load_qwen
 from server.core.engine.model.runner import ModelRunner
-from server.loading import load_services
+from server.core.roles.task_files import read_task_file
+from server.core.text.tokenizer import ChatTokenizer
+from server.loading import MIN_EXTRACT_ROOM, find_model, load_services
 
 
 @pytest.fixture
@@ -112,6 +114,12 @@ def write_index(content: str) -> Callable[[Path], None]:
     return change
 
 
+def refuse_answers(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    refusal = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
+    path.write_text(f"{{% for m in messages %}}{refusal}{{% endfor %}}{path.read_text()}")
+
+
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (truncate_weights, "damaged or incomplete"),
     (damage_header, "damaged or incomplete"),
@@ -173,6 +181,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (change_generation(eos_token_id="x"), "eos_token_id"),
     (change_generation(eos_token_id=[[2]]), "eos_token_id"),
     (change_generation(eos_token_id=999_999), "an eos_token_id of [999999] is none of"),
+    (refuse_answers, "template refuses the prompt of the task 'keywords': no answers"),
     (drop_all_eos, "neither generation_config.json nor config.json names an eos_token_id"),
 ]
 
@@ -210,6 +219,18 @@ def test_an_instruction_that_no_text_fits_behind_is_one_clear_sentence(
     )
     with pytest.raises(CheckpointError, match=r"the instruction of the task .* leaves no room"):
         load_services(settings)
+
+
+def test_a_task_that_extracts_needs_room_for_a_sentence_in_either_language(
+    tiny_checkpoint: Path, tokenizer: ChatTokenizer
+) -> None:
+    task = read_task_file().extract_tasks["keywords"]
+    longest = max(len(tokenizer.encode_chat(task.messages(text))) for text in ("a", "我"))
+    least = longest + MIN_EXTRACT_ROOM
+    model = str(tiny_checkpoint)
+    assert find_model(Settings(model=model, max_context=least)).max_context == least
+    with pytest.raises(CheckpointError, match=r"task 'keywords' leave no room for a sentence in"):
+        find_model(Settings(model=model, max_context=least - 1))
 
 
 def test_labels_of_a_task_file_that_are_too_long_are_one_clear_sentence(
