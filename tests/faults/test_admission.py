@@ -146,15 +146,17 @@ async def test_crowds_of_200_leave_no_memory_behind(tiny_checkpoint: Path, tmp_p
     assert after.num_threads <= before.num_threads
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["whole", "stream", "extract"])
 async def test_a_client_that_hangs_up_makes_room_for_another(
-    client: httpx.AsyncClient, narrow: LiveServer, stream: bool
+    client: httpx.AsyncClient, narrow: LiveServer, kind: str
 ) -> None:
-    body = endless(narrow, stream=stream)
+    body, url = endless(narrow, stream=kind == "stream"), url_of(narrow)
+    if kind == "extract":
+        body, url = {"input": ["one text", "another"]}, f"{narrow.base_url}/extract"
     with held(narrow.services):
-        first = asyncio.create_task(client.post(url_of(narrow), json=body))
+        first = asyncio.create_task(client.post(url, json=body))
         await until_inside(client, narrow, 1)
-        assert_refused(await client.post(url_of(narrow), json=body))
+        assert_refused(await client.post(url, json=body))
         first.cancel()
         await until_inside(client, narrow, 0)
         second = asyncio.create_task(client.post(url_of(narrow), json=question(narrow.model, 1)))
@@ -179,6 +181,7 @@ async def test_the_deadline_ends_what_runs_and_what_waits(
         ("completions", {"model": hasty.model, "prompt": "and then"}),
         ("responses", {"model": hasty.model, "input": "and then"}),
         ("classify", {"input": ["one text", "another"]}),
+        ("extract", {"input": ["one text", "another"]}),
     ]
     async with asyncio.timeout(BOUND_S):
         with held(hasty.services):

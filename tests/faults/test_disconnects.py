@@ -158,6 +158,27 @@ async def test_hanging_up_frees_the_slot_within_one_step(
     await until(lambda: is_idle(engine))
 
 
+async def test_hanging_up_on_an_extraction_frees_its_slots_within_one_step(
+    client: httpx.AsyncClient, pair: LiveServer, turnstile: Turnstile
+) -> None:
+    engine, extractor = pair.services.engine, pair.services.extractor
+    body = {"input": [f"The {word} of many words was late." for word in ("first", "second")]}
+    leaving = asyncio.create_task(client.post(f"{pair.base_url}/extract", json=body))
+    await turnstile.step_until(lambda: is_in_decode(engine))
+    assert len(sequences(engine)) == 2
+    leaving.cancel()
+    # The server has seen it, in the middle of a step.
+    await until_inside(client, pair, 0)
+    await turnstile.end_of_step()
+    assert not sequences(engine) and not engine._runner._states  # type: ignore[attr-defined]
+    turnstile.open()
+    await until(lambda: is_idle(engine))
+    # What was not finished is known to nobody.
+    again = (await client.post(f"{pair.base_url}/extract", json=body)).json()["data"]
+    assert all(item["items"] and not item["cached"] for item in again)
+    assert not extractor._results._flights
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_shared_sentiment_pass_outlives_one_who_hangs_up(
     client: httpx.AsyncClient, pair: LiveServer, turnstile: Turnstile, stream: bool
