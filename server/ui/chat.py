@@ -12,9 +12,9 @@ from openai import APIError, AuthenticationError
 
 from server.ui.client import connect, own_url, seen_url, served_model, stream_chat
 from server.ui.commands import curl_line, python_lines
-from server.ui.conversation import Turn, request_messages, with_names
+from server.ui.conversation import Turn, request_messages
 from server.ui.failures import explain, warn
-from server.ui.texts import language_of, name_of, say
+from server.ui.texts import language_of, name_of, say, with_names
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Options:
     temperature: float
     max_tokens: float
     with_sentiment: bool
+    tasks: list[str]
     api_key: str
 
 
@@ -64,6 +65,7 @@ def chat_body(model: str, turns: list[Turn], options: Options) -> dict[str, Any]
         "stream": True,
         "stream_options": {"include_usage": True},
         "sentiment": options.with_sentiment,
+        **({"tasks": options.tasks} if options.tasks else {}),
     }
 
 
@@ -92,6 +94,9 @@ async def answer(
             meter = Meter()
             async with aclosing(stream_chat(client, body)) as pieces:
                 async for piece in pieces:
+                    if piece.analyses is not None:
+                        turn["analyses"] = piece.analyses
+                        yield View(turns)
                     if piece.sentiment is not None:
                         labels = model.tasks.get("sentiment", [])
                         turn["sentiment"] = with_names(piece.sentiment, labels)

@@ -151,13 +151,14 @@ class ChatTab:
         temperature: float,
         max_tokens: float,
         with_sentiment: bool,
+        tasks: list[str],
         api_key: str,
         request: gr.Request,
     ) -> AsyncIterator[dict[Any, Any]]:
         if not turns or turns[-1]["answer"]:
             return
         options = chat.Options(
-            system_prompt, has_own_sampling, temperature, max_tokens, with_sentiment, api_key
+            system_prompt, has_own_sampling, temperature, max_tokens, with_sentiment, tasks, api_key
         )
         async with aclosing(chat.answer(turns, options, request)) as views:
             async for view in views:

@@ -29,11 +29,6 @@ class Judged:
     is_due: bool
     task: Mapping[str, Any]
 
-    @property
-    def labels(self) -> list[str]:
-        """The values of the task's labels."""
-        return [each["value"] for each in self.results[0]["probabilities"]]
-
     def label_of(self, text: str) -> str:
         """What the text was judged to be."""
         return str(self.results[self.texts.index(text)]["label"])

@@ -13,7 +13,7 @@ from server.ui.explanation import colors_of, sentence_pieces, word_pieces
 from server.ui.failures import explain, warn
 from server.ui.lines import to_labelled_csv
 from server.ui.side_bar import QUIETLY, SideBar
-from server.ui.texts import Language, language_of, local, say
+from server.ui.texts import Language, language_of, local, name_of, say, with_names
 
 
 class ClassifyTab:
@@ -115,7 +115,8 @@ class ClassifyTab:
     async def _list_tasks(self, api_key: str, request: gr.Request) -> Any:
         try:
             async with connect(own_url(request), api_key) as client:
-                return gr.Dropdown(list((await served_model(client)).tasks))
+                tasks = (await served_model(client)).tasks
+                return gr.Dropdown([name for name, labels in tasks.items() if labels])
         except APIError:
             return gr.skip()  # whoever starts a run is told
 
@@ -170,9 +171,11 @@ class ClassifyTab:
         try:
             async with connect(own_url(request), api_key) as client:
                 [result] = await classify(client, [text], body)
+                labels = (await served_model(client)).tasks.get(judged.task.get("task", ""), [])
         except APIError as error:
             warn(explain(error, language), language)
             return {self._chosen: None}
+        probabilities = with_names(result, labels)["probabilities"]
         label = right_labels.get(text, judged.label_of(text))
         return {
             self._chosen: text,
@@ -181,7 +184,9 @@ class ClassifyTab:
                 sentence_pieces(text, result, language), color_map=colors_of(result, language)
             ),
             self._words: word_pieces(text, result),
-            self._right: gr.Dropdown(judged.labels, value=label),
+            self._right: gr.Dropdown(
+                [(name_of(each, language), each["value"]) for each in probabilities], value=label
+            ),
         }
 
     def _correct(

@@ -46,7 +46,7 @@ async def connect(url: str, api_key: str) -> AsyncIterator[AsyncOpenAI]:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What GET /v1/models tells. tasks: those that give labels, and the labels of each."""
+    """What GET /v1/models tells. tasks: the labels of each by its name; none if it extracts."""
 
     id: str
     tasks: dict[str, list[dict[str, str]]]
@@ -56,9 +56,7 @@ async def served_model(client: AsyncOpenAI) -> ServedModel:
     """The model that is being served."""
     model = (await client.models.list()).data[0]
     tasks = (model.model_extra or {})["tasks"]
-    return ServedModel(
-        model.id, {task["name"]: task["labels"] for task in tasks if task["kind"] == "labels"}
-    )
+    return ServedModel(model.id, {task["name"]: task.get("labels", []) for task in tasks})
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Piece:
 
     text: str = ""
     sentiment: dict[str, Any] | None = None
+    analyses: dict[str, Any] | None = None
     usage: dict[str, Any] | None = None
 
 
@@ -76,9 +75,11 @@ async def stream_chat(client: AsyncOpenAI, body: Mapping[str, Any]) -> AsyncGene
     async with chunks, aclosing(_generator_of(chunks)) as generator:
         async for chunk in generator:
             delta = chunk.choices[0].delta if chunk.choices else None
+            ours = chunk.model_extra or {}
             yield Piece(
                 (delta.content or "") if delta else "",
-                (chunk.model_extra or {}).get("sentiment"),
+                ours.get("sentiment"),
+                ours.get("analyses"),
                 chunk.usage.model_dump() if chunk.usage else None,
             )
 

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+# What the body of a chat may have that is none of OpenAI's.
+OWN_FIELDS = ("sentiment", "tasks")
 
 
 def arguments_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a chat as the openai client takes it: `sentiment` is none of OpenAI's."""
-    known = {name: value for name, value in body.items() if name != "sentiment"}
-    extra = {"extra_body": {"sentiment": body["sentiment"]}} if "sentiment" in body else {}
-    return {**known, **extra}
+    """The body of a chat as the openai client takes it."""
+    known = {name: value for name, value in body.items() if name not in OWN_FIELDS}
+    own = {name: body[name] for name in OWN_FIELDS if name in body}
+    return {**known, **({"extra_body": own} if own else {})}
 
 
 def curl_line(url: str, body: Mapping[str, Any], *, has_key: bool) -> str:

@@ -2,35 +2,32 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from server.ui.texts import Language, name_of
 
 # The chatbot reads what it shows as HTML, and drops from it what it takes for a tag. Behind an
 # invisible character nothing is a tag or an entity. Copied and edited texts are without it.
 WORD_JOINER = "\u2060"
-# Stands between what was said and its mood: one bubble, so that one edit is one event. What is
-# copied ends before it (browser.py).
+# Begins each line of what was found in a text, beneath the text: one bubble, so that one edit is
+# one event. What is copied ends before it (browser.py).
 SEPARATOR = "\u2063"
 _OPENS_HTML = re.compile(r"<(?=[a-zA-Z/!?])|&(?=[a-zA-Z#])")
 
 
 class Turn(TypedDict):
-    """What the user said, how it was judged, what was answered; JSON, for the browser keeps it."""
+    """What the user said, how it was judged, what was answered; JSON, for the browser keeps it.
+
+    analyses: by the tasks' names; a conversation kept by an earlier page has none.
+    """
 
     user: str
     sentiment: dict[str, Any] | None
+    analyses: NotRequired[dict[str, Any]]
     answer: str
 
 
 Conversations = list[list[Turn]]
-
-
-def with_names(sentiment: dict[str, Any], labels: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """The judgement, each of its probabilities with the text and emoji of its label."""
-    known = {label["value"]: label for label in labels}
-    named = [{**known.get(each["value"], {}), **each} for each in sentiment["probabilities"]]
-    return {**sentiment, "probabilities": named}
 
 
 def new_turn(text: str) -> Turn:
@@ -50,12 +47,11 @@ def request_messages(turns: Sequence[Turn], system_prompt: str) -> list[dict[str
 
 
 def shown_messages(turns: Sequence[Turn], language: Language) -> list[dict[str, Any]]:
-    """The conversation as the chatbot shows it; the mood stands beneath what the user said."""
+    """The conversation as the chatbot shows it; what was found stands beneath what was said."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
-        said = inert(turn["user"])
-        if turn["sentiment"]:
-            said += f"\n{SEPARATOR}{inert(mood(turn['sentiment'], language))}"
+        lines = [inert(line) for line in findings(turn, language)]
+        said = f"\n{SEPARATOR}".join([inert(turn["user"]), *lines])
         messages.append({"role": "user", "content": said})
         if turn["answer"]:
             messages.append({"role": "assistant", "content": inert(turn["answer"])})
@@ -68,7 +64,7 @@ def inert(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """What the user made of a shown message, as text again, without the mood."""
+    """What the user made of a shown message, as text again, without what was found in it."""
     return text.split(SEPARATOR)[0].replace(WORD_JOINER, "").strip()
 
 
@@ -101,9 +97,18 @@ def turn_at(turns: Sequence[Turn], index: int) -> int:
     return len(turns) - 1
 
 
-def mood(sentiment: dict[str, Any], language: Language) -> str:
-    """Such as `😢 负面 98%`."""
-    return f"{name_of(sentiment, language)} {sentiment['confidence']:.0%}"
+def findings(turn: Turn, language: Language) -> list[str]:
+    """Lines such as `😢 负面 98%` for the mood, and `intent: 💬 闲聊 91%` for each analysis."""
+    mood = [_finding(turn["sentiment"], language)] if turn["sentiment"] else []
+    analyses = turn.get("analyses", {}).items()
+    return [*mood, *(f"{task}: {_finding(result, language)}" for task, result in analyses)]
+
+
+def _finding(result: Mapping[str, Any] | Sequence[str] | None, language: Language) -> str:
+    """A label and how likely it is, or pieces of the text; a dash where there is nothing."""
+    if isinstance(result, Mapping):
+        return f"{name_of(result, language)} {result['confidence']:.0%}"
+    return " · ".join(result or ["–"])
 
 
 def title(turns: Sequence[Turn], fallback: str) -> str:

@@ -3,8 +3,10 @@
 from typing import Any
 
 import gradio as gr
+from openai import APIError
 
 from server.ui.browser import KEEP_KEY, RECALL_KEY
+from server.ui.client import connect, own_url, served_model
 from server.ui.texts import TITLE, local
 
 # How events run that nobody waits for or calls from elsewhere.
@@ -40,6 +42,10 @@ class SideBar:
                     label=local("system_prompt"), info=local("system_prompt_info"), lines=2
                 )
                 self._sentiment = gr.Checkbox(True, label=local("sentiment"))
+                # Those that the server has, when it has been asked.
+                self._tasks = gr.CheckboxGroup(
+                    [], label=local("analyses"), elem_id="analyses", visible=False
+                )
                 self._has_own = gr.Checkbox(
                     False, label=local("own_sampling"), elem_id="own-sampling"
                 )
@@ -56,6 +62,7 @@ class SideBar:
             self._temperature,
             self._max_tokens,
             self._sentiment,
+            self._tasks,
             self.api_key,
         ]
 
@@ -75,8 +82,21 @@ class SideBar:
             _open_if_wide, [self._width], [self.itself], js="() => innerWidth", queue=False,
             **QUIETLY,
         )  # fmt: skip
-        page.load(None, None, [self.api_key], js=RECALL_KEY, **QUIETLY)
+        listing = [_list_tasks, [self.api_key], [self._tasks]]
+        recalled = page.load(None, None, [self.api_key], js=RECALL_KEY, **QUIETLY)
+        recalled.then(*listing, **QUIETLY)
+        gr.on([self.api_key.submit, self.api_key.blur], *listing, **QUIETLY)
         self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **QUIETLY)
+
+
+async def _list_tasks(api_key: str, request: gr.Request) -> Any:
+    """All but the mood, which has a box of its own."""
+    try:
+        async with connect(own_url(request), api_key) as client:
+            names = [name for name in (await served_model(client)).tasks if name != "sentiment"]
+    except APIError:
+        return gr.skip()  # whoever says something is told
+    return gr.CheckboxGroup(names, visible=bool(names))
 
 
 def _open_if_wide(width: float) -> Any:

@@ -3,7 +3,7 @@
 The browser chooses for what stands on the page (gr.I18n), Accept-Language for what comes later.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import gradio as gr
@@ -24,6 +24,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "temperature": ("温度", "Temperature"),
     "max_tokens": ("最多词元", "Max tokens"),
     "sentiment": ("先判断情绪", "Judge the mood first"),
+    "analyses": ("另外分析", "Analyse as well"),
     "api_key": ("API 密钥", "API key"),
     "api_key_info": ("只留在这个标签页，关闭即忘", "Stays in this tab until you close it"),
     "message": ("说点什么…", "Say something…"),
@@ -112,3 +113,10 @@ def name_of(label: Mapping[str, Any], language: Language) -> str:
     value = label.get("value") or label["label"]
     name = label.get("text", value) if language == "zh" else value
     return f"{label.get('emoji', '')} {name}".strip()
+
+
+def with_names(result: dict[str, Any], labels: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The judgement, each of its probabilities with the text and emoji of its label."""
+    known = {label["value"]: label for label in labels}
+    named = [{**known.get(each["value"], {}), **each} for each in result["probabilities"]]
+    return {**result, "probabilities": named}

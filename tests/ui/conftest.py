@@ -67,6 +67,11 @@ class Visit:
         return self.page.locator("#mood")
 
     @property
+    def analyses(self) -> Locator:
+        """The boxes of what else a message is asked for."""
+        return self.page.locator("#analyses label")
+
+    @property
     def api_key(self) -> Locator:
         return self.page.locator("#api-key input")
 

@@ -170,6 +170,10 @@ def test_on_a_phone_the_explanation_fits(
         page.classify(write(tmp_path / "one.txt", text))
         page.page.locator("#results").get_by_text(text).locator("visible=true").first.click()
         expect(page.page.locator("#sentences")).to_contain_text("负面")
+        page.page.locator("#right-label input").click()
+        expect(page.page.get_by_role("option")).to_contain_text(["😄 正面", "😢 负面", "😐 中性"])
+        page.page.get_by_role("option", name="正面").click()
+        expect(page.page.locator("#note")).to_contain_text("已改正 1 条")
         page.page.locator("#words").scroll_into_view_if_needed()
         page.save_screenshot("classify-explained-phone-zh")
         assert page.width() <= 390

@@ -176,6 +176,36 @@ def test_under_the_hood_stands_what_was_sent(mini: LiveServer, visit: VisitPage)
         page.save_screenshot("hood-en")
 
 
+def test_what_else_is_asked_for_stands_beneath_the_mood(mini: LiveServer, visit: VisitPage) -> None:
+    with visit(mini.url, "zh-CN", permissions=["clipboard-read", "clipboard-write"]) as page:
+        expect(page.analyses).to_have_text(["emotion", "intent", "keywords"])
+        expect(page.analyses.locator("input:checked")).to_have_count(0)
+        for name in ("emotion", "keywords"):
+            page.analyses.get_by_text(name).click()
+        text = "我的耳机又坏了，气死我了！"
+        page.say(text)
+        page.until_answered(1)
+        said, mood, emotion, keywords = page.bubbles.first.inner_text().splitlines()
+        assert mood.endswith("%") and said.replace("\u2060", "") == text
+        expected = {
+            f"{label.emoji} {label.text}" for label in mini.services.tasks["emotion"].labels
+        }
+        assert re.sub("^\u2063emotion: | [0-9]+%$", "", emotion) in expected
+        found = keywords.removeprefix("\u2063keywords: ").split(" · ")
+        assert found and all(item in text for item in found)
+        page.page.get_by_role("button", name="Copy").first.click()
+        assert page.clipboard() == text
+        page.save_screenshot("chat-analyses-zh")
+        # They are kept with the conversation, and no longer asked for once they are off.
+        page.page.reload()
+        page.conversations.click()
+        expect(page.bubbles.first).to_contain_text("keywords: ")
+        expect(page.analyses.locator("input:checked")).to_have_count(0)
+        page.say("谢谢你")
+        page.until_answered(2)
+        expect(page.bubbles.nth(2)).not_to_contain_text("keywords")
+
+
 def test_what_is_copied_is_what_was_said(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url, permissions=["clipboard-read", "clipboard-write"]) as page:
         page.say(ATTACK)

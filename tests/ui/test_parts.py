@@ -27,13 +27,12 @@ from server.ui.conversation import (
     request_messages,
     shown_messages,
     turn_at,
-    with_names,
 )
 from server.ui.explanation import COLORS, colors_of, sentence_pieces, word_pieces
 from server.ui.failures import explain
 from server.ui.lines import batches, read_file, read_lines, to_csv
 from server.ui.page import build_page
-from server.ui.texts import TEXTS, name_of
+from server.ui.texts import TEXTS, name_of, with_names
 from tests.conftest import LiveServer
 from tests.live.test_clients_at_once import until
 
@@ -72,6 +71,8 @@ def test_what_the_openai_client_does_not_know_goes_beside_the_rest() -> None:
         "model": "m",
         "extra_body": {"sentiment": False},
     }
+    both = arguments_of({"model": "m", "sentiment": True, "tasks": ["intent"]})
+    assert both["extra_body"] == {"sentiment": True, "tasks": ["intent"]}
     assert arguments_of({"model": "m"}) == {"model": "m"}
 
 
@@ -89,6 +90,26 @@ def test_an_index_of_a_shown_message_leads_to_its_turn() -> None:
     assert contents == ["a\n\u2063😄 正面 93%", "b", "c", "d", "e"]
     assert [turn_at(TURNS, index) for index in range(5)] == [0, 0, 1, 1, 2]
     assert plain(contents[0]) == "a"
+
+
+def test_each_analysis_has_a_line_beneath_what_was_said() -> None:
+    analyses = {
+        "intent": {"label": "chat", "text": "闲聊", "emoji": "💬", "confidence": 0.9},
+        "keywords": ["<b>x</b>", "y"],
+        "names": [],
+        "emotion": None,
+    }
+    turn = Turn(user="a <b>x</b>\ny", sentiment=SENTIMENT, analyses=analyses, answer="")
+    [shown] = [message["content"] for message in shown_messages([turn], "en")]
+    assert shown.replace("\u2060", "").split("\n\u2063")[1:] == [
+        "😄 positive 93%",
+        "intent: 💬 chat 90%",
+        "keywords: <b>x</b> · y",
+        "names: –",
+        "emotion: –",
+    ]
+    assert "<b" not in shown and plain(shown) == turn["user"]
+    assert "闲聊" in shown_messages([turn], "zh")[0]["content"]
 
 
 @pytest.mark.parametrize("text", ["<b>", "</b>", "<!--", "&lt;", "&#60;", NASTY])
@@ -156,9 +177,10 @@ async def test_a_stream_that_is_left_leaves_no_generator_to_the_collector(
 
 
 def test_only_what_was_chosen_is_sent() -> None:
-    options = Options("", False, 0.5, 16.0, with_sentiment=True, api_key="sk")
+    options = Options("", False, 0.5, 16.0, with_sentiment=True, tasks=[], api_key="sk")
     body = chat_body("m", TURNS, options)
-    assert not {"temperature", "max_tokens"} & set(body)
+    assert not {"temperature", "max_tokens", "tasks"} & set(body)
+    assert chat_body("m", TURNS, replace(options, tasks=["intent"]))["tasks"] == ["intent"]
     body = chat_body("m", TURNS, replace(options, has_own_sampling=True))
     assert (body["temperature"], body["max_tokens"]) == (0.5, 16)
     assert "sk" not in json.dumps(body)
