@@ -321,6 +321,7 @@ def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: Visit
         page.open_chat()
         page.say("hello")
         page.until_answered(1)
+        expect(page.conversations).to_have_count(1)  # nothing of the page is still to be loaded
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(BOUND_S) == 0
         page.say("and now?")
