@@ -98,6 +98,38 @@ def test_a_clients_own_labels_lose_their_prior(real: LiveServer) -> None:
     assert sum(is_right) >= 10
 
 
+def test_a_stream_tells_the_analyses_first(real: LiveServer) -> None:
+    client = openai.OpenAI(base_url=real.base_url, api_key="unused")
+    text = "这款耳机的电池只用了两天就坏了，气死我了！"
+    first, *others = client.chat.completions.create(
+        model=real.model, messages=[{"role": "user", "content": text}], max_tokens=20, stream=True,
+        extra_body={"tasks": ["emotion", "intent", "keywords"]},
+    )  # fmt: skip
+    told = first.model_extra or {}
+    analyses = told["analyses"]
+    assert told["sentiment"]["label"] == "negative"
+    assert analyses["emotion"]["label"] not in ("joy", "neutral"), analyses
+    assert analyses["intent"]["label"] == "complaint", analyses
+    assert {"耳机", "电池"} & {*analyses["keywords"]}, analyses
+    assert others and not any("analyses" in (chunk.model_extra or {}) for chunk in others)
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "word"),
+    [
+        ("The waiter was slow, but the food was delicious.", "positive", "delicious"),
+        ("这家店的服务太差了", "negative", "差"),
+    ],
+)
+def test_the_word_that_tells_a_mood_weighs_most(
+    real: LiveServer, text: str, label: str, word: str
+) -> None:
+    [item] = post(real, "classify", input=text, explain=True)["data"]
+    heaviest = max(item["words"], key=lambda each: each["weight"])
+    assert item["label"] == label
+    assert word in heaviest["text"] and heaviest["weight"] > 0.1, item["words"]
+
+
 def test_the_models_list_tells_how_tasks_are_judged(real: LiveServer) -> None:
     for name in real.services.tasks:
         post(real, "classify", input="今天真开心", task=name)
