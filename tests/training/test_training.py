@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from training.add_openers import checked, is_held_out
 from training.batches import GIVEN, LABEL, PADDING, REPLY, Batcher, Pack, Settings, packed
 from training.model import Qwen2, Shape
+from training.points import Points
 from training.similar import Lines
 from training.weights import dequantize, quantize, quantized, read_weights, write_parts
 
@@ -28,7 +29,7 @@ def pack(tmp_path: Path) -> Pack:
         "prefix_instructions": np.array([5, 6, 7]), "prefix_persona": np.array([8, 9]),
         "prefix_plain": np.array([9]),
         "piece_user": np.array(0), "piece_answer": np.array(1), "piece_turn_end": np.array(2),
-        "piece_end": np.array(3), "piece_cue": np.array([4, 4]), "piece_label": np.array([5, 6]),
+        "piece_end": np.array(3), "piece_cue": np.array([4, 4, 4]), "piece_label": np.array([5, 6]),
         "text_segments": np.array([7, 8]), "text_probs": np.array([[255, 0], [51, 204]], np.uint8),
         "text_weights": np.array([0.5, 0.5]),
         "pair_users": np.array([7, 8]), "pair_replies": np.array([9, 9]),
@@ -142,3 +143,37 @@ def test_new_openers_are_kept_without_what_is_known_or_measured() -> None:
     assert [r["users"] for r in kept] == [["our hamster is ill"]]
     assert left_out["a line in another language"] == left_out["line known"] == 1
     assert is_held_out(kept[0]) == is_held_out(dict(kept[0]))
+
+
+# --- answers in the course of a training ----------------------------------------------
+
+
+def test_answers_are_the_likeliest_tokens_behind_the_cue_of_the_mood(pack: Pack) -> None:
+    torch.manual_seed(0)
+    model = Qwen2(Shape(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24)).eval()
+    points = Points(pack, "cpu")
+    prompt = points._prompts[3]
+    # The cue of the fixture's moods is its segment 4.
+    assert prompt[:2] == [10, 11]
+    assert prompt[-2:] == [15, 16]
+    ids = [*points._head, *prompt]
+    for _ in range(8):
+        documents = torch.tensor([[0] * len(points._head) + [1] * (len(ids) - len(points._head))])
+        hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None], documents)
+        ids.append(int(model.lm_head(hidden[0, -1]).argmax()))
+    alone = points._tokenizer.decode(ids[-8:])
+    assert alone
+    assert points.answers(model)[3].startswith(alone)
+
+
+def test_shares_are_those_of_answers_with_a_word_of_the_topic(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = Points(pack, "cpu")
+    langs = [opener["lang"] for opener in points._openers]
+    topics = [opener["topic"].split("|")[0] for opener in points._openers]
+    said = [topic if lang == "zh" else "" for lang, topic in zip(langs, topics, strict=True)]
+    monkeypatch.setattr(points, "answers", lambda model: said)
+    shares = points.shares(Qwen2(SHAPE))
+    assert shares["zh_to_the_point"] > 0.9
+    assert shares["en_to_the_point"] == 0.0
