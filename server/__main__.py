@@ -1,4 +1,5 @@
-"""The command: `python -m server`, or `qwen-all-in-one`. With `fit` behind it, it fits a task.
+"""The command: `python -m server`, or `qwen-all-in-one`. With `fit` behind it, it fits a task;
+with `cluster`, it serves on many machines.
 
 Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was
 stopped at once by a second signal; 2 no such option; 3 the engine broke down, or failed from
@@ -7,10 +8,11 @@ the start (uvicorn's own code).
 
 import asyncio
 import gc
+import importlib
+import importlib.util
 import logging
 import os
 import socket
-import ssl
 import sys
 from types import FrameType
 
@@ -18,7 +20,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from server.app import create_app, has_page_extra
-from server.config import Settings, read_settings
+from server.config import KEEP_ALIVE_S, Settings, read_settings
 from server.core.engine.checkpoint import CheckpointError
 from server.core.engine.engine import Engine
 from server.core.engine.heap import share_one_heap
@@ -26,7 +28,7 @@ from server.core.engine.sequence import SamplingParams
 from server.core.roles.task_files import TaskFileError
 from server.fit.command import fit
 from server.gate import Gate
-from server.guards import is_loopback
+from server.guards import exposure
 from server.loading import load_services
 from server.logs import configure_logs, try_print
 
@@ -34,9 +36,6 @@ logger = logging.getLogger(__name__)
 
 # For the last events of streams that were cut off, and for connections to close.
 CLOSING_S = 3
-# Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): whoever asks
-# again just as the server hangs up gets a reset instead of an answer.
-KEEP_ALIVE_S = 75
 EXIT_FORCED, EXIT_BROKEN = 1, 3
 
 
@@ -46,6 +45,9 @@ def main() -> None:
     if sys.argv[1:2] == ["fit"]:
         fit(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["cluster"]:
+        _cluster(sys.argv[2:])
+        return
     settings = read_settings(Settings, sys.argv[1:])
     configure_logs(settings.log_level, settings.log_format)
     try_print(f"loading {settings.model!r} ...")
@@ -54,7 +56,7 @@ def main() -> None:
         if settings.check:
             _check(settings)
             return
-        _check_certificate(settings)
+        settings.check_certificate()
         # First the port: nobody should wait for a model only to learn that it is taken.
         with _bind(settings.host, settings.port) as listener:
             _serve(settings, listener)
@@ -62,6 +64,13 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # while the model is loaded
         sys.exit(EXIT_FORCED)
+
+
+def _cluster(arguments: list[str]) -> None:
+    """The server on many machines, if Ray is installed; only then is it imported."""
+    if importlib.util.find_spec("ray") is None:
+        sys.exit("error: 'cluster' needs Ray; pip install 'qwen-all-in-one[cluster]'")
+    importlib.import_module("server.cluster.command").cluster(arguments)
 
 
 def _check(settings: Settings) -> None:
@@ -92,6 +101,9 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         app,
         log_level=settings.log_level,
         log_config=None,  # ours, for its lines, too
+        # As tested. By itself uvicorn takes others where some package, such as Ray, brings them.
+        loop="asyncio",
+        http="h11",
         access_log=False,  # ours has the request's id
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSING_S,
@@ -99,7 +111,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         ssl_keyfile=settings.ssl_keyfile,
     )
     server = Server(config, app, services.engine, settings.grace_period)
-    for warning in filter(None, (services.warning, _exposure(settings))):
+    for warning in filter(None, (services.warning, exposure(settings))):
         try_print(f"\nWARNING: {warning}", sys.stderr)
     # Before the banner: whoever reads it and connects at once would be refused.
     try:
@@ -172,18 +184,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _check_certificate(settings: Settings) -> None:
-    """Reads it early, as the port: nobody should wait for a model to learn that it is wrong."""
-    try:
-        if settings.ssl_certfile:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
-        elif settings.ssl_keyfile:
-            raise OSError("it is missing, --ssl-keyfile needs it")
-    except OSError as error:  # ssl's errors, too
-        raise OSError(f"cannot serve https by --ssl-certfile: {error}") from error
-
-
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is spelt out; with it, every
@@ -201,13 +201,6 @@ def _bind(host: str, port: int) -> socket.socket:
 def _taken(host: str, port: int, error: OSError) -> OSError:
     reason = f"cannot listen on {host}:{port}: {error.strerror}"
     return OSError(f"{reason}; choose another with --port")
-
-
-def _exposure(settings: Settings) -> str | None:
-    """What to say if others than this machine's users may come in without a key."""
-    if settings.keys or is_loopback(settings.host):
-        return None
-    return f"whoever reaches {settings.host} may use this server: no --api-key is set"
 
 
 def _page_line(settings: Settings, url: str) -> str:

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -30,8 +30,11 @@ from server.routes import ROUTES
 from server.services import Services
 
 
-def create_app(settings: Settings, services: Services) -> Starlette:
-    """The server as an ASGI application; it closes the engine when it shuts down."""
+def create_app(settings: Settings, services: Services, *, has_entrance: bool = True) -> Starlette:
+    """The server as an ASGI application; it closes the engine when it shuts down.
+
+    has_entrance: whether it checks for itself who comes in; else something before it does.
+    """
     page, metrics = _load_page(settings), services.metrics
     gate = Gate(settings.max_num_seqs + settings.max_queue)
     metrics.registry.register(StateCollector(services.engine, services.classifier, gate))
@@ -48,23 +51,26 @@ def create_app(settings: Settings, services: Services) -> Starlette:
     app = Starlette(
         routes=ROUTES,
         lifespan=lifespan,
-        middleware=_middleware(settings, page, gate, metrics),
-        exception_handlers={
-            APIError: _api_error,
-            HTTPException: _http_exception,
-            ClientDisconnect: _client_closed_request,
-        },
+        middleware=[
+            *(entrance_middleware(settings, metrics, page) if has_entrance else ()),
+            Middleware(WorkMiddleware),
+            Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
+            # Innermost, so that a 500, too, gets its id and the headers a browser asks for.
+            Middleware(FailureMiddleware),
+        ],
+        exception_handlers=exception_handlers(),
     )
     app.state.services, app.state.page = services, page
     app.state.gate, app.state.metrics = gate, metrics
     return app
 
 
-def _middleware(settings: Settings, page: Any, gate: Gate, metrics: Metrics) -> list[Middleware]:
-    """What a request passes, in order."""
+def entrance_middleware(
+    settings: Settings, metrics: Metrics, page: Any = None, *, is_id_told: bool = True
+) -> list[Middleware]:
+    """What a request passes, in order, before any work is spent on it."""
     paths = {route.path for route in ROUTES if "{" not in route.path}
-    around = [Middleware(RequestIdMiddleware, metrics=metrics, routes=paths)]
-    around.append(Middleware(WorkMiddleware))
+    around = [Middleware(RequestIdMiddleware, metrics=metrics, routes=paths, is_told=is_id_told)]
     if is_loopback(settings.host) and not settings.keys:
         names = (settings.host, *settings.allowed_host)
         around.append(Middleware(HostMiddleware, names=names))
@@ -82,10 +88,16 @@ def _middleware(settings: Settings, page: Any, gate: Gate, metrics: Metrics) -> 
         ),
         Middleware(ApiKeyMiddleware, keys=settings.keys),
         Middleware(BodyMiddleware, max_bytes=settings.max_body_bytes),
-        Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
-        # Innermost, so that a 500, too, gets its id and the headers a browser asks for.
-        Middleware(FailureMiddleware),
     ]
+
+
+def exception_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
+    """How what a request raises is answered."""
+    return {
+        APIError: _api_error,
+        HTTPException: _http_exception,
+        ClientDisconnect: _client_closed_request,
+    }
 
 
 def has_page_extra() -> bool:

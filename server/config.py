@@ -2,6 +2,7 @@
 
 import os
 import re
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+
+# Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): whoever asks
+# again just as the server hangs up gets a reset instead of an answer.
+KEEP_ALIVE_S = 75
 
 PositiveInt = Annotated[int, Field(ge=1)]
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
@@ -203,6 +208,21 @@ class Settings(ModelSettings):
             OSError: the file cannot be read, or has no key in it.
         """
         return (*self.api_key, *(_read_keys(self.api_key_file) if self.api_key_file else ()))
+
+    def check_certificate(self) -> None:
+        """Reads the certificate early: nobody should wait for a model to learn that it is wrong.
+
+        Raises:
+            OSError: it cannot be used, or the key to it is missing.
+        """
+        try:
+            if self.ssl_certfile:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+            elif self.ssl_keyfile:
+                raise OSError("it is missing, --ssl-keyfile needs it")
+        except OSError as error:  # ssl's errors, too
+            raise OSError(f"cannot serve https by --ssl-certfile: {error}") from error
 
 
 def read_settings(kind: type[AnySettings], arguments: list[str]) -> AnySettings:

@@ -105,6 +105,19 @@ class UnavailableError(APIError):
         super().__init__("The server is shutting down; try again shortly.")
 
 
+class ReplicaLostError(APIError):
+    """The replica of a cluster that worked on the request died; another one may serve it."""
+
+    status = 503
+    headers: Mapping[str, str] = {"retry-after": "1"}
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The replica that worked on this request was lost; send the request again.",
+            code="replica_lost",
+        )
+
+
 class OverloadedError(APIError):
     """Too many requests are waiting already."""
 

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server.config import Settings
 from server.errors import AuthenticationError, PermissionDeniedError
 from server.middleware import error_response
 
@@ -46,6 +47,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def exposure(settings: Settings) -> str | None:
+    """What to say if others than this machine's users may come in without a key."""
+    if settings.keys or is_loopback(settings.host):
+        return None
+    return f"whoever reaches {settings.host} may use this server: no --api-key is set"
 
 
 class HostMiddleware:

@@ -52,9 +52,12 @@ def error_response(error: APIError) -> Response:
 class RequestIdMiddleware:
     """Gives every request an id, its own or a new one; logs and counts it when it is answered."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Collection[str]) -> None:
-        """routes: paths that are counted by name."""
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, routes: Collection[str], *, is_told: bool = True
+    ) -> None:
+        """routes: paths that are counted by name. is_told: whether the response has the id."""
         self._app, self._metrics, self._routes = app, metrics, routes
+        self._is_told = is_told
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +72,8 @@ class RequestIdMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = own
+                if self._is_told:
+                    MutableHeaders(scope=message)["x-request-id"] = own
             await send(message)
 
         try:

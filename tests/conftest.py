@@ -112,7 +112,13 @@ def run_live(settings: Settings) -> Iterator[LiveServer]:
 def run_app(app: ASGIApp) -> Iterator[str]:
     """The URL of a real uvicorn, on a thread of this process and a free port."""
     config = uvicorn.Config(
-        app, port=0, log_level="warning", timeout_graceful_shutdown=2, ws="none"
+        app,
+        port=0,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        ws="none",
+        loop="asyncio",
+        http="h11",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="uvicorn")

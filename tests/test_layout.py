@@ -186,3 +186,9 @@ def test_the_page_is_a_client_of_the_public_api_and_of_nothing_else(path: Path) 
 def test_only_the_page_needs_gradio(path: Path) -> None:
     if path not in below("server/ui"):
         assert not forbidden(path, ("gradio", "openai", "pandas", "server.ui"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_cluster_needs_ray(path: Path) -> None:
+    if path not in below("server/cluster"):
+        assert not forbidden(path, ("ray", "server.cluster"))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.types import Message as ASGIMessage
 
@@ -80,6 +80,13 @@ async def _next(
             return await anext(contents, None)
     except TimeoutError:
         raise RequestTimeoutError from None
+
+
+def error_events(error: APIError, path: str) -> bytes:
+    """How a stream of the path ends that fails, for who has but its bytes."""
+    ends = [] if path == "/v1/responses" else ["[DONE]"]
+    data = [_event(error.body())["data"], *ends]
+    return b"".join(ServerSentEvent(each, sep="\n").encode() for each in data)
 
 
 def _event(content: Mapping[str, Any]) -> dict[str, str]:

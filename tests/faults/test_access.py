@@ -12,10 +12,10 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from server.__main__ import _exposure, main
+from server.__main__ import main
 from server.app import create_app
 from server.config import Settings
-from server.guards import OPEN_PATHS, HostMiddleware
+from server.guards import OPEN_PATHS, HostMiddleware, exposure
 from server.metrics import Metrics
 from server.routes import ROUTES
 from tests.conftest import LiveServer
@@ -284,7 +284,7 @@ def test_an_id_that_is_none_is_replaced(tiny: LiveServer, given: str | bytes | N
 )
 def test_a_server_that_is_open_to_others_says_so(host: str, keys: str, is_warned: bool) -> None:
     settings = Settings(host=host, api_key=keys or ())  # type: ignore[arg-type]
-    assert (_exposure(settings) is not None) == is_warned
+    assert (exposure(settings) is not None) == is_warned
 
 
 @pytest.mark.parametrize("keys", ["", " ", ",,"])

@@ -1,0 +1,113 @@
+"""`cluster`: joins a Ray cluster or starts one, deploys the server on it and waits to be stopped.
+
+Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was stopped at
+once by a second signal; 2 no such option.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+
+import ray
+from ray import serve
+
+from server.cluster.deployment import build
+from server.cluster.settings import ClusterSettings
+from server.config import KEEP_ALIVE_S, read_settings
+from server.guards import exposure
+from server.logs import configure_logs, try_print
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "qwen"
+EXIT_FORCED = 1
+
+
+def cluster(arguments: list[str]) -> None:
+    """The command; ends the process with a sentence where the server cannot start."""
+    settings = read_settings(ClusterSettings, arguments)
+    configure_logs(settings.log_level, settings.log_format)
+    # Ray tells its makers how it is used unless it is asked not to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        logger.debug("%d API keys", len(settings.keys))  # read early: the replicas take a while
+        settings.check_certificate()
+        # Left out, the address would be that of the last cluster here, though it be gone.
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"),
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        serve.start(proxy_location="EveryNode", http_options=_http_options(settings))
+        _deploy(settings)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # while it is deployed
+        sys.exit(EXIT_FORCED)
+    is_stopped = _stop_signals()
+    if warning := exposure(settings):
+        try_print(f"\nWARNING: {warning}", sys.stderr)
+    try_print(_banner(settings))
+    is_stopped.wait()
+    _drain()
+
+
+def _http_options(settings: ClusterSettings) -> dict[str, object]:
+    options: dict[str, object] = {
+        "host": settings.host, "port": settings.port, "keep_alive_timeout_s": KEEP_ALIVE_S
+    }  # fmt: skip
+    if settings.ssl_certfile:
+        options["ssl_certfile"] = str(settings.ssl_certfile)
+        options["ssl_keyfile"] = str(settings.ssl_keyfile or settings.ssl_certfile)
+    return options
+
+
+def _deploy(settings: ClusterSettings) -> None:
+    """Returns when all replicas run.
+
+    Raises:
+        OSError: they cannot; says why.
+    """
+    try:
+        serve.run(build(settings), name=APP_NAME)
+    except RuntimeError as error:
+        deployments = serve.status().applications[APP_NAME].deployments.values()
+        # The last line of a traceback says what went wrong.
+        reasons = [deployment.message.strip().splitlines()[-1:] for deployment in deployments]
+        reason = next((line for lines in reasons for line in lines), str(error))
+        raise OSError(f"the replicas cannot start: {reason}") from error
+
+
+def _stop_signals() -> threading.Event:
+    """What the first SIGINT or SIGTERM sets; the second ends the process."""
+    is_stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        if is_stopped.is_set():
+            os._exit(EXIT_FORCED)
+        is_stopped.set()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return is_stopped
+
+
+def _drain() -> None:
+    """Returns when the last request has ended; there are no new ones."""
+    while APP_NAME in serve.status().applications:
+        with contextlib.suppress(TimeoutError):  # Serve waits for a minute
+            serve.delete(APP_NAME)
+
+
+def _banner(settings: ClusterSettings) -> str:
+    url = f"{settings.scheme}://{settings.host}:{settings.port}"
+    return f"""
+Serving {settings.model} on {url}, and on this port of every node
+
+  OpenAI base URL   {url}/v1
+  models            {url}/v1/models
+  replicas          {url}/health
+"""

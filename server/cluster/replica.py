@@ -1,0 +1,62 @@
+"""A replica: the server's application without its entrance, called by the entrances."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from prometheus_client.core import Metric
+from ray import serve
+from starlette.datastructures import Headers
+from starlette.types import Message, Scope
+
+from server.app import create_app
+from server.cluster.exchange import exchange
+from server.cluster.overview import labelled
+from server.cluster.settings import ClusterSettings
+from server.loading import load_services
+from server.logs import configure_logs, request_id
+
+
+class Replica:
+    """One model and all routes, on one machine of the cluster."""
+
+    # Serve awaits it.
+    async def __init__(self, settings: ClusterSettings) -> None:  # type: ignore[misc]
+        configure_logs(settings.log_level, settings.log_format)
+        self._name = serve.get_replica_context().replica_tag
+        self._services = await asyncio.to_thread(load_services, settings)
+        self._app = create_app(settings, self._services, has_entrance=False)
+        self._lifespan = AsyncExitStack()
+        await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
+
+    async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        """The ASGI messages of the response."""
+        request_id.set(Headers(scope=scope)["x-request-id"])
+        async for message in exchange(self._app, scope, body):
+            yield message
+
+    async def look(self, path: str) -> dict[str, Any]:
+        """What a GET of the path answers, with the replica's name."""
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
+        messages = [message async for message in exchange(self._app, scope, b"")]
+        body = b"".join(message.get("body", b"") for message in messages)
+        return {"replica": self._name, **json.loads(body)}
+
+    def metrics(self) -> list[Metric]:
+        """The replica's numbers, each with the label `replica`."""
+        return labelled(self._app.state.metrics.registry, self._name)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that is not sound.
+
+        Raises:
+            RuntimeError: the engine does not work.
+        """
+        if not self._services.engine.is_alive:
+            raise RuntimeError(f"the engine broke down: {self._services.engine.breakdown!r}")
+
+    async def __del__(self) -> None:
+        """Called by Serve when the last request has been answered."""
+        await self._lifespan.aclose()

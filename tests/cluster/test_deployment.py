@@ -1,0 +1,90 @@
+"""What Serve is told of the settings, and what the command says of wrong ones."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server.__main__ import main
+
+pytest.importorskip("ray", reason="Ray is not installed, which the extra 'cluster' brings")
+from ray.serve._private.build_app import build_app
+from ray.serve.schema import ServeDeploySchema
+
+from server.cluster import deployment
+from server.cluster.settings import ClusterSettings
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+
+
+def test_a_replica_has_the_threads_and_the_memory_of_the_settings() -> None:
+    settings = ClusterSettings(num_threads=3, max_kv_mib=100, max_prefix_mib=10, num_replicas=4)
+    replica, entrance = build_app(deployment.build(settings), name="qwen").deployments
+    options = replica.ray_actor_options
+    assert options["num_cpus"] == 3
+    assert options["memory"] == (110 + deployment.MODEL_MIB) * 2**20
+    assert (replica.name, replica.num_replicas) == ("Replica", 4)
+    assert (entrance.name, entrance.num_replicas) == ("Entrance", 1)
+
+
+def test_max_replicas_lets_their_number_follow_the_load() -> None:
+    settings = ClusterSettings(num_replicas=2, max_replicas=5, max_num_seqs=8)
+    replica, _ = build_app(deployment.build(settings), name="qwen").deployments
+    scaling = replica._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 8
+
+
+def test_the_shipped_file_deploys_what_the_settings_say() -> None:
+    content = yaml.safe_load((ROOT / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
+    [app] = ServeDeploySchema.model_validate(content).applications
+    assert app.import_path == f"{deployment.__name__}:{deployment.build.__name__}"
+    assert set(app.args) <= set(ClusterSettings.model_fields)
+    assert ClusterSettings.model_validate(app.args).host == content["http_options"]["host"]
+
+
+def test_without_ray_the_command_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "needs Ray; pip install 'qwen-all-in-one[cluster]'" in refusal(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num-replicas", "3", "--max-replicas", "2"], "there are at least 3 (--num-replicas)"),
+        (["--ui"], "error: --ui True: a cluster does not know it; leave it out"),
+        (["--check"], "error: --check True: a cluster does not know it; leave it out"),
+        (["--port", "0"], "error: --port '0'"),
+        (["--api-key-file", "none"], "cannot read --api-key-file none"),
+        (["--ssl-keyfile", "key.pem"], "cannot serve https by --ssl-certfile"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], sentence: str
+) -> None:
+    assert sentence in refusal(monkeypatch, *options)
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["server", "cluster", *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return str(stopped.value.code)
+
+
+def settings_table() -> str:
+    """The options of the cluster's own, as docs/cluster.md must have them."""
+    own = ClusterSettings.__annotations__.keys() - {"ui"}
+    lines = ["| option | default | |", "|---|---|---|"]
+    for name, field in ClusterSettings.model_fields.items():
+        if name in own:
+            default = f"`{field.default}`" if field.default is not None else "–"
+            lines.append(f"| `--{name.replace('_', '-')}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_options_is_complete_and_true() -> None:
+    assert settings_table() in TEXT, f"docs/cluster.md should contain\n\n{settings_table()}"
