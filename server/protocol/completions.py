@@ -4,15 +4,26 @@ import codecs
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import Field, PlainValidator, StrictBool, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from server.core.engine.sequence import TokenEvent
 from server.errors import InvalidRequestError
-from server.protocol.base import refuse_unsupported
+from server.protocol.base import FIRST_ERROR, refuse_unsupported
 from server.protocol.sampling import ChoicesRequest, finite
 
 DEFAULT_MAX_TOKENS = 16
-MAX_LOGPROBS = 5
+# OpenAI has 5 and 0; these are vLLM's.
+MAX_LOGPROBS, MAX_LOGPROB_TOKEN_IDS = 20, 128
+MAX_STOP_TOKEN_IDS = 128
 # Choices of one request, of all its prompts together.
 MAX_TOTAL_CHOICES = 256
 # Known parameters this server does not implement, with the values that mean "off".
@@ -39,10 +50,29 @@ def _by_place(prompt: Any) -> dict[str, str | list[int]]:
     raise ValueError("must be a string, a list of token ids, or a list of either kind")
 
 
+class StructuredOutputs(BaseModel):
+    """What each completion must look like, as vLLM is told it; one of the two.
+
+    json_schema: of the JSON it must be. grammar: in llguidance's language, Lark.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    grammar: Annotated[StrictStr, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_number(self) -> Self:
+        if (self.json_schema is None) == (self.grammar is None):
+            raise ValueError("must have either 'json' or 'grammar'")
+        return self
+
+
 class CompletionRequest(ChoicesRequest):
     """Body of POST /v1/completions.
 
     prompts: texts and token ids to continue, by their place in the request.
+    What OpenAI does not have is vLLM's: with it another server can stand in front.
     """
 
     known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
@@ -51,6 +81,16 @@ class CompletionRequest(ChoicesRequest):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = DEFAULT_MAX_TOKENS
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprob_token_ids: Annotated[
+        list[StrictInt], FIRST_ERROR, Field(max_length=MAX_LOGPROB_TOKEN_IDS, default_factory=list)
+    ]
+    return_token_ids: StrictBool = False
+    return_tokens_as_token_ids: StrictBool = False
+    stop_token_ids: Annotated[
+        list[StrictInt], FIRST_ERROR, Field(max_length=MAX_STOP_TOKEN_IDS, default_factory=list)
+    ]
+    ignore_eos: StrictBool = False
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:
@@ -76,6 +116,10 @@ class CompletionRequest(ChoicesRequest):
                 "are not computed; leave one of them out.",
                 param="echo",
             )
+        if self.logprob_token_ids and self.logprobs is None:
+            raise InvalidRequestError(
+                "'logprob_token_ids' is only allowed with 'logprobs'.", param="logprob_token_ids"
+            )
         refuse_unsupported(self.model_extra, {**UNSUPPORTED, "best_of": (1, self.n)})
         return self
 
@@ -84,10 +128,14 @@ class LogprobsWriter:
     """Writes the `logprobs` of one choice, all at once or piece by piece."""
 
     def __init__(
-        self, token_bytes: Sequence[bytes], decode: Callable[[Sequence[int]], str]
-    ) -> None:
-        """token_bytes: UTF-8 by token id, empty for special tokens; decode: spells these too."""
-        self._token_bytes, self._decode = token_bytes, decode
+        self, token_bytes: Sequence[bytes], decode: Callable[[Sequence[int]], str], *,
+        is_by_id: bool = False,
+    ) -> None:  # fmt: skip
+        """token_bytes: UTF-8 by token id, empty for special tokens; decode: spells these too.
+
+        is_by_id: whether tokens are named by their ids.
+        """
+        self._token_bytes, self._decode, self._is_by_id = token_bytes, decode, is_by_id
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
         self._num_chars = 0
 
@@ -116,6 +164,8 @@ class LogprobsWriter:
 
         Names are keys, so no two tokens may have the same.
         """
+        if self._is_by_id:
+            return f"token_id:{token_id}"
         data = self._token_bytes[token_id]
         if not data:
             return self._decode([token_id])

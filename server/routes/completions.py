@@ -1,15 +1,19 @@
 """POST /v1/completions, whole and streamed: raw text goes on, without sentiment."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.core.engine.sequence import TokenEvent
+from server.core.engine.sequence import Grammar, SamplingParams, TokenEvent
 from server.core.text.choices import Choices
+from server.core.text.grammar import GrammarCompiler, GrammarError
+from server.errors import InvalidRequestError
 from server.protocol.base import new_id, now, usage
-from server.protocol.completions import CompletionRequest, LogprobsWriter
+from server.protocol.completions import CompletionRequest, LogprobsWriter, StructuredOutputs
 from server.routes.common import find_model, read, unless_disconnected, work_of
 from server.routes.sampling import sampling_params
 from server.routes.streaming import stream
@@ -20,7 +24,7 @@ async def text_completions(request: Request) -> Response:
     """Continues each prompt as it is."""
     services, body = await read(request, CompletionRequest)
     adapter = find_model(services, body.model).adapter
-    params = sampling_params(body, services, max_tokens=body.max_tokens, num_logprobs=body.logprobs)
+    params = await asyncio.to_thread(_params, body, services)
 
     async def begin() -> _Completion:
         choices = await services.completer.complete(
@@ -47,7 +51,7 @@ class _Completion:
 
     def __init__(self, body: CompletionRequest, services: Services, choices: Choices) -> None:
         self.choices = choices
-        self._includes_usage = body.includes_usage
+        self._includes_usage, self._returns_ids = body.includes_usage, body.return_token_ids
         self._base: dict[str, Any] = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -60,7 +64,11 @@ class _Completion:
             for _ in range(body.n)
         ]
         self._logprobs = [
-            LogprobsWriter(services.tokenizer.token_bytes, services.tokenizer.decode)
+            LogprobsWriter(
+                services.tokenizer.token_bytes,
+                services.tokenizer.decode,
+                is_by_id=body.return_tokens_as_token_ids,
+            )
             for _ in (choices.choices if body.logprobs is not None else ())
         ]
 
@@ -101,11 +109,13 @@ class _Completion:
         logprobs = None
         if self._logprobs and tokens is not None:
             logprobs = self._logprobs[index].write(tokens)
+        ids = {"token_ids": [token.token_id for token in tokens or ()]}
         return {
             "index": index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": finish_reason,
+            **(ids if self._returns_ids else {}),
         }
 
     def _usage(self) -> dict[str, Any]:
@@ -113,6 +123,43 @@ class _Completion:
         return usage(
             choices.num_prompt_tokens, choices.num_completion_tokens, choices.num_cached_tokens
         )
+
+
+def _params(body: CompletionRequest, services: Services) -> SamplingParams:
+    """Compiling a grammar may take a second.
+
+    Raises:
+        InvalidRequestError: there is no such token, or the grammar cannot be guaranteed.
+    """
+    check_ids = services.tokenizer.check_ids
+    check_ids(body.logprob_token_ids, lambda i: f"logprob_token_ids[{i}]")
+    check_ids(body.stop_token_ids, lambda i: f"stop_token_ids[{i}]")
+    num_logprobs = body.logprobs
+    if body.return_token_ids and num_logprobs is None:
+        num_logprobs = 0  # a piece of text tells its tokens together with their log-probabilities
+    params = sampling_params(
+        body, services, max_tokens=body.max_tokens, num_logprobs=num_logprobs,
+        grammar=_grammar(body.structured_outputs, services.grammars),
+    )  # fmt: skip
+    eos_token_ids = frozenset[int]() if body.ignore_eos else params.stop_token_ids
+    return replace(
+        params,
+        stop_token_ids=eos_token_ids | {*body.stop_token_ids},
+        logprob_token_ids=tuple(body.logprob_token_ids),
+    )
+
+
+def _grammar(wanted: StructuredOutputs | None, grammars: GrammarCompiler) -> Grammar | None:
+    if wanted is None:
+        return None
+    try:
+        if wanted.grammar is not None:
+            return grammars.lark(wanted.grammar)
+        assert wanted.json_schema is not None
+        return grammars.json_schema(wanted.json_schema)
+    except GrammarError as error:
+        param = "structured_outputs"
+        raise InvalidRequestError(f"'{param}': {error}.", param=param) from error
 
 
 def _text_of(prompt: str | Sequence[int], services: Services) -> str:

@@ -364,3 +364,70 @@ async def test_hanging_up_frees_every_slot(endless: LiveServer, stream: bool, n:
     await until(lambda: is_idle(engine))
     # They were ended, not merely waited for.
     assert all(len(sequence.completion_ids) < 400 for sequence in sequences)
+
+
+# --- what other servers ask for, as vLLM has it ---------------------------------------
+
+
+def test_token_ids_are_those_of_the_text_streamed_or_whole(live: LiveServer) -> None:
+    [choice] = whole(live, return_token_ids=True)["choices"]
+    assert live.services.tokenizer.decode(choice["token_ids"]) == choice["text"]
+    chunks = streamed(live, return_token_ids=True)
+    ids = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
+    assert ids == choice["token_ids"]
+    assert choice["logprobs"] is None
+
+
+def test_the_tokens_named_are_told_in_place_of_the_likeliest(live: LiveServer) -> None:
+    ordinary = {"temperature": 0, "max_tokens": 1, "return_tokens_as_token_ids": True}
+    [choice] = whole(live, logprobs=20, **ordinary)["choices"]
+    [likeliest] = choice["logprobs"]["top_logprobs"]
+    names = list(likeliest)[3:7]
+    ids = [int(name.removeprefix("token_id:")) for name in names]
+    [choice] = whole(live, logprobs=0, logprob_token_ids=ids, **ordinary)["choices"]
+    [told] = choice["logprobs"]["top_logprobs"]
+    assert {name: told[name] for name in names} == pytest.approx(
+        {name: likeliest[name] for name in names}
+    )
+    assert told.keys() - names == {*choice["logprobs"]["tokens"]}
+
+
+def test_a_stop_token_of_the_request_ends_a_text_and_the_models_own_may_be_ignored(
+    tiny: LiveServer,
+) -> None:
+    ids = whole(tiny, return_token_ids=True)["choices"][0]["token_ids"]
+    [choice] = whole(tiny, return_token_ids=True, stop_token_ids=[ids[3]])["choices"]
+    assert (choice["token_ids"], choice["finish_reason"]) == (ids[: ids.index(ids[3])], "stop")
+    only_eos = {"logit_bias": {"2": 100}, "max_tokens": 3, "return_token_ids": True}
+    assert whole(tiny, **only_eos)["choices"][0]["token_ids"] == []
+    assert whole(tiny, ignore_eos=True, **only_eos)["choices"][0]["token_ids"] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"json": {"type": "array", "items": {"enum": ["a"]}, "minItems": 2, "maxItems": 2}},
+        {"grammar": 'start: "[" A ", " A "]"\nA: /"a"/'},
+    ],
+    ids=lambda wanted: next(iter(wanted)),
+)
+def test_a_text_looks_as_structured_outputs_says(live: LiveServer, wanted: dict[str, Any]) -> None:
+    assert text(live, structured_outputs=wanted) == '["a", "a"]'
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"type": "nothing"}}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"logprob_token_ids": [10**6], "logprobs": 0}, "logprob_token_ids[0]"),
+        ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
+    ],
+)
+def test_what_cannot_be_done_so_is_refused_with_its_place(
+    tiny: LiveServer, changes: dict[str, Any], param: str
+) -> None:
+    assert refused(tiny, **changes)["param"] == param

@@ -34,6 +34,10 @@ class GrammarState(Protocol):
 class Grammar(Protocol):
     """What a completion must look like."""
 
+    @property
+    def text(self) -> str:
+        """The same as llguidance reads it."""
+
     def begin(self) -> GrammarState:
         """The state before the first token."""
 
@@ -53,6 +57,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added
     seed: int | None = None
     num_logprobs: int | None = None  # likeliest tokens told with each; None: not even its own
+    logprob_token_ids: tuple[int, ...] = ()  # told in place of the likeliest, if there are any
     grammar: Grammar | None = None
     stop_token_ids: frozenset[int] = frozenset()
 
@@ -61,8 +66,8 @@ class SamplingParams:
 class TokenEvent:
     """One sampled token; the stop token itself is never delivered.
 
-    logprob (nats) and those of the likeliest tokens, if they were asked for, are of the
-    distribution before temperature and what cuts it off (top_k, top_p, min_p).
+    logprob (nats) and those of the likeliest tokens, or of the tokens named, if they were asked
+    for, are of the distribution before temperature and what cuts it off (top_k, top_p, min_p).
     """
 
     token_id: int

@@ -109,7 +109,7 @@ class Grammar:
     """A compiled grammar; any number of completions may follow it at once."""
 
     matcher: LLMatcher
-    num_chars: int = 0  # of its text
+    text: str  # as llguidance reads it
 
     def begin(self) -> GrammarState:
         """The state before the first token."""
@@ -127,7 +127,7 @@ class GrammarCompiler:
         self._chat_tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
         self._kept: LRUCache[str, Grammar] = LRUCache(
-            MAX_KEPT_CHARS, lambda grammar: max(grammar.num_chars, MAX_KEPT_CHARS // MAX_KEPT)
+            MAX_KEPT_CHARS, lambda grammar: max(len(grammar.text), MAX_KEPT_CHARS // MAX_KEPT)
         )
         self._lock = Lock()
 
@@ -157,6 +157,14 @@ class GrammarCompiler:
         except ValueError as error:  # an integer of more than 64 bits
             raise GrammarError(str(error)) from error
         return self._compile(grammar)
+
+    def lark(self, text: str) -> Grammar:
+        """What a grammar in llguidance's own language describes.
+
+        Raises:
+            GrammarError: the grammar is wrong.
+        """
+        return self._compile(LLMatcher.grammar_from_lark(text))
 
     def tool_calls(
         self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool,
@@ -209,7 +217,7 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
         if matcher.is_error():
             raise GrammarError(matcher.get_error())
-        return Grammar(matcher, len(text))
+        return Grammar(matcher, text)
 
 
 class _Vocabulary:

@@ -99,12 +99,12 @@ class Sampler:
         if self.params.num_logprobs is None:
             return TokenEvent(token_id)
         logprobs = logits[: self._vocab_size].log_softmax(0)
-        top = logprobs.topk(min(self.params.num_logprobs, len(logprobs)))
-        return TokenEvent(
-            token_id,
-            float(logprobs[token_id]),
-            tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
-        )
+        told_ids = list(self.params.logprob_token_ids)
+        if not told_ids:
+            top = logprobs.topk(min(self.params.num_logprobs, len(logprobs)))
+            told_ids = top.indices.tolist()
+        told = zip(told_ids, logprobs[told_ids].tolist(), strict=True)
+        return TokenEvent(token_id, float(logprobs[token_id]), tuple(told))
 
 
 def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exception]:
