@@ -12,6 +12,7 @@ from server.core.engine.checkpoint import Checkpoint, CheckpointError, find_chec
 from server.core.engine.engine import Engine
 from server.core.engine.generation_config import GenerationDefaults, read_generation_defaults
 from server.core.engine.gguf_file import Source, open_source
+from server.core.engine.local import LocalEngine
 from server.core.engine.model import (
     LoadedAdapter,
     choose_dtype,
@@ -176,7 +177,7 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
             adapters=model.loaded_adapters,
         ).result()
         weights = digest.result()
-    engine = Engine(
+    engine = LocalEngine(
         runner, max_num_seqs=settings.max_num_seqs, max_rows=settings.max_num_batched_tokens
     )
     return engine, JudgeCache(settings.cache_folder, f"{weights} {model.dtype}")

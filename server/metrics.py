@@ -73,9 +73,10 @@ class StateCollector(Collector):
         yield GaugeMetricFamily(
             "qwen_requests_inside", "Requests being served.", self._gate.num_requests
         )
-        yield GaugeMetricFamily(
-            "qwen_kv_tokens", "Tokens the KV memory has room for now.", self._engine.num_kv_tokens
-        )
+        if (num_kv_tokens := self._engine.num_kv_tokens) is not None:
+            yield GaugeMetricFamily(
+                "qwen_kv_tokens", "Tokens the KV memory has room for now.", num_kv_tokens
+            )
         results = CounterMetricFamily(
             "qwen_classifications", "Texts judged, and how.", labels=["source"]
         )

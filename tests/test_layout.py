@@ -14,7 +14,8 @@ HTTP = ("starlette", "uvicorn", "sse_starlette", "server.routes", "server.app")
 # Where a request goes down: each floor may import what is below it, and nothing above.
 FLOORS = ("server.core.roles", "server.core.text", "server.core.engine")
 ENGINE_ROOM = ("torch", "server.core.engine.model", "server.core.engine.scheduler",
-               "server.core.engine.engine", "server.core.engine.thread")  # fmt: skip
+               "server.core.engine.engine", "server.core.engine.local",
+               "server.core.engine.thread")  # fmt: skip
 
 
 def imports_of(source: str, package: str) -> Iterator[str]:
@@ -153,7 +154,9 @@ def test_the_core_consists_of_its_floors() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["engine", "thread", "scheduler", "admission", "sequence"])
+@pytest.mark.parametrize(
+    "name", ["engine", "local", "thread", "scheduler", "admission", "sequence"]
+)
 def test_the_engine_does_not_know_the_model(name: str) -> None:
     path = ROOT / "server/core/engine" / f"{name}.py"
     assert not forbidden(path, ("server.core.engine.model",))

@@ -9,12 +9,12 @@ from server.routes.common import services_of
 async def health(request: Request) -> Response:
     """Whether the engine works, which model it has, and how the sentiment cache does."""
     services = services_of(request)
-    is_alive, breakdown = services.engine.is_alive, services.engine.breakdown
+    is_alive = services.engine.is_alive
     classifier = services.classifier
     return JSONResponse(
         {
             "status": "ok" if is_alive else "stopped",
-            "reason": f"the engine broke down: {breakdown!r}" if breakdown else None,
+            "reason": services.engine.trouble,
             "model": services.model_id,
             "warning": services.warning,
             "sentiment_cache": {"hits": classifier.num_hits, "misses": classifier.num_misses},
@@ -25,9 +25,11 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Whether a request that came now would be served."""
-    gate = request.app.state.gate
-    if gate.is_closed or not services_of(request).engine.is_alive:
+    gate, engine = request.app.state.gate, services_of(request).engine
+    if gate.is_closed:
         status = "stopping"
+    elif not engine.is_alive:
+        status = "no engine"
     else:
         status = "ready" if gate.is_open else "busy"
     return JSONResponse(

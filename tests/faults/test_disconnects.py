@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.config import Settings
-from server.core.engine.engine import Engine
+from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import Sequence
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, until_inside
@@ -23,7 +23,7 @@ MAX_PREFILL_TOKENS = 16
 class Turnstile:
     """Lets the steps of an engine through one by one."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: LocalEngine) -> None:
         runner: Any = engine._runner
         self._engine, self._step, self._passes = engine, runner.step, threading.Semaphore(0)
         self._is_open = False
@@ -94,15 +94,15 @@ def turnstile(pair: LiveServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tur
         turnstile.open()
 
 
-def sequences(engine: Engine) -> list[Sequence]:
+def sequences(engine: LocalEngine) -> list[Sequence]:
     return [*engine._scheduler.admission.running, *engine._scheduler.admission.waiting]
 
 
-def is_waiting(engine: Engine) -> bool:
+def is_waiting(engine: LocalEngine) -> bool:
     return engine.num_waiting > 0
 
 
-def is_in_prefill(engine: Engine) -> bool:
+def is_in_prefill(engine: LocalEngine) -> bool:
     return any(
         0 < sequence.num_computed < len(sequence.prompt_ids) - 1
         for sequence in engine._scheduler.admission.running
@@ -110,11 +110,11 @@ def is_in_prefill(engine: Engine) -> bool:
     )
 
 
-def is_in_decode(engine: Engine) -> bool:
+def is_in_decode(engine: LocalEngine) -> bool:
     return any(len(sequence.completion_ids) > 1 for sequence in engine._scheduler.admission.running)
 
 
-def is_being_judged(engine: Engine) -> bool:
+def is_being_judged(engine: LocalEngine) -> bool:
     return any(sequence.is_scored for sequence in engine._scheduler.admission.running)
 
 

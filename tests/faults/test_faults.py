@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.core.engine.adapters import BASE, Adapter
-from server.core.engine.engine import Engine
+from server.core.engine.local import LocalEngine
 from server.core.engine.model.runner import ModelRunner
 from server.core.engine.model.sampler import Sampler
 from server.core.engine.sequence import SamplingParams, Sequence
@@ -149,7 +149,7 @@ async def ask_together(
         adapter: Adapter = BASE,
     ) -> TokenStream:
         submitted.append(params)
-        return Engine.submit(engine, prompt_ids, params, work=work, adapter=adapter)
+        return LocalEngine.submit(engine, prompt_ids, params, work=work, adapter=adapter)
 
     def have_begun() -> bool:
         # One may fail before it is submitted.

@@ -18,7 +18,7 @@ import uvicorn
 from server.__main__ import EXIT_BROKEN, EXIT_FORCED, Server, _bind, _serve
 from server.app import create_app
 from server.config import Settings
-from server.core.engine.engine import Engine
+from server.core.engine.local import LocalEngine
 from server.loading import load_services
 from server.metrics import Metrics
 from tests.conftest import LiveServer
@@ -148,7 +148,7 @@ def breakable(
         yield server
 
 
-async def until_submitted(engine: Engine, number: int) -> None:
+async def until_submitted(engine: LocalEngine, number: int) -> None:
     """Waits until so many sequences are the engine's, taken up or not."""
 
     def num_submitted() -> int:
@@ -158,7 +158,7 @@ async def until_submitted(engine: Engine, number: int) -> None:
         await asyncio.sleep(0.005)
 
 
-def break_down(engine: Engine) -> None:
+def break_down(engine: LocalEngine) -> None:
     """From the next step on; whatever a sequence or a step does wrong is another matter."""
 
     def schedule() -> Any:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 
-from server.core.engine.engine import Engine
+from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import SamplingParams, Sequence
 from server.core.text.tokenizer import ChatTokenizer
 from server.routes import replying
@@ -31,7 +31,7 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def is_idle(engine: Engine) -> bool:
+def is_idle(engine: LocalEngine) -> bool:
     return engine._scheduler.admission.is_idle and not engine._runner._states  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai.types import Completion
 
-from server.core.engine.engine import Engine
+from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import SamplingParams
 from server.routes import completions
 from tests.conftest import LiveServer
@@ -345,7 +345,7 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def is_idle(engine: Engine) -> bool:
+def is_idle(engine: LocalEngine) -> bool:
     return engine._scheduler.admission.is_idle and not engine._runner._states  # type: ignore[attr-defined]
 
 

@@ -8,9 +8,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from server.core.engine.allocator import RunnerAllocator
+from server.core.engine.engine import Observer
 from server.core.engine.runner import Runner, StepInterruptedError, StepResult
 from server.core.engine.scheduler import ScheduledChunk, Scheduler
 from server.core.engine.sequence import (
@@ -29,16 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Idle seconds before freed memory is returned to the operating system.
 REST_AFTER_S = 5.0
-
-
-class Observer(Protocol):
-    """Who wants to know how the engine does. Called on the engine's thread."""
-
-    def token_sampled(self, seconds: float, *, is_first: bool) -> None:
-        """seconds: since the sequence was submitted, or since its last token."""
-
-    def sequence_ended(self, sequence: Sequence) -> None:
-        """However it ended."""
 
 
 class EngineThread(threading.Thread):

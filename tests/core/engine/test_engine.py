@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from server.core.engine.engine import Engine, Scores
+from server.core.engine.engine import Scores
+from server.core.engine.local import LocalEngine
 from server.core.engine.runner import StepInterruptedError, StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import (
@@ -136,9 +137,9 @@ def runner() -> FakeRunner:
 @asynccontextmanager
 async def running(
     runner: FakeRunner, *, max_num_seqs: int = 4, max_rows: int = 8
-) -> AsyncIterator[Engine]:
+) -> AsyncIterator[LocalEngine]:
     runner.loop = asyncio.get_running_loop()
-    engine = Engine(runner, max_num_seqs=max_num_seqs, max_rows=max_rows)
+    engine = LocalEngine(runner, max_num_seqs=max_num_seqs, max_rows=max_rows)
     try:
         yield engine
     finally:
@@ -165,7 +166,7 @@ async def first_token(stream: TokenStream) -> None:
     stream.events.put_nowait(event)
 
 
-async def events_of(engine: Engine, *streams: TokenStream) -> list[list[Event]]:
+async def events_of(engine: LocalEngine, *streams: TokenStream) -> list[list[Event]]:
     """Closes the engine and returns all the events each stream ever got."""
     await bounded(asyncio.to_thread(engine.close))
     delivered = asyncio.Event()
@@ -598,7 +599,7 @@ async def test_close_aborts_what_decodes_what_prefills_and_what_waits(runner: Fa
 
 
 async def test_closing_an_idle_engine_twice_is_harmless(runner: FakeRunner) -> None:
-    engine = Engine(runner, max_num_seqs=1, max_rows=2)
+    engine = LocalEngine(runner, max_num_seqs=1, max_rows=2)
     assert engine.is_alive
     engine.close()
     assert not engine.is_alive
@@ -685,7 +686,7 @@ async def test_only_the_engine_thread_touches_the_runner(runner: FakeRunner) -> 
 
 def test_a_reader_whose_event_loop_has_closed_does_not_stop_the_engine(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold(number=2)
-    engine = Engine(runner, max_num_seqs=1, max_rows=8)
+    engine = LocalEngine(runner, max_num_seqs=1, max_rows=8)
 
     async def leave_behind() -> None:
         engine.submit([1], SamplingParams(max_tokens=3))
