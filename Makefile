@@ -1,6 +1,7 @@
 # make serve   set up and start the server      make test    set up and run the tests
 # make check   lint and type-check              make bench   measure against the peers,
 #              on the model that QWEN_REAL names or on random weights
+# make vllm    set up vLLM for CPUs, apart from the project
 # make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
 PYTHON ?= python3
 VENV   ?= .venv

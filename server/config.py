@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 # Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): whoever asks
@@ -48,6 +48,15 @@ def _adapters(value: Any) -> Any:
             raise ValueError(f"the name {name!r} is given twice")
         seen.add(name)
     return pairs
+
+
+def _engine_url(url: str | None) -> str | None:
+    """Without what a base URL of OpenAI's has behind it."""
+    if url is None:
+        return None
+    if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url):
+        raise ValueError("it is not http://HOST:PORT")
+    return url.rstrip("/").removesuffix("/v1")
 
 
 # NAME=FOLDER, several.
@@ -115,6 +124,13 @@ class Settings(ModelSettings):
 
     model_config = SettingsConfigDict(cli_prog_name="qwen-all-in-one")
 
+    engine: Annotated[str | None, AfterValidator(_engine_url)] = Field(
+        None,
+        description="http://HOST:PORT of a vLLM, or of another server like this one, that computes "
+        "in place of this process; --model then names the same checkpoint, of which no weights are "
+        "read",
+    )
+    engine_key: SecretStr | None = Field(None, description="key that --engine wants")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
     check: bool = Field(False, description="load the model, answer one request and exit")

@@ -118,6 +118,32 @@ class ReplicaLostError(APIError):
         )
 
 
+class EngineUnreachableError(APIError):
+    """The engine is another server, which does not answer, or stopped in the middle."""
+
+    status = 503
+    headers: Mapping[str, str] = {"retry-after": "5"}
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine behind this server does not answer; try again shortly.",
+            code="engine_unreachable",
+        )
+
+
+class EngineFailedError(APIError):
+    """The engine is another server, which fails. Asking again would fail the same way."""
+
+    status = 502
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The engine behind this server failed on this request; see the log.",
+            code="engine_failed",
+        )
+
+
 class OverloadedError(APIError):
     """Too many requests are waiting already."""
 

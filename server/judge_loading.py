@@ -1,17 +1,21 @@
-"""Gives tasks their judges: those they bring, those kept from an earlier start, or new ones."""
+"""Gives tasks their judges: those they bring, those kept from an earlier start, or new ones.
+
+Where the engine gives no hidden states, the scores of their labels judge all tasks.
+"""
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from server.core.engine.adapters import BASE, ONLY_BASE, Adapter
 from server.core.engine.checkpoint import CheckpointError
 from server.core.roles.fitted_judges import read_fitted_judge
-from server.core.roles.fitting import fit_judge
+from server.core.roles.fitting import fit_judge, measure_prior
 from server.core.roles.judge_cache import JudgeCache
 from server.core.roles.judges import Judge, Scorer
 from server.core.roles.prompts import TaskPrompts
@@ -59,15 +63,8 @@ class JudgeLoader:
         tasks = list(tasks)
         self.find(tasks)
         missing = {task.version: task for task in tasks if task.version not in self.judges}
-        if not missing:
-            return
-        # On a thread of its own, for a caller may have an event loop running.
-        thread = ThreadPoolExecutor(1)
-        try:
-            thread.submit(asyncio.run, self._fit_all(list(missing.values()))).result()
-        finally:
-            # Not waiting: whoever interrupts this closes the engine, which ends the work.
-            thread.shutdown(wait=False)
+        if missing:
+            _run(self._fit_all(list(missing.values())))
 
     async def fit(self, task: Task, report: Callable[[], object] = lambda: None) -> Judge:
         """Fits the judge of a task and keeps it. report: called after each example.
@@ -108,6 +105,59 @@ class JudgeLoader:
 
     def _path(self, prompts: TaskPrompts) -> Path:
         return self._cache.path(_key(prompts))
+
+
+class PriorLoader:
+    """Judges tasks by the scores of their labels' texts, the prior taken off.
+
+    For an engine without hidden states, to which no head can be fitted. Nothing is kept: the
+    priors are measured in a moment, and nobody knows the weights that they are of.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: ChatTokenizer, *, max_context: int) -> None:
+        self._scorer, self._tokenizer, self._max_context = scorer, tokenizer, max_context
+        self.judges: dict[str, Judge] = {}  # by the version of their task
+
+    def load(self, tasks: Iterable[Task]) -> None:
+        """Measures the priors of these tasks' labels. Blocks.
+
+        Raises:
+            CheckpointError: they cannot be measured.
+        """
+        for task in {task.version: task for task in tasks}.values():
+            _run(self.fit(task))
+
+    async def fit(self, task: Task) -> Judge:
+        """Measures the prior of a task's labels.
+
+        Raises:
+            CheckpointError: it cannot be measured.
+        """
+        if task.judge is not None:
+            logger.warning(
+                "the task %s is judged by the scores of its labels in place of the judge it "
+                "brings: the engine gives no hidden states",
+                task.name,
+            )
+        prompts = TaskPrompts(task, self._tokenizer, self._max_context)
+        try:
+            judge = await measure_prior(self._scorer, prompts)
+        except Exception as error:
+            raise CheckpointError(
+                f"the labels of the task {task.name!r} cannot be scored: {first_line(error)}"
+            ) from error
+        self.judges[task.version] = judge
+        return judge
+
+
+def _run(work: Coroutine[Any, Any, object]) -> None:
+    # On a thread of its own, for a caller may have an event loop running.
+    thread = ThreadPoolExecutor(1)
+    try:
+        thread.submit(asyncio.run, work).result()
+    finally:
+        # Not waiting: whoever interrupts this closes the engine, which ends the work.
+        thread.shutdown(wait=False)
 
 
 def _key(prompts: TaskPrompts) -> object:

@@ -41,12 +41,20 @@ from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
-from server.judge_loading import JudgeLoader
+from server.judge_loading import JudgeLoader, PriorLoader
 from server.metrics import Metrics
+from server.remote.discovery import ServedThere, check_tokenizer, discover
+from server.remote.engine import RemoteEngine
+from server.remote.upstream import Address
 from server.services import Services
 
 # Tokens behind the prompt of a task that extracts: a sentence, and what is found in it.
 MIN_EXTRACT_ROOM = 32
+# Settings of the engine of this process.
+OF_ENGINE = (
+    "adapter", "dtype", "num_threads", "max_num_batched_tokens", "max_draft_tokens", "max_kv_mib",
+    "max_prefix_mib",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,12 @@ class Model:
         named = {loaded.adapter.name: loaded.adapter for loaded in self.loaded_adapters}
         return {**ONLY_BASE, **named}
 
+    @property
+    def chat_tasks(self) -> list[Task]:
+        """What is judged in every chat."""
+        tasks = self.task_file.tasks
+        return [tasks[SENTIMENT], tasks[self.task_file.reply.cue_task]]
+
 
 def load_services(settings: Settings) -> Services:
     """Everything a server needs, the engine running. Blocks until the model is ready.
@@ -78,6 +92,8 @@ def load_services(settings: Settings) -> Services:
         CheckpointError: the model cannot be used.
         TaskFileError: the task file cannot be used.
     """
+    if settings.engine is not None:
+        return _load_front(settings, _address(settings, settings.engine))
     model = find_model(settings)
     engine, cache = load_engine(model, settings)
     try:
@@ -89,23 +105,65 @@ def load_services(settings: Settings) -> Services:
             max_context=model.max_context,
             adapters=model.adapters,
         )
-        tasks = model.task_file.tasks
-        judges.find(tasks.values())
-        judges.load([tasks[SENTIMENT], tasks[model.task_file.reply.cue_task]])
+        judges.find(model.task_file.tasks.values())
+        judges.load(model.chat_tasks)
     except BaseException:
         engine.close()
         raise
-    return _assemble(model, settings, engine, judges)
+    return assemble(model, settings, engine, judges)
 
 
-def find_model(settings: Settings) -> Model:
+def _load_front(settings: Settings, address: Address) -> Services:
+    """Everything a server needs that stands in front of another one, which computes.
+
+    Raises:
+        EngineUnusableError: the other server does not answer, or serves another model.
+    """
+    _check_front(settings)
+    served = discover(address)
+    model = find_model(settings, served)
+    check_tokenizer(address, served, model.tokenizer)
+    engine = RemoteEngine(address, served.name, max_num_seqs=settings.max_num_seqs)
+    try:
+        judges = PriorLoader(engine, model.tokenizer, max_context=model.max_context)
+        judges.load(model.chat_tasks)
+    except BaseException:
+        engine.close()
+        raise
+    return assemble(model, settings, engine, judges)
+
+
+def _address(settings: Settings, url: str) -> Address:
+    key = settings.engine_key
+    return Address(
+        url, None if key is None else key.get_secret_value(), silence_s=settings.request_timeout
+    )
+
+
+def _check_front(settings: Settings) -> None:
+    """Refuses what is the other server's to set: it would have no effect here.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    for name in OF_ENGINE:
+        if name in settings.model_fields_set:
+            raise CheckpointError(
+                f"--{name.replace('_', '-')} has no effect with --engine; set it where the engine "
+                "runs, and leave it out here"
+            )
+
+
+def find_model(settings: Settings, served: ServedThere | None = None) -> Model:
     """Finds the checkpoint and checks all that can be checked without its weights.
+
+    served: by another server, so that no weights are needed.
 
     Raises: as `load_services`.
     """
     # Before a download: nobody should wait for a model to learn that a task file is wrong.
     user_file = read_task_file(settings.tasks) if settings.tasks else TaskFile()
-    checkpoint = find_checkpoint(settings.model, settings.revision)
+    checkpoint = find_checkpoint(settings.model, settings.revision, has_weights=served is None)
     task_file = read_task_file() | _task_file_of(checkpoint) | user_file
     source = open_source(checkpoint.path)
     config = read_model_config(source)
@@ -118,14 +176,12 @@ def find_model(settings: Settings) -> Model:
     defaults = read_generation_defaults(source)
     dtype = choose_dtype(settings.dtype, config)
     max_kv_tokens = settings.max_kv_mib * 2**20 // kv_bytes_per_token(config, dtype)
-    # Not set: as long as the model allows and leaves a quarter of the memory to other requests.
-    max_context = settings.max_context or max_kv_tokens * 3 // 4
-    max_context = min(max_context, config.max_position_embeddings)
-    if max_context > max_kv_tokens:
-        raise CheckpointError(
-            f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
-            f"which holds {max_kv_tokens}; raise it or lower --max-context"
-        )
+    max_context = min(
+        config.max_position_embeddings,
+        _context_here(settings, config, max_kv_tokens)
+        if served is None
+        else _context_there(settings, served),
+    )
     if (cue_task := task_file.reply.cue_task) not in task_file.tasks:
         raise TaskFileError(
             f"the cue_task {cue_task!r} in the table [{REPLY}] is no task; there are "
@@ -150,6 +206,27 @@ def find_model(settings: Settings) -> Model:
     for extract_task in task_file.extract_tasks.values():
         _check_extract_task(extract_task, model)
     return model
+
+
+def _context_here(settings: Settings, config: ModelConfig, max_kv_tokens: int) -> int:
+    # Not set: as long as the model allows and leaves a quarter of the memory to other requests.
+    max_context = settings.max_context or max_kv_tokens * 3 // 4
+    max_context = min(max_context, config.max_position_embeddings)
+    if max_context > max_kv_tokens:
+        raise CheckpointError(
+            f"a context of {max_context} tokens does not fit --max-kv-mib {settings.max_kv_mib}, "
+            f"which holds {max_kv_tokens}; raise it or lower --max-context"
+        )
+    return max_context
+
+
+def _context_there(settings: Settings, served: ServedThere) -> int:
+    if (wanted := settings.max_context or served.max_context) > served.max_context:
+        raise CheckpointError(
+            f"--max-context {wanted} is more than the {served.max_context} tokens of the engine "
+            f"at {settings.engine}; lower it, or raise that"
+        )
+    return wanted
 
 
 def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
@@ -183,7 +260,10 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
     return engine, JudgeCache(settings.cache_folder, f"{weights} {model.dtype}")
 
 
-def _assemble(model: Model, settings: Settings, engine: Engine, loader: JudgeLoader) -> Services:
+def assemble(
+    model: Model, settings: Settings, engine: Engine, loader: JudgeLoader | PriorLoader
+) -> Services:
+    """The services around an engine that runs, and judges for what a chat needs."""
     tasks, tokenizer, max_context = model.task_file.tasks, model.tokenizer, model.max_context
     grammars = GrammarCompiler(tokenizer, sorted(model.defaults.eos_token_ids))
     metrics = Metrics()

@@ -39,6 +39,8 @@ def _model(services: Services, model: ServedModel) -> dict[str, Any]:
             "tools": True,
             "structured_output": True,
             "vision": False,
+            # Whether tasks are judged by heads where these are better than their labels' scores.
+            "heads": services.engine.has_hidden_states,
         },
         # What /v1/classify and /v1/extract may be asked for by name.
         "tasks": [

@@ -25,13 +25,11 @@ DEFAULT_REVISION = "4d14e384a4b037942bb3f3016665157c8bcb70ea"
 BUNDLED_MODEL = "qwen-mini"
 BUNDLED_FOLDER = Path(__file__).parents[2] / "models" / BUNDLED_MODEL
 # No pickles: only formats that cannot run code.
-FILES = (
-    "*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt",
-    "tasks.toml", "*examples.jsonl",
-)  # fmt: skip
+FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tasks.toml", "*examples.jsonl")
+WEIGHTS = "*.safetensors"
 GGUF_MAGIC = b"GGUF"
 # Without these in the cache, a download was never finished.
-ESSENTIAL_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+ESSENTIAL_FILES, ESSENTIAL_WEIGHTS = ("config.json", "tokenizer.json"), "model.safetensors"
 # To connect, and between two parts of an answer: a filter may drop packets and say nothing.
 HUB_TIMEOUT_S = 10
 
@@ -56,19 +54,22 @@ class Checkpoint:
     warning: str | None = None
 
 
-def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def find_checkpoint(
+    model: str, revision: str | None = None, *, has_weights: bool = True
+) -> Checkpoint:
     """Resolves `auto`, `mini`, a local folder, a GGUF or a hub id; only `auto` ever falls back.
 
     revision: commit, branch or tag on the hub. None: the newest; of the default model one that is
     known.
+    has_weights: whether these are downloaded, too.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched.
     """
     if model == "auto":
-        return _find_default(revision or DEFAULT_REVISION)
+        return _find_default(revision or DEFAULT_REVISION, has_weights)
     if (local := _find_here(model)) is None:
-        return Checkpoint(model, _download(model, revision))
+        return Checkpoint(model, _download(model, revision, has_weights))
     if revision is not None:
         raise CheckpointError(f"--revision is for models of the hub; {model} is on this machine")
     return local
@@ -97,11 +98,11 @@ def _is_gguf(path: Path) -> bool:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _find_default(revision: str) -> Checkpoint:
+def _find_default(revision: str, has_weights: bool) -> Checkpoint:
     with contextlib.suppress(HubUnreachableError):
-        folder = _download(DEFAULT_MODEL, revision)
+        folder = _download(DEFAULT_MODEL, revision, has_weights)
         # Where the hub cannot be reached, what is cached is all there is, complete or not.
-        if _is_complete(folder):
+        if _is_complete(folder, has_weights):
             return Checkpoint(DEFAULT_MODEL, folder)
     return Checkpoint(
         f"{BUNDLED_MODEL}-fallback",
@@ -111,13 +112,13 @@ def _find_default(revision: str) -> Checkpoint:
     )
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, has_weights: bool) -> Path:
     """The repository's folder in the cache, completed from the hub with a progress bar."""
     hooks = get_session().event_hooks["request"]
     if _limit_time not in hooks:
         hooks.append(_limit_time)
     try:
-        return _fetch(repo_id, revision)
+        return _fetch(repo_id, revision, has_weights)
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo_id!r} is neither a folder here nor a model id of the Hugging Face hub"
@@ -153,13 +154,14 @@ def _download(repo_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _fetch(repo_id: str, revision: str | None) -> Path:
-    fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=list(FILES))
+def _fetch(repo_id: str, revision: str | None, has_weights: bool) -> Path:
+    patterns = [*FILES, WEIGHTS] if has_weights else [*FILES]
+    fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=patterns)
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         return Path(fetch())
     # A commit never changes.
     with contextlib.suppress(LocalEntryNotFoundError):
-        if _is_complete(folder := Path(fetch(local_files_only=True))):
+        if _is_complete(folder := Path(fetch(local_files_only=True)), has_weights):
             return folder
     try:
         # Fails at once where the hub cannot be reached. To list the files of a commit,
@@ -170,8 +172,9 @@ def _fetch(repo_id: str, revision: str | None) -> Path:
     return Path(fetch())
 
 
-def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in ESSENTIAL_FILES)
+def _is_complete(folder: Path, has_weights: bool) -> bool:
+    essential = (*ESSENTIAL_FILES, *([ESSENTIAL_WEIGHTS] if has_weights else []))
+    return all((folder / name).is_file() for name in essential)
 
 
 def _limit_time(request: httpx2.Request) -> None:

@@ -1,0 +1,124 @@
+"""Whether vLLM behind this server says what the engine of this process says.
+
+    python -m benchmarks.agreement --model DIR --engine http://HOST:PORT
+
+Each of 100 conversations is answered at temperature 0 by both, the own engine in bfloat16. On
+either side moods are judged by the scores of the labels, the prior taken off, for vLLM gives no
+hidden states. `make vllm` sets vLLM up; it is started by
+
+    VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve DIR \\
+        --dtype bfloat16 --enforce-eager --max-model-len 4096 --port 8100
+
+Prints in how many conversations labels, texts and both are the same, and, last, one line of JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from benchmarks.reply_quality import sampling_params
+from benchmarks.same_text import NUM_CONVERSATIONS, Conversation, conversations
+from server.config import Settings
+from server.judge_loading import PriorLoader
+from server.loading import assemble, find_model, load_engine, load_services
+from server.protocol.messages import ChatMessage
+from server.services import Services
+
+SEED, MAX_TOKENS = 0, 24
+NUM_TOGETHER = 10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a conversation. confidence: of the label."""
+
+    label: str | None
+    confidence: float
+    text: str
+
+
+@contextmanager
+def own_engine(model: str) -> Iterator[Services]:
+    """In bfloat16, and without heads."""
+    settings = Settings(model=model, dtype="bfloat16")
+    found = find_model(settings)
+    engine, _ = load_engine(found, settings)
+    try:
+        judges = PriorLoader(engine, found.tokenizer, max_context=found.max_context)
+        judges.load(found.chat_tasks)
+        yield assemble(found, settings, engine, judges)
+    finally:
+        engine.close()
+
+
+@contextmanager
+def front(model: str, engine: str) -> Iterator[Services]:
+    services = load_services(Settings(model=model, engine=engine))
+    try:
+        yield services
+    finally:
+        services.engine.close()
+
+
+async def answer(services: Services, messages: Conversation, max_tokens: int) -> Answer:
+    said = [ChatMessage.model_validate(message).for_template() for message in messages]
+    params = replace(sampling_params(services, SEED), temperature=0.0, max_tokens=max_tokens)
+    reply = await services.replier.reply(said, params, (), with_sentiment=True)
+    [pieces] = await reply.read()
+    mood = reply.sentiment
+    return Answer(
+        label=mood.label.value if mood else None,
+        confidence=mood.confidence if mood else 0.0,
+        text="".join(piece.text for piece in pieces),
+    )
+
+
+async def answer_all(
+    sides: Sequence[Services], all_messages: Sequence[Conversation], max_tokens: int
+) -> list[tuple[Answer, Answer]]:
+    """By both sides, a few conversations together, one side after the other."""
+    pairs: list[tuple[Answer, Answer]] = []
+    for begin in range(0, len(all_messages), NUM_TOGETHER):
+        group = all_messages[begin : begin + NUM_TOGETHER]
+        own, other = [
+            await asyncio.gather(*(answer(side, each, max_tokens) for each in group))
+            for side in sides
+        ]
+        for a, b in zip(own, other, strict=True):
+            if a.label != b.label or a.text != b.text:
+                print(f"{len(pairs):3} {a}\n    {b}", flush=True)
+            pairs.append((a, b))
+        num_same = sum(a.label == b.label and a.text == b.text for a, b in pairs)
+        print(f"{len(pairs)} of {len(all_messages)}, {num_same} the same", file=sys.stderr)
+    return pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="as the server's own option")
+    parser.add_argument("--engine", required=True, help="as the server's own option")
+    parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="of conversations")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer")
+    args = parser.parse_args()
+    chosen = conversations()[: args.num]
+    with own_engine(args.model) as own, front(args.model, args.engine) as other:
+        pairs = asyncio.run(answer_all((own, other), chosen, args.max_tokens))
+    result = {
+        "conversations": len(pairs),
+        "tokens at most": args.max_tokens,
+        "same label": sum(a.label == b.label for a, b in pairs),
+        "same text": sum(a.text == b.text for a, b in pairs),
+        "same label and text": sum(a.label == b.label and a.text == b.text for a, b in pairs),
+        "largest difference of confidence": max(abs(a.confidence - b.confidence) for a, b in pairs),
+    }
+    for name, number in result.items():
+        print(f"{name:34} {number:.4g}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Servers in front of others: of ours, and of a stand-in for vLLM."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from server.config import Settings
+from server.loading import OF_ENGINE
+from server.remote import engine
+from tests.conftest import LiveServer, run_app, run_live
+from tests.remote.standin import StandIn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_an_engine() -> Iterator[None]:
+    """In the environment: a server in front would refuse them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OF_ENGINE:
+            patch.delenv(f"QWEN_{name.upper()}", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def front(mini: LiveServer) -> Iterator[LiveServer]:
+    """In front of the bundled model's own server."""
+    with run_live(Settings(model="mini", engine=mini.base_url, ui=False)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[tuple[StandIn, LiveServer]]:
+    """The stand-in, and a server in front of it."""
+    stand_in = StandIn()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        run_app(stand_in.app) as url,
+        run_live(Settings(model="mini", engine=url, ui=False)) as server,
+    ):
+        patch.setattr(engine, "WATCH_INTERVAL_S", 0.05)
+        yield stand_in, server
