@@ -21,7 +21,7 @@ from server.core.roles.judges import HeadJudge, Judge, LabelJudge
 from server.core.roles.prompts import REFERENCE_TEXTS
 from server.core.roles.tasks import Example, Label, Task
 from server.core.text.tokenizer import ChatTokenizer
-from server.judge_loading import JudgeLoader
+from server.judge_loading import JudgeLoader, PriorLoader
 from server.loading import load_services
 from tests.core.roles.test_judges import (
     NUM_LAYERS,
@@ -377,3 +377,26 @@ def test_a_second_start_of_the_same_model_computes_nothing_to_judge_by(
     assert_same(*judges)
     # Of the task that every chat needs; the other is fitted when it is used.
     assert len(list((tmp_path / "judges").iterdir())) == 1
+
+
+def test_without_hidden_states_labels_are_scored_and_the_prior_taken_off(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, brought = answering(), task().model_copy(update={"judge": Path("head.safetensors")})
+    judges = PriorLoader(model, cast(ChatTokenizer, FakeTokenizer()), max_context=1000)
+    judges.load([brought, brought, PLAIN])
+    assert all(isinstance(judge, LabelJudge) and judge.prior for judge in judges.judges.values())
+    assert len(model.calls) == len(judges.judges) * len(REFERENCE_TEXTS)
+    [warning] = caplog.messages
+    assert warning.startswith(f"the task {brought.name} is judged by the scores of its labels")
+
+
+def test_a_prior_that_cannot_be_measured_is_one_clear_sentence() -> None:
+    def fail(text: str) -> Row:
+        raise EngineClosedError
+
+    judges = PriorLoader(
+        FakeModel(label_scores=fail), cast(ChatTokenizer, FakeTokenizer()), max_context=1000
+    )
+    with pytest.raises(CheckpointError, match="the labels of the task 'plain' cannot be scored"):
+        judges.load([PLAIN])

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from server.config import Settings
+from server.config import Settings, read_settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER, CheckpointError
 from server.loading import OF_ENGINE, load_services
 from tests.conftest import LiveServer, run_live
@@ -182,3 +182,23 @@ def test_another_checkpoint_is_told_apart_by_its_tokens(mini: LiveServer, tmp_pa
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
     with pytest.raises(OSError, match="whose tokens are not those of --model"):
         load_services(Settings(model=str(folder), engine=mini.url))
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://10.0.0.1:8000", "http://10.0.0.1:8000"),
+        ("http://localhost:8000/v1/", "http://localhost:8000"),
+        ("https://host/under/a/path", "https://host/under/a/path"),
+    ],
+)
+def test_the_address_may_be_a_base_url(given: str, url: str) -> None:
+    assert read_settings(Settings, ["--engine", given]).engine == url
+
+
+@pytest.mark.parametrize(
+    "given", ["", "vllm", "localhost:8000", "ftp://host", "http://", "http://a b"]
+)
+def test_what_is_no_address_is_one_sentence(given: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: --engine {given!r}: it is not http://HOST:PORT"):
+        read_settings(Settings, ["--engine", given])
