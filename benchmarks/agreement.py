@@ -10,19 +10,25 @@ hidden states. `make vllm` sets vLLM up; it is started by
         --dtype bfloat16 --enforce-eager --max-model-len 4096 --port 8100
 
 Prints in how many conversations labels, texts and both are the same, and, last, one line of JSON.
+Where texts part, the gap is what the own engine's log-probability (nats) of its own token is above
+that of the other's: a logit of 16 to 32 in bfloat16 has a step of 0.125.
 """
 
 import argparse
 import asyncio
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from benchmarks.reply_quality import sampling_params
 from benchmarks.same_text import NUM_CONVERSATIONS, Conversation, conversations
 from server.config import Settings
+from server.core.engine.sequence import TokenEvent
 from server.judge_loading import PriorLoader
 from server.loading import assemble, find_model, load_engine, load_services
 from server.protocol.messages import ChatMessage
@@ -38,7 +44,24 @@ class Answer:
 
     label: str | None
     confidence: float
-    text: str
+    tokens: tuple[TokenEvent, ...]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    def num_shared(self, other: "Answer") -> int:
+        """Tokens until the texts part."""
+        pairs = zip(self.token_ids, other.token_ids, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def gap(self, other: "Answer") -> float | None:
+        """Where the texts part; None: they do not, or one ends there."""
+        for own, theirs in zip(self.tokens, other.tokens, strict=False):
+            if own.token_id != theirs.token_id:
+                assert own.logprob is not None
+                return own.logprob - dict(own.top_logprobs).get(theirs.token_id, -math.inf)
+        return None
 
 
 @contextmanager
@@ -66,15 +89,25 @@ def front(model: str, engine: str) -> Iterator[Services]:
 
 async def answer(services: Services, messages: Conversation, max_tokens: int) -> Answer:
     said = [ChatMessage.model_validate(message).for_template() for message in messages]
-    params = replace(sampling_params(services, SEED), temperature=0.0, max_tokens=max_tokens)
+    params = replace(
+        sampling_params(services, SEED), temperature=0.0, max_tokens=max_tokens, num_logprobs=20
+    )
     reply = await services.replier.reply(said, params, (), with_sentiment=True)
     [pieces] = await reply.read()
     mood = reply.sentiment
     return Answer(
         label=mood.label.value if mood else None,
         confidence=mood.confidence if mood else 0.0,
-        text="".join(piece.text for piece in pieces),
+        tokens=tuple(token for piece in pieces for token in piece.tokens),
     )
+
+
+def is_same(a: Answer, b: Answer) -> bool:
+    return a.label == b.label and a.token_ids == b.token_ids
+
+
+def text_of(sides: Sequence[Services], answer: Answer) -> str:
+    return sides[0].tokenizer.decode(answer.token_ids)
 
 
 async def answer_all(
@@ -89,10 +122,13 @@ async def answer_all(
             for side in sides
         ]
         for a, b in zip(own, other, strict=True):
-            if a.label != b.label or a.text != b.text:
-                print(f"{len(pairs):3} {a}\n    {b}", flush=True)
             pairs.append((a, b))
-        num_same = sum(a.label == b.label and a.text == b.text for a, b in pairs)
+            if not is_same(a, b):
+                said = [
+                    [each.label, round(each.confidence, 3), text_of(sides, each)] for each in (a, b)
+                ]
+                print(f"{len(pairs):3} gap {a.gap(b)}", *said, sep="\n    ", flush=True)
+        num_same = sum(is_same(a, b) for a, b in pairs)
         print(f"{len(pairs)} of {len(all_messages)}, {num_same} the same", file=sys.stderr)
     return pairs
 
@@ -107,13 +143,18 @@ def main() -> None:
     chosen = conversations()[: args.num]
     with own_engine(args.model) as own, front(args.model, args.engine) as other:
         pairs = asyncio.run(answer_all((own, other), chosen, args.max_tokens))
+    gaps = [gap for a, b in pairs if a.label == b.label and (gap := a.gap(b)) is not None]
     result = {
         "conversations": len(pairs),
         "tokens at most": args.max_tokens,
         "same label": sum(a.label == b.label for a, b in pairs),
-        "same text": sum(a.text == b.text for a, b in pairs),
-        "same label and text": sum(a.label == b.label and a.text == b.text for a, b in pairs),
+        "same text": sum(a.token_ids == b.token_ids for a, b in pairs),
+        "same label and text": sum(is_same(a, b) for a, b in pairs),
         "largest difference of confidence": max(abs(a.confidence - b.confidence) for a, b in pairs),
+        "same label, texts that part": len(gaps),
+        "gaps there, median": statistics.median(gaps) if gaps else 0.0,
+        "gaps there, largest": max(gaps, default=0.0),
+        "tokens until they part or end": sum(a.num_shared(b) for a, b in pairs),
     }
     for name, number in result.items():
         print(f"{name:34} {number:.4g}")

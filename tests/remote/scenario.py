@@ -5,8 +5,8 @@ from typing import Any
 SAD, HAPPY = "我失恋了，很难过", "I got a new job and I love it!"
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 8}, "count": {"type": "integer"}},
-    "required": ["city", "count"],
+    "properties": {"city": {"type": "string", "maxLength": 8}, "is_large": {"type": "boolean"}},
+    "required": ["city", "is_large"],
     "additionalProperties": False,
 }
 TOOL = {
@@ -17,6 +17,7 @@ TOOL = {
             "type": "object",
             "properties": {"word": {"enum": ["left", "right"]}},
             "required": ["word"],
+            "additionalProperties": False,
         },
     },
 }
