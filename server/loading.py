@@ -91,9 +91,12 @@ def load_services(settings: Settings) -> Services:
     Raises:
         CheckpointError: the model cannot be used.
         TaskFileError: the task file cannot be used.
+        EngineUnusableError: --engine does not answer, or serves another model.
     """
     if settings.engine is not None:
         return _load_front(settings, _address(settings, settings.engine))
+    if settings.engine_key is not None:
+        raise CheckpointError("--engine-key is the key of an --engine; give that, too")
     model = find_model(settings)
     engine, cache = load_engine(model, settings)
     try:

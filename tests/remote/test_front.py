@@ -173,6 +173,11 @@ def test_a_setting_of_the_engine_is_refused_in_front_of_another(name: str) -> No
         load_services(settings)
 
 
+def test_a_key_without_an_engine_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="--engine-key is the key of an --engine"):
+        load_services(Settings(model="mini", engine_key="secret"))
+
+
 def test_another_checkpoint_is_told_apart_by_its_tokens(mini: LiveServer, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(BUNDLED_FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
