@@ -2,9 +2,10 @@
 
     python -m benchmarks.agreement --model DIR --engine http://HOST:PORT
 
-Each of 100 conversations is answered at temperature 0 by both, the own engine in bfloat16. On
-either side moods are judged by the scores of the labels, the prior taken off, for vLLM gives no
-hidden states. `make vllm` sets vLLM up; it is started by
+Each of 100 conversations is answered at temperature 0 by both, ten at a time, the own engine in
+bfloat16. On either side moods are judged by the scores of the labels, the prior taken off, for vLLM
+gives no hidden states. Without --engine the other side is the own engine once more, which answers
+one at a time: so much does bfloat16 alone change. `make vllm` sets vLLM up; it is started by
 
     VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve DIR \\
         --dtype bfloat16 --enforce-eager --max-model-len 4096 --port 8100
@@ -36,6 +37,8 @@ from server.services import Services
 
 SEED, MAX_TOKENS = 0, 24
 NUM_TOGETHER = 10
+# Parts of the texts that are compared, too, in tokens.
+BEGINNINGS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ class Answer:
         return None
 
 
+@dataclass(frozen=True)
+class Side:
+    """What answers, and how many conversations at a time."""
+
+    services: Services
+    num_together: int
+
+
 @contextmanager
 def own_engine(model: str) -> Iterator[Services]:
     """In bfloat16, and without heads."""
@@ -79,10 +90,13 @@ def own_engine(model: str) -> Iterator[Services]:
 
 
 @contextmanager
-def front(model: str, engine: str) -> Iterator[Services]:
+def other_side(own: Services, model: str, engine: str | None) -> Iterator[Side]:
+    if engine is None:
+        yield Side(own, 1)
+        return
     services = load_services(Settings(model=model, engine=engine))
     try:
-        yield services
+        yield Side(services, NUM_TOGETHER)
     finally:
         services.engine.close()
 
@@ -102,30 +116,39 @@ async def answer(services: Services, messages: Conversation, max_tokens: int) ->
     )
 
 
-def is_same(a: Answer, b: Answer) -> bool:
-    return a.label == b.label and a.token_ids == b.token_ids
+def is_same(a: Answer, b: Answer, num_tokens: int | None = None) -> bool:
+    """num_tokens: of the texts, their first ones; None: all."""
+    return a.label == b.label and a.token_ids[:num_tokens] == b.token_ids[:num_tokens]
 
 
-def text_of(sides: Sequence[Services], answer: Answer) -> str:
-    return sides[0].tokenizer.decode(answer.token_ids)
+def text_of(side: Side, answer: Answer) -> str:
+    return side.services.tokenizer.decode(answer.token_ids)
+
+
+async def answer_group(side: Side, group: Sequence[Conversation], max_tokens: int) -> list[Answer]:
+    answers: list[Answer] = []
+    for begin in range(0, len(group), side.num_together):
+        together = group[begin : begin + side.num_together]
+        answers += await asyncio.gather(
+            *(answer(side.services, each, max_tokens) for each in together)
+        )
+    return answers
 
 
 async def answer_all(
-    sides: Sequence[Services], all_messages: Sequence[Conversation], max_tokens: int
+    sides: Sequence[Side], all_messages: Sequence[Conversation], max_tokens: int
 ) -> list[tuple[Answer, Answer]]:
-    """By both sides, a few conversations together, one side after the other."""
+    """By both sides, group by group, one side after the other."""
     pairs: list[tuple[Answer, Answer]] = []
     for begin in range(0, len(all_messages), NUM_TOGETHER):
         group = all_messages[begin : begin + NUM_TOGETHER]
-        own, other = [
-            await asyncio.gather(*(answer(side, each, max_tokens) for each in group))
-            for side in sides
-        ]
+        own, other = [await answer_group(side, group, max_tokens) for side in sides]
         for a, b in zip(own, other, strict=True):
             pairs.append((a, b))
             if not is_same(a, b):
                 said = [
-                    [each.label, round(each.confidence, 3), text_of(sides, each)] for each in (a, b)
+                    [each.label, round(each.confidence, 3), text_of(sides[0], each)]
+                    for each in (a, b)
                 ]
                 print(f"{len(pairs):3} gap {a.gap(b)}", *said, sep="\n    ", flush=True)
         num_same = sum(is_same(a, b) for a, b in pairs)
@@ -136,13 +159,14 @@ async def answer_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="as the server's own option")
-    parser.add_argument("--engine", required=True, help="as the server's own option")
+    parser.add_argument("--engine", help="as the server's own option; default: the own engine")
     parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="of conversations")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer")
     args = parser.parse_args()
     chosen = conversations()[: args.num]
-    with own_engine(args.model) as own, front(args.model, args.engine) as other:
-        pairs = asyncio.run(answer_all((own, other), chosen, args.max_tokens))
+    with own_engine(args.model) as own, other_side(own, args.model, args.engine) as other:
+        sides = (Side(own, NUM_TOGETHER), other)
+        pairs = asyncio.run(answer_all(sides, chosen, args.max_tokens))
     gaps = [gap for a, b in pairs if a.label == b.label and (gap := a.gap(b)) is not None]
     result = {
         "conversations": len(pairs),
@@ -150,6 +174,10 @@ def main() -> None:
         "same label": sum(a.label == b.label for a, b in pairs),
         "same text": sum(a.token_ids == b.token_ids for a, b in pairs),
         "same label and text": sum(is_same(a, b) for a, b in pairs),
+        **{
+            f"same label and {number} tokens": sum(is_same(a, b, number) for a, b in pairs)
+            for number in BEGINNINGS
+        },
         "largest difference of confidence": max(abs(a.confidence - b.confidence) for a, b in pairs),
         "same label, texts that part": len(gaps),
         "gaps there, median": statistics.median(gaps) if gaps else 0.0,
