@@ -253,7 +253,26 @@ ROUTES = [
             "echo": Case(
                 True, lambda a, b: texts(b) == [PROMPT + texts(a)[0]], 1, {"logprobs": None}
             ),
-            "logprobs": Case(3, is_told, 6, {"logprobs": None}),
+            "logprobs": Case(3, is_told, 21, {"logprobs": None}),
+            "logprob_token_ids": Case(
+                [5, 6, 7], lambda a, b: len(told(b)[0][1]) > len(told(a)[0][1]), ["a"], {"logprobs": 0}
+            ),
+            "return_token_ids": Case(
+                True, lambda a, b: "token_ids" in b["choices"][0].keys() - a["choices"][0], 1
+            ),
+            "return_tokens_as_token_ids": Case(
+                True, lambda a, b: "token_id:" in str(b) and "token_id:" not in str(a), 1
+            ),
+            "stop_token_ids": Case(
+                [5], lambda a, b: texts(b) == [""] != texts(a), ["a"], {"logit_bias": {"5": 100}}
+            ),
+            "ignore_eos": Case(
+                True, lambda a, b: "'length'" in str(b) and "'stop'" in str(a), 1,
+                {"logit_bias": {"2": 100}},
+            ),
+            "structured_outputs": Case(
+                {"grammar": 'start: "[]"'}, lambda a, b: texts(b) == ["[]"], {"regex": "a"}
+            ),
         },
         completions.UNSUPPORTED,
         completions.WITHOUT_EFFECT,
