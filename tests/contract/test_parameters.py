@@ -255,7 +255,8 @@ ROUTES = [
             ),
             "logprobs": Case(3, is_told, 21, {"logprobs": None}),
             "logprob_token_ids": Case(
-                [5, 6, 7], lambda a, b: len(told(b)[0][1]) > len(told(a)[0][1]), ["a"], {"logprobs": 0}
+                [5, 6, 7], lambda a, b: len(told(b)[0][1]) > len(told(a)[0][1]), ["a"],
+                {"logprobs": 0},
             ),
             "return_token_ids": Case(
                 True, lambda a, b: "token_ids" in b["choices"][0].keys() - a["choices"][0], 1
