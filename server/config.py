@@ -143,10 +143,10 @@ class Settings(ModelSettings):
         description="tokens computed in one step, of prompts, labels and answers; an eighth of "
         "them in a step that several requests share",
     )
-    max_draft_tokens: Annotated[int, Field(ge=0)] = Field(
+    max_draft_tokens: Annotated[int, Field(ge=0, le=7)] = Field(
         3,
-        description="next tokens that are guessed from the text so far and checked in one step, "
-        "while one or two sequences decode; changes no text; 0: off",
+        description="next tokens that are guessed from the text so far and checked in one step of "
+        "at most 8; in int8 and int4, without a LoRA; changes no text; 0: off",
     )
     max_queue: Annotated[int, Field(ge=0)] = Field(
         64, description="requests that may wait beyond --max-num-seqs; the next ones get a 429"

@@ -21,6 +21,7 @@ from server.core.roles.judges import Judge, Scorer
 from server.core.roles.prompts import TaskPrompts
 from server.core.roles.tasks import Task
 from server.core.text.tokenizer import ChatTokenizer
+from server.errors import APIError
 from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class JudgeLoader:
         """Fits the judge of a task and keeps it. report: called after each example.
 
         Raises:
+            APIError: the engine is closing.
             CheckpointError: the model computes nothing that a judge can be fitted to.
         """
         logger.info("fitting a judge for %s; it is kept for later starts", task.name)
@@ -78,10 +80,10 @@ class JudgeLoader:
         path = await asyncio.to_thread(self._path, prompts)
         try:
             judge = await fit_judge(self._scorer, prompts, self._num_layers, report)
+        except APIError:
+            raise
         except Exception as error:
-            raise CheckpointError(
-                f"the task {task.name!r} cannot be learned: {first_line(error)}"
-            ) from error
+            raise _unlearned(task, error) from error
         self._cache.write(path, judge)
         self.judges[task.version] = judge
         return judge
@@ -91,7 +93,10 @@ class JudgeLoader:
         # disable=None: on a terminal only, so that no log is full of it.
         with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
             for task in tasks:
-                await self.fit(task, bar.update)
+                try:
+                    await self.fit(task, bar.update)
+                except APIError as error:
+                    raise _unlearned(task, error) from error
 
     def _known(self, task: Task) -> Judge | None:
         prompts = self._prompts(task)
@@ -125,12 +130,16 @@ class PriorLoader:
             CheckpointError: they cannot be measured.
         """
         for task in {task.version: task for task in tasks}.values():
-            _run(self.fit(task))
+            try:
+                _run(self.fit(task))
+            except APIError as error:
+                raise _unscored(task, error) from error
 
     async def fit(self, task: Task) -> Judge:
         """Measures the prior of a task's labels.
 
         Raises:
+            APIError: the engine does not answer, or has no room.
             CheckpointError: it cannot be measured.
         """
         if task.judge is not None:
@@ -142,12 +151,22 @@ class PriorLoader:
         prompts = TaskPrompts(task, self._tokenizer, self._max_context)
         try:
             judge = await measure_prior(self._scorer, prompts)
+        except APIError:
+            raise
         except Exception as error:
-            raise CheckpointError(
-                f"the labels of the task {task.name!r} cannot be scored: {first_line(error)}"
-            ) from error
+            raise _unscored(task, error) from error
         self.judges[task.version] = judge
         return judge
+
+
+def _unlearned(task: Task, error: Exception) -> CheckpointError:
+    return CheckpointError(f"the task {task.name!r} cannot be learned: {first_line(error)}")
+
+
+def _unscored(task: Task, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the labels of the task {task.name!r} cannot be scored: {first_line(error)}"
+    )
 
 
 def _run(work: Coroutine[Any, Any, object]) -> None:

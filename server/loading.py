@@ -52,7 +52,7 @@ from server.services import Services
 MIN_EXTRACT_ROOM = 32
 # Settings of the engine of this process.
 OF_ENGINE = (
-    "adapter", "dtype", "num_threads", "max_num_batched_tokens", "max_draft_tokens", "max_kv_mib",
+    "dtype", "num_threads", "max_num_batched_tokens", "max_draft_tokens", "max_kv_mib",
     "max_prefix_mib",
 )  # fmt: skip
 
@@ -149,6 +149,11 @@ def _check_front(settings: Settings) -> None:
     Raises:
         CheckpointError: names the setting.
     """
+    if settings.adapter:
+        raise CheckpointError(
+            "--adapter cannot be used with --engine, which computes the base model; leave it out, "
+            "and tasks that name one"
+        )
     for name in OF_ENGINE:
         if name in settings.model_fields_set:
             raise CheckpointError(

@@ -21,6 +21,7 @@ from server.core.roles.judges import HeadJudge, Judge, LabelJudge
 from server.core.roles.prompts import REFERENCE_TEXTS
 from server.core.roles.tasks import Example, Label, Task
 from server.core.text.tokenizer import ChatTokenizer
+from server.errors import EngineUnreachableError
 from server.judge_loading import JudgeLoader, PriorLoader
 from server.loading import load_services
 from tests.core.roles.test_judges import (
@@ -400,3 +401,20 @@ def test_a_prior_that_cannot_be_measured_is_one_clear_sentence() -> None:
     )
     with pytest.raises(CheckpointError, match="the labels of the task 'plain' cannot be scored"):
         judges.load([PLAIN])
+
+
+@pytest.mark.parametrize("kind", [JudgeLoader, PriorLoader])
+def test_an_engine_that_is_away_when_a_task_is_first_used_is_told_as_such(
+    tmp_path: Path, kind: type
+) -> None:
+    def fail(*_: object) -> Row:
+        raise EngineUnreachableError
+
+    model = FakeModel(label_scores=fail, states=fail)
+    if kind is PriorLoader:
+        tokenizer = cast(ChatTokenizer, FakeTokenizer())
+        judges: JudgeLoader | PriorLoader = PriorLoader(model, tokenizer, max_context=1000)
+    else:
+        judges = loader(model, tmp_path)
+    with pytest.raises(EngineUnreachableError):
+        asyncio.run(judges.fit(task()))

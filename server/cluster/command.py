@@ -73,11 +73,16 @@ def _deploy(settings: ClusterSettings) -> None:
     """
     try:
         serve.run(build(settings), name=APP_NAME)
+    except KeyboardInterrupt:
+        # On a cluster that was joined, Serve would go on without this command.
+        serve.delete(APP_NAME, _blocking=False)
+        raise
     except RuntimeError as error:
         deployments = serve.status().applications[APP_NAME].deployments.values()
         # The last line of a traceback says what went wrong.
         reasons = [deployment.message.strip().splitlines()[-1:] for deployment in deployments]
         reason = next((line for lines in reasons for line in lines), str(error))
+        serve.delete(APP_NAME, _blocking=False)
         raise OSError(f"the replicas cannot start: {reason}") from error
 
 

@@ -1,12 +1,12 @@
 """One request of an ASGI application, as an iterator of the messages it answers with."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from starlette.types import ASGIApp, Message, Scope
 
 
-async def exchange(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+async def exchange(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
     """The messages of the response, as they come.
 
     The application sees a client that hangs up when the iterator is closed or cancelled.

@@ -1,5 +1,7 @@
 """All entrances and replicas of a cluster, as an entrance reaches them."""
 
+import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -10,6 +12,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Message, Scope
 
 from server.errors import OverloadedError, ReplicaLostError, UnavailableError
+
+logger = logging.getLogger(__name__)
 
 LOOK_TIMEOUT_S = 5
 
@@ -61,14 +65,24 @@ class Members:
 
 
 async def _ask_all(handle: DeploymentHandle, method: str, *args: Any) -> list[Any]:
-    """What each process of a deployment returns; those that are lost meanwhile are left out."""
+    """What each process of a deployment returns.
+
+    Those that are lost meanwhile, fail or are silent are left out: the others tell of themselves.
+    """
+    # Serve's `results_async` gives nothing if one process is silent.
+    broadcast = handle.broadcast(method, *args)
     try:
-        results = await handle.broadcast(method, *args).results_async(
-            timeout_s=LOOK_TIMEOUT_S, return_exceptions=True
-        )
-    except DeploymentUnavailableError:
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            results = await broadcast._fetch_replica_results_async()
+    except (DeploymentUnavailableError, TimeoutError):
         return []
-    for result in results:
-        if isinstance(result, Exception) and not isinstance(result, RayActorError):
-            raise result
-    return [result for result in results if not isinstance(result, RayActorError)]
+    if not results:
+        return []
+    asked = [asyncio.ensure_future(result.get_async()) for result in results]
+    done, silent = await asyncio.wait(asked, timeout=LOOK_TIMEOUT_S)
+    for each in silent:
+        each.cancel()
+    for each in done:
+        if (error := each.exception()) and not isinstance(error, RayActorError):
+            logger.warning("a process of the cluster did not tell its %s", method, exc_info=error)
+    return [each.result() for each in done if each.exception() is None]

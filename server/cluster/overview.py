@@ -8,7 +8,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 # The first that holds for any replica holds for the cluster.
-READINESS = ("ready", "busy", "stopping")
+READINESS = ("ready", "busy", "no engine", "stopping")
 
 
 class Families(Collector):

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -34,8 +34,10 @@ class Replica:
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """The ASGI messages of the response."""
         request_id.set(Headers(scope=scope)["x-request-id"])
-        async for message in exchange(self._app, scope, body):
-            yield message
+        # Serve may close this generator at `yield`; the inner one would be left to the collector.
+        async with aclosing(exchange(self._app, scope, body)) as messages:
+            async for message in messages:
+                yield message
 
     async def look(self, path: str) -> dict[str, Any]:
         """What a GET of the path answers, with the replica's name."""
@@ -54,8 +56,8 @@ class Replica:
         Raises:
             RuntimeError: the engine does not work.
         """
-        if not self._services.engine.is_alive:
-            raise RuntimeError(f"the engine broke down: {self._services.engine.breakdown!r}")
+        if (breakdown := self._services.engine.breakdown) is not None:
+            raise RuntimeError(f"the engine broke down: {breakdown!r}")
 
     async def __del__(self) -> None:
         """Called by Serve when the last request has been answered."""

@@ -43,9 +43,9 @@ class ClusterSettings(Settings):
             raise ValueError(f"there are at least {fewest} (--num-replicas)")
         return value
 
-    @field_validator("ui", "check")
+    @field_validator("ui", "check", "engine")
     @classmethod
-    def _is_off(cls, value: bool) -> bool:
+    def _is_off(cls, value: object) -> object:
         if value:
             raise ValueError("a cluster does not know it; leave it out")
         return value

@@ -46,6 +46,7 @@ def test_a_cluster_is_sound_while_one_replica_is() -> None:
     [
         (["busy", "ready"], "ready"),
         (["busy", "stopping"], "busy"),
+        (["stopping", "no engine"], "no engine"),
         (["stopping"], "stopping"),
         ([], "stopping"),
     ],

@@ -167,9 +167,15 @@ def test_the_context_is_the_smaller_one(mini: LiveServer, front: LiveServer) -> 
 
 @pytest.mark.parametrize("name", OF_ENGINE)
 def test_a_setting_of_the_engine_is_refused_in_front_of_another(name: str) -> None:
-    values: dict[str, Any] = {"adapter": "a=folder", "dtype": "int8"}
+    values: dict[str, Any] = {"dtype": "int8", "max_draft_tokens": 2}
     settings = Settings(engine="http://127.0.0.1:1", **{name: values.get(name, 8)})
     with pytest.raises(CheckpointError, match=f"--{name.replace('_', '-')} has no effect"):
+        load_services(settings)
+
+
+def test_an_adapter_is_refused_in_front_of_another_engine() -> None:
+    settings = Settings(engine="http://127.0.0.1:1", adapter="a=folder")
+    with pytest.raises(CheckpointError, match="--adapter cannot be used with --engine"):
         load_services(settings)
 
 

@@ -1,0 +1,58 @@
+"""What the processes of a cluster tell, whatever some of them do."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed, which the extra 'cluster' brings")
+from ray.exceptions import ActorDiedError
+
+from server.cluster import members
+from server.cluster.members import Members
+
+
+class FakeHandle:
+    """A deployment whose processes answer as they are told."""
+
+    def __init__(self, *answers: Callable[[], Awaitable[Any]]) -> None:
+        self._answers = answers
+
+    def broadcast(self, method: str, *args: Any) -> "FakeHandle":
+        return self
+
+    async def _fetch_replica_results_async(self) -> list[Any]:
+        return [type("Result", (), {"get_async": staticmethod(each)}) for each in self._answers]
+
+
+async def sound() -> str:
+    return "ok"
+
+
+async def silent() -> str:
+    await asyncio.Event().wait()
+    return "too late"
+
+
+async def dead() -> str:
+    raise ActorDiedError
+
+
+async def broken() -> str:
+    raise ValueError("not me")
+
+
+async def test_processes_that_are_lost_broken_or_silent_hide_no_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(members, "LOOK_TIMEOUT_S", 0.2)
+    handle: Any = FakeHandle(sound, silent, dead, broken, sound)
+    assert await Members(handle, handle).look("/health") == ["ok", "ok"]
+    [warning] = caplog.messages
+    assert warning == "a process of the cluster did not tell its look"
+
+
+async def test_a_cluster_without_processes_tells_nothing() -> None:
+    handle: Any = FakeHandle()
+    assert await Members(handle, handle).look("/health") == []
