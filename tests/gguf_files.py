@@ -11,8 +11,9 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
+
+from training.weights import read_weights
 
 # Where a block of the types that gguf cannot quantize to has its scales, in float16.
 SCALES_AT = {
@@ -44,7 +45,7 @@ def write_gguf(
         next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch),
         config["num_hidden_layers"],
     )
-    for name, tensor in load_file(folder / "model.safetensors").items():
+    for name, tensor in read_weights(folder).items():
         own_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert own_name
         data, stored_as = tensor.float().numpy(), Kind.F32

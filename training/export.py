@@ -2,8 +2,8 @@
 
     python -m training.export --weights training/runs/mini/weights --out server/models/qwen-mini
 
-The weights stay rows of 8-bit integers with a scale each, in one file; with `--bfloat16` they
-become numbers of that type.
+The weights stay rows of 8-bit integers with a scale each, in one file. Other programs do not know
+these; for them give `--dtype`, and the tokenizer's files beside the weights.
 """
 
 import argparse
@@ -18,16 +18,17 @@ from training.weights import INDEX, quantized, read_weights
 SINGLE = "model.safetensors"
 
 
-def export(
-    weights: Path, out: Path, temperature: float, top_p: float, *, in_bfloat16: bool
-) -> None:
-    """Writes config.json, generation_config.json and model.safetensors to `out`."""
+def export(weights: Path, out: Path, temperature: float, top_p: float, *, dtype: str) -> None:
+    """Writes config.json, generation_config.json and model.safetensors to `out`.
+
+    dtype: "int8", or a type of torch.
+    """
     config = json.loads((weights / "config.json").read_text())
     state = read_weights(weights)
-    if in_bfloat16:
-        stored = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
-    else:
+    if dtype == "int8":
         stored = quantized(state)
+    else:
+        stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(stored, out / SINGLE, metadata={"format": "pt"})
     (out / INDEX).unlink(missing_ok=True)
@@ -47,6 +48,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--top-p", type=float, default=0.8)
-    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--dtype", choices=("int8", "bfloat16", "float32"), default="int8")
     args = parser.parse_args()
-    export(args.weights, args.out, args.temperature, args.top_p, in_bfloat16=args.bfloat16)
+    export(args.weights, args.out, args.temperature, args.top_p, dtype=args.dtype)

@@ -23,7 +23,7 @@ from server.core.engine.allocator import RunnerAllocator
 from server.core.engine.model import load_runner, read_model_config
 from server.core.engine.model.qwen import load_qwen
 from server.core.engine.scheduler import Scheduler
-from server.core.engine.sequence import Event, SamplingParams, TokenEvent
+from server.core.engine.sequence import Event, SamplingParams
 from server.core.engine.work import Work
 
 MAX_ROWS = Settings.model_fields["max_num_batched_tokens"].default  # of a step
@@ -101,9 +101,10 @@ class Ours:
         for chunk in chunks:
             chunk.advance()
         for sequence, result in results.items():
-            if not isinstance(result, TokenEvent):
+            if not isinstance(result, list):
                 raise RuntimeError(f"a step gave {result!r}")
-            sequence.completion_ids.append(result.token_id)
+            [token] = result
+            sequence.completion_ids.append(token.token_id)
             if sequence.params and len(sequence.completion_ids) >= sequence.params.max_tokens:
                 self._release(sequence)
 

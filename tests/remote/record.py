@@ -1,6 +1,8 @@
 """Records what vLLM says to everything that the scenario makes a server in front ask of it.
 
-    VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve server/models/qwen-mini \\
+    cp -r server/models/qwen-mini /tmp/qwen-mini  # vLLM does not know its 8-bit rows
+    python -m training.export --weights server/models/qwen-mini --out /tmp/qwen-mini --dtype float32
+    VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve /tmp/qwen-mini \\
         --served-model-name qwen-mini --dtype float32 --enforce-eager \\
         --enable-prompt-tokens-details --port 8100
     python -m tests.remote.record http://127.0.0.1:8100
@@ -24,7 +26,7 @@ from tests.remote.standin import FILE, Exchange
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("url", help="of a vLLM that serves server/models/qwen-mini in float32")
+    parser.add_argument("url", help="of a vLLM that serves qwen-mini in float32")
     url = parser.parse_args().url
     exchanges: dict[str, Exchange] = {}
 

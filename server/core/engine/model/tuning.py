@@ -15,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from server.core.engine.model.weights import open_weights
 
 # Of AdamW, falling to 0. What it moves are embeddings, whose numbers are some hundredths.
 LEARNING_RATE = 0.01
@@ -50,11 +52,10 @@ class SoftPrompt:
             num_virtual_tokens=min(num_tokens, max_virtual_tokens),
             tokenizer_name_or_path=str(folder),
         )
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with warnings.catch_warnings():
             # peft 0.21 asks transformers 5 by a name that is to go.
             warnings.simplefilter("ignore", FutureWarning)
-            self._model: PeftModel = get_peft_model(model, config)
+            self._model: PeftModel = get_peft_model(_read_model(folder), config)
         self.num_virtual_tokens: int = config.num_virtual_tokens
 
     def train(
@@ -144,6 +145,19 @@ class SoftPrompt:
                 for i, (each, (_, ids)) in enumerate(zip(places, pairs, strict=True))
             ]
         )
+
+
+def _read_model(folder: Path) -> PreTrainedModel:
+    """The checkpoint in transformers, whatever its weights are stored as."""
+    config = AutoConfig.from_pretrained(folder)
+    make = AutoModelForCausalLM.from_config
+    model: PreTrainedModel = make(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    reader = open_weights(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read(name, parameter.shape))
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -227,11 +227,11 @@ def test_tokens_sampled_greedily_are_those_of_peft(
     for _ in range(9):
         assert runner.reserve(sequence)
         chunk = ScheduledChunk(sequence, sequence.num_uncomputed)
-        event: Any = runner.step([chunk])[sequence]
+        [token] = runner.step([chunk])[sequence]  # type: ignore[misc, union-attr]
         theirs = expected(oracle, sequence.token_ids)
-        assert theirs[event.token_id] > theirs.max() - TOLERANCE
+        assert theirs[token.token_id] > theirs.max() - TOLERANCE
         chunk.advance()
-        sequence.completion_ids.append(event.token_id)
+        sequence.completion_ids.append(token.token_id)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora-of-some", "prompt", "prefix"])
