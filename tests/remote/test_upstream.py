@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -365,9 +365,10 @@ async def test_the_key_is_sent(stand_in: StandIn, url: str) -> None:
 @asynccontextmanager
 async def raw_server(port: int, answer: bytes) -> AsyncIterator[list[bytes]]:
     """Says the same to every request and hangs up; the first lines of the requests."""
-    asked: list[bytes] = []
+    asked, writers = list[bytes](), list[asyncio.StreamWriter]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         asked.append(await reader.readline())
         writer.write(answer)
         writer.close()
@@ -375,6 +376,10 @@ async def raw_server(port: int, answer: bytes) -> AsyncIterator[list[bytes]]:
     server = await asyncio.start_server(serve, "127.0.0.1", port)
     async with server:
         yield asked
+    for writer in writers:  # or the event loop may end before their sockets are closed
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 @pytest.fixture
