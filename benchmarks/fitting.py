@@ -24,7 +24,7 @@ from server.core.roles.measures import Quality
 from server.fit.learning import Measurements, learn, measure_rows
 from server.fit.rows import Row
 from server.fit.selection import labelled, select
-from server.judge_loading import load_judges
+from server.judge_loading import JudgeLoader
 from server.loading import find_model, load_engine, prompts_of
 from training.corpus import read_sentiment
 
@@ -63,10 +63,13 @@ def run(model_name: str, rows: list[Row], num_test: int) -> dict[str, Any]:
     )
     engine, cache = load_engine(model, settings)
     try:
-        [present] = load_judges(
-            [task], engine, model.tokenizer, cache,
+        judges = JudgeLoader(
+            engine, model.tokenizer, cache,
             num_layers=model.config.num_layers, max_context=model.max_context,
-        ).values()  # fmt: skip
+            adapters=model.adapters,
+        )  # fmt: skip
+        judges.load([task])
+        present = judges.judges[task.version]
         layers = candidate_layers(model.config.num_layers)
         begin = time.perf_counter()
         measured = asyncio.run(
