@@ -7,9 +7,9 @@ costs little.
 
 from collections.abc import Iterable
 
-# The last tokens of a sequence that must occur earlier in it, at least.
+# Number of last tokens that must occur earlier in the sequence.
 MIN_MATCH = 3
-# After each draft whose first token was wrong the match must be a token longer, up to this.
+# Each draft whose first token is wrong raises that number by one, up to this.
 MAX_MATCH = 8
 _ID_BYTES = 4
 
@@ -26,7 +26,7 @@ class PromptLookup:
         self._bytes += _bytes_of(token_id)
 
     def draft(self, max_tokens: int) -> list[int]:
-        """What followed when the last tokens occurred most recently; empty if they never did."""
+        """The tokens behind the most recent earlier occurrence of the last ones; empty if none."""
         needle = self._bytes[-self._match * _ID_BYTES :]
         # The match must have a token behind it, and must not begin within one.
         at = self._bytes.rfind(needle, 0, -_ID_BYTES)

@@ -6,8 +6,8 @@ from typing import Protocol
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence, TokenEvent
 
-# What one sequence got out of a step: sampled tokens, at least one, the scores it asked for, or
-# only the news that its prompt is computed.
+# The result of a step for one sequence: one or more sampled tokens; or the scores it asked for; or
+# the news that its prompt is computed.
 StepResult = list[TokenEvent] | ScoredEvent | PrefilledEvent
 
 
@@ -27,8 +27,8 @@ class Runner(Protocol):
     ) -> dict[Sequence, StepResult | Exception]:
         """Computes the chunks; a result, or what went wrong, for each that is its sequence's last.
 
-        Of several sampled tokens all but the last are computed, too, and none but the last is a
-        stop token or the last that the sequence may have.
+        A result may hold several sampled tokens. The keys and values of all but the last are then
+        in the cache. Only the last may be a stop token or reach `max_tokens`.
         A step that raises has sampled nothing: its chunks may be tried again.
 
         Raises:

@@ -19,8 +19,8 @@ _KERNELS = "server.core.engine.model.kernels"
 class Backend(NamedTuple):
     """What computes a model's layers, and its attention.
 
-    is_row_exact: whether a token's numbers are the same to the last bit, as the only new token of
-    its sequence and as one of several.
+    is_row_exact: whether a token's hidden state is bit-identical, computed as the only new token
+    of its sequence or as one of several.
     """
 
     operations: Operations

@@ -28,7 +28,7 @@ class ChunkStates(NamedTuple):
 class StepLogits(NamedTuple):
     """What a step says of the next tokens.
 
-    to_sample: (N, V), of the token that follows in each of `sampled`, and of those behind each
+    to_sample: (N, V). Each of `sampled` has one row for the next token, and one more for each
     token of its draft.
     scored: (V,), of the token behind each prompt that is scored.
     logprobs: of the tokens of its continuations, in order, without the first token of each.
@@ -48,7 +48,7 @@ def read_logits(
 ) -> StepLogits:
     """Computes the logits that the step's sequences need.
 
-    drafts: the tokens that were computed behind those of a chunk.
+    drafts: the drafted tokens of each chunk, which were computed behind its own.
     """
     complete = [chunk for chunk in states if chunk.is_prompt_complete and chunk.num_tokens]
     sampled = [chunk for chunk in complete if chunk.sequence.params is not None]

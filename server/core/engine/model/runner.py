@@ -117,7 +117,7 @@ class ModelRunner:
         return results
 
     def _drafts(self, chunks: list[ScheduledChunk]) -> dict[ScheduledChunk, list[int]]:
-        """Tokens that may come next, in a step so short that checking them costs little."""
+        """The draft of each chunk; none for a step of many rows, where checking them costs more."""
         if len(chunks) * (1 + self._max_draft_tokens) > MAX_DRAFT_ROWS:
             return {}
         if not all(self._can_draft(chunk.sequence) for chunk in chunks):
@@ -125,7 +125,7 @@ class ModelRunner:
         return {chunk: self._draft(chunk.sequence) for chunk in chunks}
 
     def _can_draft(self, sequence: Sequence) -> bool:
-        """Whether the sequence's numbers are the same in any step."""
+        """Whether the sequence's logits are bit-identical with and without a draft."""
         return sequence.is_decoding and sequence.adapter.name not in self._loras
 
     def _draft(self, sequence: Sequence) -> list[int]:
@@ -269,7 +269,7 @@ class ModelRunner:
                 is_pinned=sequence.is_pinned,
             )
 
-    def _segments(self, chunk: ScheduledChunk, drafts: list[int]) -> list[Segment]:
+    def _segments(self, chunk: ScheduledChunk, draft: list[int]) -> list[Segment]:
         """Of the chunk's tokens with the draft behind them, and of its continuations without
         their last tokens."""
         sequence = chunk.sequence
@@ -285,8 +285,8 @@ class ModelRunner:
         # None: the model's last layer.
         layers = (self._num_layers(sequence),) if sequence.layers else None
         if chunk.num_tokens:
-            ids = sequence.tokens(begin, end) + drafts
-            positions = range(first, last + len(drafts))
+            ids = sequence.tokens(begin, end) + draft
+            positions = range(first, last + len(draft))
             # Before the last chunk no hidden states are needed; the segment only has to stop.
             wanted = sequence.layers if chunk.is_prompt_complete else ()
             of_prompt = layers and tuple(sorted({*wanted, *layers}))
@@ -335,12 +335,12 @@ class ModelRunner:
         return ScoredEvent(state.logprobs, state.hidden_states)
 
 
-def _is_right(drafts: list[int], tokens: list[TokenEvent], sequence: Sequence) -> bool:
-    """Whether the token sampled last was drafted, so that the one behind it can be sampled."""
+def _is_right(draft: list[int], tokens: list[TokenEvent], sequence: Sequence) -> bool:
+    """Whether the draft has the token sampled last, so that the next one can be sampled, too."""
     token_id, index = tokens[-1].token_id, len(tokens) - 1
     assert sequence.params is not None
     is_end = token_id in sequence.params.stop_token_ids
-    return not is_end and drafts[index : index + 1] == [token_id]
+    return not is_end and draft[index : index + 1] == [token_id]
 
 
 def _num_positions(sequence: Sequence, num_tokens: int) -> int:
