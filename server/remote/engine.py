@@ -137,7 +137,7 @@ class RemoteEngine:
         self._thread.join(CLOSE_TIMEOUT_S)
 
     def _start(self, sequence: Sequence) -> TokenStream:
-        stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached or 0)
+        stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached)
         sequence.deliver = stream.deliver
         with self._lock:  # no sequence may slip in behind the closing
             if self._is_closed:

@@ -189,8 +189,7 @@ class _Response:
                 input_usage(
                     reply.num_prompt_tokens,
                     num_cached=reply.num_cached_tokens,
-                    # Whatever is computed is kept for later prompts.
-                    num_kept=reply.num_prompt_tokens - reply.num_cached_tokens,
+                    num_kept=reply.num_kept_tokens,
                     num_output=reply.num_completion_tokens,
                 )
                 if is_done

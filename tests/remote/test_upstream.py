@@ -348,6 +348,23 @@ async def test_a_label_is_scored_by_all_its_tokens(stand_in: StandIn, url: str) 
     assert [body["prompt"] for body in stand_in.bodies] == [[[1, 2]], [[1, 2, 4], [1, 2, 4, 6]]]
 
 
+@pytest.mark.parametrize(
+    ("details", "num_cached", "num_kept"), [({}, 0, 0), ({"cached_tokens": 1}, 1, 1)]
+)
+def test_tokens_are_counted_as_kept_only_where_the_other_server_reports_cached_ones(
+    front: LiveServer, stand_in: StandIn, details: dict[str, int], num_cached: int, num_kept: int
+) -> None:
+    usage = json.dumps({"choices": [], "usage": {"prompt_tokens_details": details}})
+    stand_in.respond = streaming(
+        chunk(30), chunk(31, finish_reason="stop"), f"data: {usage}", "data: [DONE]"
+    )
+    body = {"model": "qwen-mini", "input": "?", "sentiment": False}
+    reply = httpx.post(front.url + "/v1/responses", json=body, timeout=BOUND_S).json()
+    total, known = reply["usage"]["input_tokens"], reply["usage"]["input_tokens_details"]
+    assert known["cached_tokens"] == num_cached
+    assert known["cache_write_tokens"] == num_kept * (total - num_cached)
+
+
 async def test_the_key_is_sent(stand_in: StandIn, url: str) -> None:
     stand_in.respond = streaming(chunk(30, finish_reason="length"), "data: [DONE]")
     stand_in.key = "secret"

@@ -20,11 +20,12 @@ class Scores:
     """What was asked for about the end of a prompt, and how much of the prompt was known.
 
     logprobs: (nats) of every continuation.
+    num_cached: prompt tokens that needed no computing; None: the engine does not report them.
     hidden_states: (L, C), of the last prompt token after each layer asked for, or None.
     """
 
     logprobs: list[float]
-    num_cached: int
+    num_cached: int | None
     hidden_states: NDArray[np.float32] | None = None
 
 
@@ -77,8 +78,9 @@ class Engine(Protocol):
     ) -> int | None:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
 
-        Returns how many of its tokens were known already; None, and nothing is computed, if it is
-        too long to be kept. A cancelled call frees its slot.
+        Returns how many of its tokens were known already; None if the engine does not report
+        them, or if the prompt is too long to be kept and was not computed. A cancelled call frees
+        its slot.
         """
 
     def observe(self, observer: Observer) -> None:

@@ -94,7 +94,7 @@ class LocalEngine:
         self._thread.close()
 
     def _start(self, sequence: Sequence) -> TokenStream:
-        stream = TokenStream(lambda: self._thread.abort(sequence), lambda: sequence.num_cached or 0)
+        stream = TokenStream(lambda: self._thread.abort(sequence), lambda: sequence.num_cached)
         sequence.deliver = stream.deliver
         self._thread.add(sequence)
         return stream

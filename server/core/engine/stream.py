@@ -35,7 +35,7 @@ class TokenStream:
     """
 
     def __init__(
-        self, abort: Callable[[], None], count_cached: Callable[[], int] = lambda: 0
+        self, abort: Callable[[], None], count_cached: Callable[[], int | None] = lambda: None
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
@@ -44,8 +44,11 @@ class TokenStream:
         self._count_cached = count_cached
 
     @property
-    def num_cached(self) -> int:
-        """Prompt tokens that needed no computing; known once a first event has come."""
+    def num_cached(self) -> int | None:
+        """Prompt tokens that needed no computing.
+
+        None: no event has come yet, or another server computes and does not report them.
+        """
         return self._count_cached()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:

@@ -14,7 +14,7 @@ class Classification:
 
     score: the probability of the task's one pole minus that of the other, if it has poles.
     Of the prompt's tokens, `num_cached_tokens` needed no computing, and `num_kept_tokens` were
-    computed for later prompts to begin with.
+    computed for later prompts to begin with; both are 0 where the engine does not report them.
     """
 
     label: Label
@@ -48,6 +48,6 @@ def decide(task: Task, judge: Judge, scores: Scores, num_prompt_tokens: int) -> 
         confidence=probabilities[best],
         probabilities=tuple(zip(task.labels, probabilities, strict=True)),
         num_prompt_tokens=num_prompt_tokens,
-        num_cached_tokens=scores.num_cached,
+        num_cached_tokens=scores.num_cached or 0,
         score=score,
     )

@@ -289,7 +289,7 @@ class Classifier:
             work=work,
             adapter=adapter,
         )
-        num_kept = max(0, num_shared - scores.num_cached)
+        num_kept = 0 if scores.num_cached is None else max(0, num_shared - scores.num_cached)
         return replace(decide(task, judge, scores, len(prompt_ids)), num_kept_tokens=num_kept)
 
 

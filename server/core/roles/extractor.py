@@ -82,7 +82,7 @@ class Extractor:
         finally:
             tokens.abort()
         return Extraction(
-            self._read(ids), len(prompt_ids), len(ids), num_cached_tokens=tokens.num_cached
+            self._read(ids), len(prompt_ids), len(ids), num_cached_tokens=tokens.num_cached or 0
         )
 
     def _prepare(

@@ -93,7 +93,17 @@ class Choices:
         """Prompt tokens that needed no computing; known once every choice has a token."""
         if self.num_prefilled_cached is not None:
             return self.num_prefilled_cached
-        return sum(choice.tokens.num_cached for choice in self.choices)
+        return sum(choice.tokens.num_cached or 0 for choice in self.choices)
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Prompt tokens that were computed, and all are kept for later prompts.
+
+        0 where the engine does not report how many needed no computing.
+        """
+        if any(choice.tokens.num_cached is None for choice in self.choices):
+            return 0
+        return self.num_prompt_tokens - self.num_cached_tokens
 
     @property
     def num_completion_tokens(self) -> int:
