@@ -29,6 +29,7 @@ from server.core.roles.task_files import TaskFileError
 from server.fit.command import fit
 from server.gate import Gate
 from server.guards import exposure
+from server.listener import bind, cannot_listen
 from server.loading import load_services
 from server.logs import configure_logs, try_print
 
@@ -58,7 +59,7 @@ def main() -> None:
             return
         settings.check_certificate()
         # First the port: nobody should wait for a model only to learn that it is taken.
-        with _bind(settings.host, settings.port) as listener:
+        with bind(settings.host, settings.port) as listener:
             _serve(settings, listener)
     except (CheckpointError, TaskFileError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -119,7 +120,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     except OSError as error:
         # Another server bound the port, too, and listened first.
         services.engine.close()
-        raise _taken(host, port, error) from error
+        raise cannot_listen(host, port, error) from error
     try_print(_banner(services.model_id, url, _page_line(settings, url)))
     server.run(sockets=[listener])
     sys.exit(server.exit_code)
@@ -182,25 +183,6 @@ class Server(uvicorn.Server):
         if self._page is not None:
             self._page.close()
         self.should_exit = True
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is spelt out; with it, every
-    # request on a kept connection waits 40 ms for a delayed acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise _taken(host, port, error) from error
-    return listener
-
-
-def _taken(host: str, port: int, error: OSError) -> OSError:
-    reason = f"cannot listen on {host}:{port}: {error.strerror}"
-    return OSError(f"{reason}; choose another with --port")
 
 
 def _page_line(settings: Settings, url: str) -> str:

@@ -8,22 +8,27 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from server.cluster.deployment import build
 from server.cluster.settings import ClusterSettings
 from server.config import KEEP_ALIVE_S, read_settings
 from server.guards import exposure
+from server.listener import bind
 from server.logs import configure_logs, try_print
+from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "qwen"
 EXIT_FORCED = 1
+CONNECT_TIMEOUT_S = 10
 
 
 def cluster(arguments: list[str]) -> None:
@@ -35,13 +40,10 @@ def cluster(arguments: list[str]) -> None:
     try:
         logger.debug("%d API keys", len(settings.keys))  # read early: the replicas take a while
         settings.check_certificate()
-        # Left out, the address would be that of the last cluster here, though it be gone.
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS", "local"),
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-        serve.start(proxy_location="EveryNode", http_options=_http_options(settings))
+        # Ray Serve would report a port in use after a minute, as a traceback.
+        bind(settings.host, settings.port).close()
+        # Without an address Ray would look for the last cluster of this machine, which may be gone.
+        _start(os.environ.get("RAY_ADDRESS", "local"), settings)
         _deploy(settings)
     except OSError as error:
         sys.exit(f"error: {error}")
@@ -53,6 +55,26 @@ def cluster(arguments: list[str]) -> None:
     try_print(_banner(settings))
     is_stopped.wait()
     _drain()
+
+
+def _start(address: str, settings: ClusterSettings) -> None:
+    """Joins the Ray cluster at the address, or starts one, and starts Serve on it.
+
+    Raises:
+        OSError: there is no such cluster, or Serve cannot start; says why.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        # Ray itself would try for minutes.
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise OSError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        serve.start(proxy_location="EveryNode", http_options=_http_options(settings))
+    except (RuntimeError, RayError) as error:
+        raise OSError(f"Ray cannot start: {first_line(error)}") from error
 
 
 def _http_options(settings: ClusterSettings) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """What Serve is told of the settings, and what the command says of wrong ones."""
 
 import importlib.util
+import socket
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from server.__main__ import main
+from tests.processes import closed_port
 
 pytest.importorskip("ray", reason="Ray is not installed, which the extra 'cluster' brings")
 from ray.serve._private.build_app import build_app
@@ -67,6 +69,31 @@ def test_a_wrong_option_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, options: list[str], sentence: str
 ) -> None:
     assert sentence in refusal(monkeypatch, *options)
+
+
+def test_a_port_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        sentence = refusal(monkeypatch, "--port", str(port))
+    assert sentence.startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = f"127.0.0.1:{closed_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    sentence = refusal(monkeypatch, "--port", str(closed_port()))
+    assert sentence.startswith(f"error: no Ray cluster answers at RAY_ADDRESS={address}: ")
+
+
+def test_what_ray_says_when_it_cannot_start_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(**options: object) -> None:
+        raise RuntimeError("The node has too little memory.\nMore of it.")
+
+    monkeypatch.setattr("ray.init", fail)
+    sentence = refusal(monkeypatch, "--port", str(closed_port()))
+    assert sentence == "error: Ray cannot start: The node has too little memory."
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:

@@ -15,10 +15,11 @@ import httpx
 import pytest
 import uvicorn
 
-from server.__main__ import EXIT_BROKEN, EXIT_FORCED, Server, _bind, _serve
+from server.__main__ import EXIT_BROKEN, EXIT_FORCED, Server, _serve
 from server.app import create_app
 from server.config import Settings
 from server.core.engine.local import LocalEngine
+from server.listener import bind
 from server.loading import load_services
 from server.metrics import Metrics
 from tests.conftest import LiveServer
@@ -205,7 +206,7 @@ async def test_a_breakdown_ends_the_process_with_a_code_of_its_own(
     settings = Settings(model=str(tiny_checkpoint), log_level="error")
     services = load_services(settings)
     monkeypatch.setattr("server.__main__.load_services", lambda settings: services)
-    with _bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0) as listener:
         listener.listen()  # early, so that nobody is turned away while the server starts
         host, port = listener.getsockname()
         serving = asyncio.create_task(asyncio.to_thread(_exit_code, settings, listener))
@@ -226,7 +227,7 @@ async def test_a_model_that_fails_from_the_start_ends_the_process_in_the_same_wa
     services = load_services(settings)
     monkeypatch.setattr("server.__main__.load_services", lambda settings: services)
     monkeypatch.setattr(services.engine._runner, "step", lambda chunks: 1 / 0)
-    with _bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0) as listener:
         async with asyncio.timeout(BOUND_S):
             assert await asyncio.to_thread(_exit_code, settings, listener) == EXIT_BROKEN
     await asyncio.to_thread(services.engine.close)

@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from server.__main__ import _bind, main
+from server.__main__ import main
 from server.core.engine import checkpoint
 from server.core.engine.checkpoint import (
     BUNDLED_FOLDER,
@@ -36,6 +36,7 @@ from server.core.engine.checkpoint import (
     CheckpointError,
     find_checkpoint,
 )
+from server.listener import bind
 from tests.conftest import run_app
 from tests.processes import (
     START_TIMEOUT_S,
@@ -402,7 +403,7 @@ async def test_small_packets_are_sent_at_once() -> None:
             no_delay.set()
         writer.close()
 
-    with _bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0) as listener:
         address = listener.getsockname()
         async with await asyncio.start_server(connected, sock=listener):
             _, writer = await asyncio.open_connection(*address)
