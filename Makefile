@@ -26,7 +26,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest -m soak --capture=no tests/faults $(ARGS)
+	$(BIN)/python -m pytest -m soak --capture=no tests/faults tests/cluster $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

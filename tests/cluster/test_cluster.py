@@ -36,11 +36,17 @@ END = "[DONE]"
 class Deployment:
     """The configuration of docs/cluster.yaml, made small, and the cluster that runs it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, entrance: dict[str, Any] | None = None) -> None:
+        """entrance: Ray's options of its process."""
         self.url = f"http://127.0.0.1:{port}"
         self._config = deepcopy(CONFIG)
         self._config["proxy_location"] = "HeadOnly"  # both nodes are one machine
         self._config["http_options"]["port"] = port
+        [app] = self._config["applications"]
+        app["deployments"] = [
+            {"name": "Replica"},
+            {"name": "Entrance", "ray_actor_options": entrance or {"num_cpus": 0}},
+        ]
         self.update(
             {"max_surge_percent": 100, "graceful_shutdown_wait_loop_s": 0.1},
             model="mini",
@@ -61,8 +67,7 @@ class Deployment:
         """
         [app] = self._config["applications"]
         app["args"].update(args)
-        [options] = app.setdefault("deployments", [{"name": "Replica"}])
-        options.update(replica or {})
+        app["deployments"][0].update(replica or {})
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate(self._config))
 
 
@@ -212,15 +217,25 @@ async def test_all_numbers_and_states_are_told_by_replica(client: httpx.AsyncCli
 
 async def test_a_full_cluster_answers_429(client: httpx.AsyncClient) -> None:
     room = NUM_REPLICAS * (MAX_NUM_SEQS + MAX_QUEUE)
-    streams = []
-    for i in range(room):  # one by one: what asks for the state counts as a request, too
-        streams.append(Stream(client, endless(f"number {i}")))
-        await until(lambda i=i: has_inside(client, i + 1))  # type: ignore[misc]
-    refused = await client.post("/v1/classify", json={"input": "one too many"})
+    refusals: asyncio.Queue[httpx.Response] = asyncio.Queue()
+
+    async def ask_again_and_again(name: str) -> None:
+        while True:
+            body = endless(name) | {"stream": False}
+            response = await client.post("/v1/chat/completions", json=body)
+            if response.status_code != 200:
+                refusals.put_nowait(response)
+                await asyncio.sleep(0.05)
+
+    asking = [asyncio.create_task(ask_again_and_again(f"number {i}")) for i in range(room + 1)]
+    async with asyncio.timeout(BOUND_S):
+        refused = await refusals.get()
     assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+    await until(lambda: has_inside(client, room))
     assert (await client.get("/health")).status_code == 200
-    for stream in streams:
-        await stream.hang_up()
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def test_a_conversation_stays_with_the_replica_that_knows_it(
