@@ -4,7 +4,7 @@ Knows nothing of what the prompts say.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 import regex
@@ -37,7 +37,7 @@ class Choice:
     num_completion_tokens: int = 0
     finish_reason: str | None = None
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The answer as it becomes certain. However this ends, the sequence ends with it."""
         unsaid: list[TokenEvent] = []
         try:
@@ -110,7 +110,7 @@ class Choices:
         """Of all choices together, so far."""
         return sum(choice.num_completion_tokens for choice in self.choices)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
         """Pieces of all choices as they come, each with its index; None: that one is done."""
         try:
             if len(self.choices) == 1:

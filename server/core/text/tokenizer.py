@@ -195,7 +195,7 @@ class ChatTokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """UTF-8 bytes of every token id; empty for special tokens, which are no text."""
-        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
         added = self._backend.get_added_tokens_decoder()
         table = []
         for token_id in range(self.vocab_size):

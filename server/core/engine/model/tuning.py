@@ -116,7 +116,7 @@ class SoftPrompt:
     ) -> None:
         optimizer.zero_grad()
         for batch in _batches(rows, BATCH_SIZE):
-            (-self._logprobs(self._pairs(batch)).sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
+            (-self._logprobs(self._pairs(batch)).sum() / len(rows)).backward()
             for _ in batch:
                 report()
         optimizer.step()
@@ -156,7 +156,7 @@ def _read_model(folder: Path) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read(name, parameter.shape))
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     return model
 
 
