@@ -28,7 +28,8 @@ def qwen_shape() -> Qwen2Config:
     return Qwen2Config(
         vocab_size=151_936, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=32_768,
-        rms_norm_eps=1e-6, rope_theta=1_000_000.0, tie_word_embeddings=True,
+        rms_norm_eps=1e-6, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         bos_token_id=151_643, eos_token_id=151_645, dtype="bfloat16",
     )  # fmt: skip
 
@@ -44,7 +45,7 @@ def make_checkpoint(folder: Path = DEFAULT_FOLDER) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(qwen_shape()).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(qwen_shape()).bfloat16()
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[151_645, 151_643])
     model.save_pretrained(folder)
     source = next(path for path in TOKENIZER_FOLDERS if path.is_dir())

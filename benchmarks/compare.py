@@ -75,7 +75,7 @@ def can(engine: str, request: dict[str, Any]) -> bool:
     """transformers' generate is measured as people use it: one stream, a short chat."""
     if not engine.startswith("transformers"):
         return True
-    return request.get("num_streams", 1) == 1 and request.get("num_cached", 0) <= 100
+    return bool(request.get("num_streams", 1) == 1 and request.get("num_cached", 0) <= 100)
 
 
 def measure(workers: dict[str, Worker], cases: Collection[str], rounds: int) -> Figures:

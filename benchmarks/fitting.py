@@ -81,7 +81,7 @@ def run(model_name: str, rows: list[Row], num_test: int) -> dict[str, Any]:
     num_texts = len(measured.train) + len(measured.test) + len(measured.examples)
     print(f"{num_texts} texts in {seconds:.0f} s\n")
     print(f"{'rows':>6} {'accuracy':>18} {'macro-F1':>9} {'ECE':>6} {'s':>6}  recipe")
-    table = {}
+    table: dict[str, dict[str, float]] = {}
     for num_rows in NUM_ROWS:
         few = Measurements(
             measured.layers,

@@ -37,14 +37,18 @@ def gguf_file(checkpoint: Path, folder: Path, kind: str) -> Path:
 
 def _write_bf16(checkpoint: Path, path: Path) -> None:
     config = Qwen2Config.from_pretrained(checkpoint)
+    num_kv_heads, rope = config.num_key_value_heads, config.rope_parameters
+    assert num_kv_heads is not None and rope is not None
+    theta = rope["rope_theta"]
+    assert theta is not None
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_head_count_kv(num_kv_heads)
+    writer.add_rope_freq_base(theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     _add_tokenizer(writer, checkpoint, config.vocab_size)
@@ -53,6 +57,7 @@ def _write_bf16(checkpoint: Path, path: Path) -> None:
         for name in tensors.keys():  # noqa: SIM118
             tensor = tensors.get_tensor(name)
             target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert target is not None, name
             if tensor.ndim == 1:
                 writer.add_tensor(target, tensor.float().numpy())
             else:

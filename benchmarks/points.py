@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.reply_quality import DATA, Answer, read_rows
 from server.core.roles.reply import with_cue
 from server.core.roles.tasks import text_in
+from server.core.text.tokenizer import Message
 from server.services import Services
 
 CELEBRATES, COMFORTS = "celebrates", "comforts"
@@ -132,8 +133,10 @@ async def pair_loss(services: Services) -> dict[str, float]:
 
     async def score(group: dict[str, Any], user: str, reply: str) -> tuple[str, float, int]:
         cue = labels[group["label"]].cue or {}
-        said = [{"role": "system", "content": text_in(persona, group["lang"])},
-                {"role": "user", "content": user}]  # fmt: skip
+        said: list[Message] = [
+            {"role": "system", "content": text_in(persona, group["lang"])},
+            {"role": "user", "content": user},
+        ]
         if cue:
             said = with_cue(said, text_in(cue, group["lang"]), position)
         ids = services.tokenizer.encode_text(reply)

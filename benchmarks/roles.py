@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -37,7 +37,8 @@ from server.loading import load_services
 from server.services import Services
 from training.corpus import SentimentRow, read_sentiment
 
-DTYPES = ("float32", "int8", "int4")
+DType = Literal["float32", "int8", "int4"]
+DTYPES: tuple[DType, ...] = get_args(DType)
 COLUMNS = ("n", "accuracy", "accuracy 95 %", "macro-F1", "polar accuracy", "polar AUC", "ECE",
            "texts per second")  # fmt: skip
 
@@ -188,7 +189,7 @@ def agreement(model: str, rows: Sequence[SentimentRow]) -> dict[str, float]:
             judged[dtype] = asyncio.run(_labels_in(model, dtype, rows))
         except CheckpointError as error:
             print(f"{dtype} is left out: {error}", file=sys.stderr)
-    shares = {
+    shares: dict[str, float] = {
         dtype: round(
             float(np.mean([a == b for a, b in zip(given, judged["float32"], strict=True)])), 4
         )
@@ -198,7 +199,7 @@ def agreement(model: str, rows: Sequence[SentimentRow]) -> dict[str, float]:
     return shares
 
 
-async def _labels_in(model: str, dtype: str, rows: Sequence[SentimentRow]) -> list[str]:
+async def _labels_in(model: str, dtype: DType, rows: Sequence[SentimentRow]) -> list[str]:
     services = await asyncio.to_thread(load_services, Settings(model=model, dtype=dtype))
     try:
         task = services.tasks["sentiment"]

@@ -46,7 +46,9 @@ Conversation = Sequence[dict[str, Any]]
 
 def conversations() -> list[Conversation]:
     """Openers, then small tasks with a history."""
-    openers = [[{"role": "user", "content": opener.text}] for opener in read_openers()]
+    openers: list[Conversation] = [
+        [{"role": "user", "content": opener.text}] for opener in read_openers()
+    ]
     return [*openers, *(ability.messages for ability in read_abilities())][:NUM_CONVERSATIONS]
 
 

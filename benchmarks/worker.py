@@ -35,6 +35,6 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._process.args} has died")
+            raise RuntimeError(f"{self._process.args!r} has died")
         answer: dict[str, float] = json.loads(line)
         return answer

@@ -59,7 +59,9 @@ class Bert:
     def __init__(self) -> None:
         torch.set_num_threads(NUM_THREADS)
         torch.manual_seed(0)
-        self._model = BertForSequenceClassification(BertConfig(num_labels=3)).eval()
+        config = BertConfig()
+        config.num_labels = 3
+        self._model = BertForSequenceClassification(config).eval()
 
     @torch.inference_mode()
     def classify(self, num_texts: int, num_tokens: int) -> float:
