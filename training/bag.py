@@ -29,7 +29,8 @@ class BagOfTokens(nn.Module):
         """Label logits: (B, labels)."""
         lengths = torch.tensor([0] + [len(ids) for ids in texts[:-1]])
         flat = torch.tensor([i for ids in texts for i in ids], dtype=torch.long)
-        return self.linear(self.embeddings(flat, lengths.cumsum(0)))
+        logits: Tensor = self.linear(self.embeddings(flat, lengths.cumsum(0)))
+        return logits
 
 
 def train_bag(

@@ -113,7 +113,8 @@ class Pack:
 
 def _draw(bounds: Array, rng: np.random.Generator, num: int) -> Array:
     drawn = np.searchsorted(bounds, rng.random(num) * bounds[-1], side="right")
-    return np.minimum(drawn, len(bounds) - 1)
+    capped: Array = np.minimum(drawn, len(bounds) - 1)
+    return capped
 
 
 def _table(columns: list[tuple[Array | int, int]], num: int) -> tuple[Array, Array]:

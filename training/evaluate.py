@@ -1,5 +1,6 @@
 """How well both roles are played on rows that were held out. Needs numpy and torch alone."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +64,7 @@ def _replies(model: Qwen2, pack: Pack, settings: Settings, device: str) -> dict[
 def _passes(
     model: Qwen2, pack: Pack, prefix: str, documents: tuple[Array, Array], settings: Settings,
     device: str,
-):  # fmt: skip
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
     """Hidden states (rows * T, C) of some rows at a time, and what lies where in them."""
     segments, roles = documents
     some = replace(settings, rows=32)

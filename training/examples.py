@@ -122,8 +122,9 @@ def trained_prompts() -> TaskFile:
     return read_task_file() | read_task_file(BUNDLED_FOLDER / TASK_FILE_NAME)
 
 
-def _only(texts: Mapping[str, str]) -> str:
+def _only(texts: Mapping[str, str] | None) -> str:
     """The text of prompts that have one for all languages."""
+    assert texts is not None
     [text] = texts.values()
     return text
 

@@ -11,7 +11,7 @@ tokens are taken along in fewer dimensions, for new weights to start from.
 import argparse
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def labelled(
         # With the same shares: drawn as they come, most would be positive, and what is doubtful
         # would seem so, too.
         classes.append((True, lang, values[int(np.argmax(target))]))
-    sums = Counter[tuple[bool, str, str]]()
+    sums: defaultdict[tuple[bool, str, str], float] = defaultdict(float)
     for key, weight in zip(classes, weights, strict=True):
         sums[key] += weight
     drawn = [
@@ -267,7 +267,8 @@ def vectors(folder: Path, tokenizer: ChatTokenizer, size: int = VECTOR_SIZE) -> 
     flat = rows @ directions[:, ::-1][:, :size]
     # Less of what a few directions have too much of.
     flat /= np.sqrt(flat.std(0) * flat.std())
-    return np.clip(np.round(flat / flat.std() * 30), -127, 127).astype(np.int8)
+    vectors: NDArray[np.int8] = np.clip(np.round(flat / flat.std() * 30), -127, 127).astype(np.int8)
+    return vectors
 
 
 def main() -> None:
@@ -279,7 +280,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
-    tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+    tokenizer = ChatTokenizer.from_folder(args.tokenizer)
     prompts = trained_prompts()
     renderer = Renderer(tokenizer, prompts)
     values = renderer.values
@@ -306,7 +307,8 @@ def main() -> None:
     arrays |= segments.arrays()
     if args.vectors is not None:
         arrays["embeddings"] = vectors(args.vectors, tokenizer)
-    np.savez_compressed(args.out / "pack.npz", **arrays)
+    # numpy types an option, allow_pickle, among the names of arrays.
+    np.savez_compressed(args.out / "pack.npz", **arrays)  # type: ignore[arg-type]
     size = (args.out / "pack.npz").stat().st_size
     print(f"{len(arrays['tokens']):,} tokens, {len(arrays['text_segments']):,} texts, "
           f"{len(arrays['pair_users']):,} pairs, {size / 1e6:.1f} MB")  # fmt: skip

@@ -49,7 +49,7 @@ def write_parts(state: Mapping[str, Tensor], folder: Path, max_bytes: int) -> No
             size = 0
         parts[-1][name] = tensor
         size += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(parts, 1):
         file = f"model-{i:05}-of-{len(parts):05}.safetensors"
         save_file(part, folder / file, metadata={"format": "pt"})
