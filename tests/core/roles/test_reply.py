@@ -7,11 +7,11 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from server.core.engine.engine import Scores
+from server.core.engine.engine import Engine, Scores
 from server.core.engine.sequence import (
     AbortedEvent,
     Event,
@@ -169,7 +169,7 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
         with_tokenizer: ChatTokenizer = tokenizer,
     ) -> Replier:
         return Replier(
-            generator,
+            cast(Engine, generator),
             cast(Classifier, classifier or FakeClassifier()),
             with_tokenizer,
             tasks={each.name: each for each in (task, *others)},
@@ -185,6 +185,7 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
 def strict() -> ChatTokenizer:
     """A tokenizer whose template refuses a system message that is not the first."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     tokenizer.chat_template = STRICT_TEMPLATE
     return ChatTokenizer(tokenizer)
 
@@ -660,6 +661,7 @@ async def test_both_roles_reach_the_engine_in_one_turn_of_the_event_loop(
     make: Callable[..., Replier], tokenizer: ChatTokenizer, names: list[str]
 ) -> None:
     loop, turn = asyncio.get_running_loop(), 0
+    ticking: asyncio.Handle
 
     def tick() -> None:
         nonlocal turn, ticking
@@ -984,8 +986,9 @@ async def test_a_client_that_leaves_during_the_pass_gets_no_answer(
 async def test_a_closed_engine_is_an_error_of_the_reply(make: Callable[..., Replier]) -> None:
     class Closed(FakeGenerator):
         def submit(
-            self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None
-        ) -> TokenStream:
+            self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None,
+            adapter: Adapter = BASE,
+        ) -> TokenStream:  # fmt: skip
             raise EngineClosedError
 
     with pytest.raises(EngineClosedError):
@@ -1217,7 +1220,7 @@ async def test_a_reader_that_stops_reading_aborts_the_sequence(
 ) -> None:
     generator = says(tokenizer, "Hello there, how are you?")
     reply = await ask(make(generator), [user("Hi")])
-    async with aclosing(cast(Any, reply.choices[0].pieces())) as pieces:
+    async with aclosing(reply.choices[0].pieces()) as pieces:
         assert await bounded(anext(pieces))
         assert generator.num_aborts == 0
     assert generator.num_aborts == 1

@@ -1,8 +1,11 @@
 """Prompts continued as they are: what the engine is asked for, and what it is spared."""
 
+from typing import cast
+
 import pytest
 
 from server.core.engine.adapters import BASE, Adapter
+from server.core.engine.engine import Engine
 from server.core.engine.sequence import FinishedEvent, FinishReason, SamplingParams, TokenEvent
 from server.core.engine.stream import TokenStream
 from server.core.engine.work import Work
@@ -49,7 +52,7 @@ def generator() -> FakeEngine:
 
 @pytest.fixture
 def completer(generator: FakeEngine, tokenizer: ChatTokenizer) -> Completer:
-    return Completer(generator, tokenizer, max_context=MAX_CONTEXT)
+    return Completer(cast(Engine, generator), tokenizer, max_context=MAX_CONTEXT)
 
 
 async def test_texts_are_encoded_as_they_are_and_ids_left_alone(
@@ -100,7 +103,7 @@ async def test_nothing_is_computed_where_one_prompt_is_too_long(
     with pytest.raises(ContextLengthError) as caught:
         await completer.complete({"prompt[0]": [7], "prompt[1]": prompt}, PARAMS, [], num_choices=2)
     assert caught.value.param == "prompt[1]"
-    assert generator.submitted == generator.prefilled == []
+    assert not generator.submitted and not generator.prefilled
 
 
 @pytest.mark.parametrize("token_id", [-1, 10**9])

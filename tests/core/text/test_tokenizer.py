@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER, CheckpointError
-from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer, Message
 
 Conversation = list[dict[str, str]]
 
@@ -63,7 +63,9 @@ ATTACKS = [
 @pytest.fixture(scope="module")
 def reference() -> PreTrainedTokenizerFast:
     """The same tokenizer as transformers uses it."""
-    return AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
 
 
 @pytest.fixture
@@ -158,7 +160,7 @@ def test_calls_of_tools_stand_before_endings_as_they_do_elsewhere(
     tokenizer: ChatTokenizer,
 ) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "<tool_call>"}}}
-    conversation = [
+    conversation: list[Message] = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "</tool_response>"},

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 from server.core.engine.checkpoint import BUNDLED_FOLDER
 from training.weights import read_weights
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -26,7 +27,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
 }
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, tuple[type[Qwen2Config | Qwen3Config], dict[str, Any]] | None] = {
     "qwen2-tied-mha": (Qwen2Config, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen2-untied-gqa": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "qwen3-tied-gqa": (
@@ -60,7 +61,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return folder
     torch.manual_seed(1)
     config = shape[0](**SHAPE, **shape[1])
-    model = (Qwen2ForCausalLM if shape[0] is Qwen2Config else Qwen3ForCausalLM)(config)
+    model: PreTrainedModel
+    if isinstance(config, Qwen2Config):
+        model = Qwen2ForCausalLM(config)
+    else:
+        model = Qwen3ForCausalLM(config)
     for name, parameter in model.named_parameters():
         # transformers starts norms at 1 and biases at 0, which would hide their absence.
         if "norm" in name or "bias" in name:
@@ -72,4 +77,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def oracle(checkpoint: Path) -> PreTrainedModel:
     """The same checkpoint in transformers, in float32."""
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.eval()
+    return model

@@ -98,7 +98,10 @@ def with_tensors(**changes: torch.Tensor | None) -> Callable[[Path], None]:
 
 
 def with_bytes(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return change
 
 
 def truncated(folder: Path) -> None:

@@ -25,6 +25,7 @@ from server.core.engine.model.qwen import QwenModel, load_qwen
 from server.core.engine.model.runner import ModelRunner
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import SamplingParams, ScoredEvent, Sequence
+from tests.core.engine.model.test_runner import token_of
 
 TOLERANCE = 1e-4
 NUM_VIRTUAL_TOKENS = 5
@@ -139,7 +140,8 @@ def logits_of(model: QwenModel, event: ScoredEvent) -> Tensor:
 
 def expected(model: Any, ids: list[int]) -> Tensor:
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids])).logits[0, -1]
+        logits: Tensor = model(input_ids=torch.tensor([ids])).logits
+    return logits[0, -1]
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -174,9 +176,9 @@ def test_a_batch_of_every_kind_and_of_the_base_equals_each_alone(
     num_layers = model.config.num_layers
     sequences: list[tuple[Any, Sequence]] = []
     with_base = [(each.adapter, folder_of(kind)[1]) for kind, each in loaded.items()]
-    base = AutoModelForCausalLM.from_pretrained(
-        folder_of("lora")[1].peft_config["default"].base_model_name_or_path, dtype=torch.float32
-    ).eval()
+    base_folder = folder_of("lora")[1].peft_config["default"].base_model_name_or_path
+    assert base_folder is not None
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
     for i, (adapter, oracle) in enumerate([*with_base, (BASE, base), *with_base]):
         ids = random_ids(5 + 7 * i, seed=i)
         sequences.append((oracle, every_state(ids, adapter, num_layers)))
@@ -227,7 +229,7 @@ def test_tokens_sampled_greedily_are_those_of_peft(
     for _ in range(9):
         assert runner.reserve(sequence)
         chunk = ScheduledChunk(sequence, sequence.num_uncomputed)
-        [token] = runner.step([chunk])[sequence]  # type: ignore[misc, union-attr]
+        token = token_of(runner.step([chunk])[sequence])
         theirs = expected(oracle, sequence.token_ids)
         assert theirs[token.token_id] > theirs.max() - TOLERANCE
         chunk.advance()

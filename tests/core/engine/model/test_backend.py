@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ needs_kernels = pytest.mark.skipif(
     not HAS_KERNELS, reason="the processor lacks AVX512-VNNI or BF16"
 )
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip

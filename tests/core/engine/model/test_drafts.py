@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,8 @@ def test_a_completion_ends_where_it_would_without_drafts(model: QwenModel) -> No
 class Cycle:
     """A grammar that allows one token at a time, in a circle."""
 
+    text = "10, 11, 12, 13, 14, 10, …"
+
     def __init__(self, at: int = 0) -> None:
         self._at = at
 
@@ -142,7 +145,7 @@ def test_steps_of_many_sequences_have_no_drafts(model: QwenModel) -> None:
 
 
 def test_what_a_drafting_sequence_leaves_serves_the_next_turn(model: QwenModel) -> None:
-    runner_args = {
+    runner_args: dict[str, Any] = {
         "vocab_size": model.config.vocab_size, "max_kv_tokens": 4096, "max_context": 256,
         "max_prefix_bytes": 2**24,
     }  # fmt: skip

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from server.core.engine.model.kv_cache import KVCache, KVPrefix
 from server.core.engine.model.kv_memory import KVMemory
 
 LAYERS = 2
-SHAPE = {"num_layers": LAYERS, "num_kv_heads": 3, "head_dim": 4}
+SHAPE: dict[str, Any] = {"num_layers": LAYERS, "num_kv_heads": 3, "head_dim": 4}
 
 
 def make(max_tokens: int = 4096, max_context: int = 600) -> KVMemory:
@@ -199,10 +200,11 @@ class Model:
         self.expected[cache] = self.expected[source].first(length).clone()
 
     def free(self, cache: KVCache, *, is_sound: bool) -> None:
-        assert cache.pool is not None
+        pool = cache.pool
+        assert pool is not None
         if not is_sound:
-            cache.pool.keys[:, cache.slot] = torch.nan
-            cache.pool.values[:, cache.slot] = torch.inf
+            pool.keys[:, cache.slot] = torch.nan
+            pool.values[:, cache.slot] = torch.inf
         self.memory.free(cache, is_sound=is_sound)
         del self.expected[cache]
         assert (cache.pool, cache.length, cache.capacity) == (None, 0, 0)

@@ -263,7 +263,7 @@ def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
 
 def test_rows_of_8_bit_integers_with_scales_are_read_as_what_they_stand_for(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
-    rounded, stored = dict(tensors), {}
+    rounded, stored = dict(tensors), dict[str, torch.Tensor]()
     for name, tensor in tensors.items():
         if tensor.ndim == 2:
             scales = tensor.float().abs().amax(1).clamp_min(1e-12) / 127

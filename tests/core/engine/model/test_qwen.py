@@ -53,7 +53,8 @@ def run_all(
 
 def expected(oracle: PreTrainedModel, ids: list[int]) -> Tensor:
     with torch.inference_mode():
-        return oracle(torch.tensor([ids])).logits[0]
+        logits: Tensor = oracle(torch.tensor([ids])).logits
+    return logits[0]
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -271,7 +272,7 @@ def test_a_layer_computes_only_the_rows_that_reach_it(
         return attend(self, layer, queries, *others)
 
     monkeypatch.setattr(StepAttention, "__call__", count)
-    lengths = {(1,): 5, (1, 2): 7}
+    lengths: dict[tuple[int, ...] | None, int] = {(1,): 5, (1, 2): 7}
     segments = [segment(memory, random_ids(n), KVCache(), layers) for layers, n in lengths.items()]
     forward(model, segments)
     assert num_rows == {0: 12, 1: 7}

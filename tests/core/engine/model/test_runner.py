@@ -1,7 +1,9 @@
 """The runner: scores, hidden states, and sampling that does not depend on the batch."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from server.core.engine.sequence import (
     SamplingParams,
     ScoredEvent,
     Sequence,
+    TokenEvent,
 )
 
 CONTINUATIONS = [[7], [8, 9], [8, 10, 11], [7, 12]]
@@ -104,6 +107,19 @@ def run_all(
     return results
 
 
+def scores_of(results: Iterable[StepResult | Exception]) -> list[float]:
+    [result] = results
+    assert isinstance(result, ScoredEvent)
+    return result.logprobs
+
+
+def token_of(result: StepResult | Exception) -> TokenEvent:
+    """The one token of a step."""
+    assert isinstance(result, list)
+    [token] = result
+    return token
+
+
 def expected_score(oracle: PreTrainedModel, prompt: list[int], continuation: list[int]) -> float:
     with torch.inference_mode():
         logits = oracle(torch.tensor([prompt + continuation])).logits[0]
@@ -127,7 +143,7 @@ def test_scores_are_the_summed_logprobs_of_each_continuation(
     results = run_all(runner, sequences, max_rows)
     for prompt, sequence in zip(prompts, sequences, strict=True):
         theirs = [expected_score(oracle, prompt, c) for c in CONTINUATIONS]
-        assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
+        assert scores_of(results[sequence]) == pytest.approx(theirs, abs=1e-3)
 
 
 @pytest.mark.parametrize("num_last", [1, 2])
@@ -138,7 +154,7 @@ def test_continuations_of_one_token_are_scored_wherever_the_last_chunk_begins(
     sequence = Sequence(prompt, None, [[7], [8]], lambda event: None)
     results = run_all(runner, [sequence], max_rows=20 - num_last)
     theirs = [expected_score(oracle, prompt, c) for c in ([7], [8])]
-    assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
+    assert scores_of(results[sequence]) == pytest.approx(theirs, abs=1e-3)
 
 
 def test_continuations_of_one_token_behind_one_that_fills_the_step_need_no_rows(
@@ -149,8 +165,8 @@ def test_continuations_of_one_token_behind_one_that_fills_the_step_need_no_rows(
         runner, [to_measure(prompt, continuations=continuations) for _ in range(2)], max_rows=6
     )
     theirs = [expected_score(oracle, prompt, c) for c in continuations]
-    for [result] in results.values():
-        assert result.logprobs == pytest.approx(theirs, abs=1e-3)
+    for found in results.values():
+        assert scores_of(found) == pytest.approx(theirs, abs=1e-3)
 
 
 def test_scores_in_int8_are_the_same_to_the_last_bit_however_they_are_divided(
@@ -177,6 +193,7 @@ def test_scores_in_int8_are_the_same_to_the_last_bit_however_they_are_divided(
     for max_rows, num_others in [(1000, 0), (1000, 3), (64, 0), (64, 2), (13, 1)]:
         for one, same in zip(alone, scored(max_rows, num_others), strict=True):
             assert one.logprobs == same.logprobs
+            assert one.hidden_states is not None and same.hidden_states is not None
             assert np.array_equal(one.hidden_states, same.hidden_states)
 
 
@@ -186,7 +203,7 @@ def test_greedy_tokens_equal_those_of_transformers(
     ids = random_ids(15)
     sequence = to_generate(ids, temperature=0.0)
     run_all(runner, [sequence])
-    theirs = oracle.generate(
+    theirs = cast(Any, oracle).generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         do_sample=False,
@@ -281,7 +298,7 @@ def expected_states(oracle: PreTrainedModel, prompt: list[int], layers: tuple[in
     return torch.stack([after_layers[layer][0, -1] for layer in layers])
 
 
-def states_of(results: list[StepResult]) -> NDArray[np.float32]:
+def states_of(results: Iterable[StepResult | Exception]) -> NDArray[np.float32]:
     [result] = results
     assert isinstance(result, ScoredEvent) and result.hidden_states is not None
     assert result.hidden_states.dtype == np.float32
@@ -306,7 +323,7 @@ def test_hidden_states_are_those_of_the_last_prompt_token_however_it_is_cut(
     results = run_all(runner, sequences, max_rows)
     for prompt, layers, sequence in zip(prompts, wanted, sequences, strict=True):
         assert_close(states_of(results[sequence]), expected_states(oracle, prompt, layers))
-        assert results[sequence][0].logprobs == []
+        assert scores_of(results[sequence]) == []
 
 
 @pytest.mark.parametrize("max_rows", [1000, 6])
@@ -325,7 +342,7 @@ def test_scores_and_hidden_states_come_together(
     for prompt, (layers, continuations), sequence in zip(prompts, cases, sequences, strict=True):
         assert_close(states_of(results[sequence]), expected_states(oracle, prompt, layers))
         theirs = [expected_score(oracle, prompt, c) for c in continuations]
-        assert results[sequence][0].logprobs == pytest.approx(theirs, abs=1e-3)
+        assert scores_of(results[sequence]) == pytest.approx(theirs, abs=1e-3)
 
 
 def random_sequence(rng: random.Random, instruction: list[int], num_layers: int) -> Sequence:
@@ -483,7 +500,7 @@ def test_the_slot_of_an_early_leaver_does_the_next_sequence_no_harm(
     step()
     assert_close(states_of([results[later[1]]]), expected_states(oracle, later[1].prompt_ids, (2,)))
     theirs = [expected_score(oracle, later[1].prompt_ids, c) for c in CONTINUATIONS]
-    assert results[later[1]].logprobs == pytest.approx(theirs, abs=1e-3)
+    assert scores_of([results[later[1]]]) == pytest.approx(theirs, abs=1e-3)
     scheduler.admission.remove(later[1])
     runner.release(later[1], is_sound=True)
     while len(later[0].completion_ids) < 12:
@@ -537,9 +554,9 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
         assert "not finite" in str(results[sequence])
     assert_close(states_of([results[healthy]]), expected_states(oracle, [9, 8, 7], (2,)))
     theirs = [expected_score(oracle, [9, 8], c) for c in ([7], [8, 9])]
-    assert results[scored].logprobs == pytest.approx(theirs, abs=1e-3)
+    assert scores_of([results[scored]]) == pytest.approx(theirs, abs=1e-3)
     assert_close(states_of([results[scored]]), expected_states(oracle, [9, 8], (1,)))
-    [first] = results[generated]
+    first = token_of(results[generated])
     assert isinstance(results[prefilled], PrefilledEvent)
     # A sequence in the place of a broken one decodes beside a longer one, which keeps the memory.
     generated.num_computed, generated.completion_ids = 30, [first.token_id]
@@ -548,13 +565,13 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     later = to_generate([9, 8, 6], temperature=0.0)
     scheduler = Scheduler(16, 1000, Memory(runner))
     scheduler.admission.add(later)
-    [first] = runner.step(scheduler.schedule())[later]
+    first = token_of(runner.step(scheduler.schedule())[later])
     later.completion_ids = [first.token_id]
     later.num_computed = 3
     chunks = [ScheduledChunk(generated, 1), ScheduledChunk(later, 1)]
     results = runner.step(chunks)
     for sequence in (generated, later):
-        [sampled] = results[sequence]
+        sampled = token_of(results[sequence])
         alone = to_generate(sequence.prompt_ids, temperature=0.0)
         run_all(new_runner(runner), [alone])
         assert [*sequence.completion_ids, sampled.token_id] == alone.completion_ids[:2]

@@ -206,6 +206,7 @@ def chi_square(counts: Counter[int], probs: list[float]) -> float:
 
 
 def noise_of(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    row: NDArray[np.float64]
     [row] = _uniform(
         np.array([[seed]], dtype=np.uint64), np.array([[position]], dtype=np.uint64), ids[None]
     )

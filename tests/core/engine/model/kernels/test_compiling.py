@@ -24,4 +24,4 @@ def test_kernels_use_as_many_threads_as_pytorch_in_whatever_thread_they_are_call
             thread.join()
     finally:
         torch.set_num_threads(before)
-    assert counts == [1, min(before, numba.config.NUMBA_NUM_THREADS)]
+    assert counts == [1, min(before, numba.config.NUMBA_NUM_THREADS)]  # type: ignore[attr-defined] # set on import

@@ -32,9 +32,9 @@ def random_bytes(*shape: int) -> Bytes:
 
 def sums(rows: PackedRows, x: Bytes) -> Floats:
     """Of the products of integers."""
-    ones, zeros = np.ones((2, len(rows.scales)), np.float32), np.zeros(len(rows.scales), np.float32)
+    ones, zeros = np.ones(len(rows.scales), np.float32), np.zeros(len(rows.scales), np.float32)
     of_x = Quantized(x, np.ones(len(x), np.float32), np.zeros(len(x), np.float32))
-    return rows.packed.multiply(of_x, Columns(*ones, zeros), RAW)
+    return rows.packed.multiply(of_x, Columns(ones, ones, zeros), RAW)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 8, 13, 48])
@@ -61,7 +61,7 @@ def test_ours_and_onednn_give_the_same_values_to_the_last_bit(num_rows: int) -> 
     added = [residual.numpy().copy(), residual.numpy().copy()]
     ours.add_product(added[0], x)
     theirs.add_product(added[1], x)
-    assert np.array_equal(*added)
+    assert np.array_equal(added[0], added[1])
 
 
 def test_the_largest_sums_do_not_overflow() -> None:

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -28,7 +29,7 @@ from server.core.engine.model.weights.gguf_tensors import KINDS
 from tests.gguf_files import write_gguf
 
 # Rows of 256 columns, as the types with K in their names have them at least.
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
@@ -37,10 +38,15 @@ IDS = random.Random(0).choices(range(300), k=40)
 
 def random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(1)
+    model: PreTrainedModel
     if name == "qwen2-tied":
-        model = Qwen2ForCausalLM(
-            Qwen2Config(**SHAPE, tie_word_embeddings=True, rope_theta=1e6, rms_norm_eps=1e-5)
+        config = Qwen2Config(
+            **SHAPE,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )
+        model = Qwen2ForCausalLM(config).eval()
     else:
         model = Qwen3ForCausalLM(
             Qwen3Config(
@@ -49,11 +55,11 @@ def random_model(name: str) -> PreTrainedModel:
                 head_dim=128,
                 attention_bias=name == "qwen3-untied-bias",
             )
-        )
+        ).eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or "bias" in parameter_name:
             torch.nn.init.normal_(parameter, mean=0.7, std=0.3)
-    return model.eval()
+    return model
 
 
 def write(tmp_path: Path, model: PreTrainedModel, kind: Kind) -> tuple[Path, dict[str, Tensor]]:
@@ -114,7 +120,7 @@ def test_no_more_than_a_block_of_rows_is_ever_in_float32_for_one_read(
     path, weights = write(tmp_path, random_model("qwen2-tied"), Kind.Q8_0)
     sizes = []
 
-    def dequantize(rows: NDArray, kind: Kind) -> NDArray:
+    def dequantize(rows: NDArray[Any], kind: Kind) -> NDArray[Any]:
         sizes.append(len(rows))
         return gguf.dequantize(rows, kind)
 

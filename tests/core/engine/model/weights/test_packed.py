@@ -123,7 +123,8 @@ def write(original: Path, folder: Path, case: Case) -> dict[str, Tensor]:
     """The checkpoint with its layers' matrices packed; returns the weights they stand for."""
     torch.manual_seed(2)
     folder.mkdir()
-    stored, weights = {}, {}
+    stored: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in load_file(original / "model.safetensors").items():
         if name.endswith("_proj.weight"):
             parts, weights[name] = pack(tensor, case)
