@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForC
 from server.app import create_app
 from server.config import Settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER
+from server.core.engine.local import LocalEngine
 from server.core.text.tokenizer import ChatTokenizer
 from server.loading import load_services
 from server.services import Services
@@ -95,6 +96,16 @@ class LiveServer:
     @property
     def model(self) -> str:
         return self.services.model_id
+
+    @property
+    def engine(self) -> LocalEngine:
+        return local_engine(self.services)
+
+
+def local_engine(services: Services) -> LocalEngine:
+    """The engine of this process, for tests that read or replace its parts."""
+    assert isinstance(services.engine, LocalEngine)
+    return services.engine
 
 
 @contextmanager

@@ -959,9 +959,12 @@ def test_too_many_prompts_are_refused_before_they_are_built(
 ) -> None:
     checked: list[Any] = []
     is_prompt = completions._is_prompt
-    monkeypatch.setattr(
-        completions, "_is_prompt", lambda prompt: checked.append(prompt) or is_prompt(prompt)
-    )
+
+    def noted(prompt: Any) -> bool:
+        checked.append(prompt)
+        return is_prompt(prompt)
+
+    monkeypatch.setattr(completions, "_is_prompt", noted)
     error = refused_completion(prompt=prompts)
     assert error.message == f"'prompt': must have 256 items or fewer, not {len(prompts)}."
     assert len(checked) <= MAX_TOTAL_CHOICES + 2

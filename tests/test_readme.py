@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 from pydantic_core import PydanticUndefined
 
@@ -53,12 +54,11 @@ def test_the_table_of_the_other_routes_says_what_happens_to_each() -> None:
     }
     assert rows["honoured by both"] == [list(SamplingRequest.model_fields), []]
     stored = "previous_response_id"  # a field, so that its refusal can say why
-    for i, (route, kind, never) in enumerate(
-        [
-            (completions, completions.CompletionRequest, set()),
-            (responses, responses.ResponsesRequest, {stored}),
-        ]
-    ):
+    routes: list[tuple[ModuleType, type[RequestBody], set[str]]] = [
+        (completions, completions.CompletionRequest, set()),
+        (responses, responses.ResponsesRequest, {stored}),
+    ]
+    for i, (route, kind, never) in enumerate(routes):
         own = fields_of(kind) - fields_of(SamplingRequest)
         assert sorted(rows["honoured"][i]) == sorted(own - never)
         assert sorted(rows["refused, unless off"][i]) == sorted({*route.UNSUPPORTED, *never})

@@ -284,7 +284,7 @@ async def test_a_new_version_loses_no_stream(
     before, is_replaced = await replicas(client), asyncio.Event()
 
     async def stream_after_stream(name: str) -> list[str | None]:
-        errors = []
+        errors: list[str | None] = []
         while not is_replaced.is_set():
             body = endless(f"{name} {len(errors)}", max_tokens=100)
             errors.append(error_of(await Stream(client, body).end()))

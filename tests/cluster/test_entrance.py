@@ -70,7 +70,7 @@ async def endless_stream() -> AsyncIterator[Message]:
 
 async def silent() -> AsyncIterator[Message]:
     await asyncio.Event().wait()
-    yield
+    yield {}
 
 
 def ask(

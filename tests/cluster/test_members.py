@@ -26,8 +26,8 @@ class FakeHandle:
         return [type("Result", (), {"get_async": staticmethod(each)}) for each in self._answers]
 
 
-async def sound() -> str:
-    return "ok"
+async def sound() -> dict[str, str]:
+    return {"status": "ok"}
 
 
 async def silent() -> str:
@@ -48,7 +48,7 @@ async def test_processes_that_are_lost_broken_or_silent_hide_no_others(
 ) -> None:
     monkeypatch.setattr(members, "LOOK_TIMEOUT_S", 0.2)
     handle: Any = FakeHandle(sound, silent, dead, broken, sound)
-    assert await Members(handle, handle).look("/health") == ["ok", "ok"]
+    assert await Members(handle, handle).look("/health") == [{"status": "ok"}] * 2
     [warning] = caplog.messages
     assert warning == "a process of the cluster did not tell its look"
 

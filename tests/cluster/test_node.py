@@ -18,10 +18,10 @@ from tests.cluster.test_cluster import (
     has_replicas,
     ray,
     replicas,
-    serve,
     until,
 )
 
+from ray import serve  # isort: skip
 from ray.cluster_utils import Cluster  # isort: skip
 
 # What only the node of the entrance has.

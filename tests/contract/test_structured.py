@@ -18,7 +18,7 @@ from tests.contract.strict import assert_is
 from tests.contract.test_shapes import SENTIMENT, chat, events
 from tests.core.text.test_grammar import TOO_COMPLEX, schemas
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -196,7 +196,7 @@ def test_a_required_call_is_made_and_fits(tiny: LiveServer, choice: Any, seed: i
 @pytest.mark.parametrize("mode", ["auto", "required"])
 def test_of_several_tools_only_the_allowed_ones_are_called(tiny: LiveServer, mode: str) -> None:
     allowed = {"mode": mode, "tools": [function("clock"), function("date")]}
-    changes = {
+    changes: dict[str, Any] = {
         "tools": [function(name, NO_PARAMETERS) for name in ("clock", "date", "weather")],
         "tool_choice": {"type": "allowed_tools", "allowed_tools": allowed},
         # Without an end it goes on to call.

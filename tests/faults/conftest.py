@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.services import Services
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, local_engine
 
 BOUND_S = 30
 
@@ -44,7 +44,7 @@ def never_ending(services: Services) -> dict[str, float]:
 def held(services: Services, *, answers_only: bool = False) -> Iterator[None]:
     """Keeps the engine from computing anything, or any answer, until the block ends."""
     free = threading.Event()
-    runner: Any = services.engine._runner
+    runner: Any = local_engine(services)._runner
     step = runner.step
 
     def wait_then_step(chunks: Any, *args: Any) -> Any:

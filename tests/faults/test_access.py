@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from server.__main__ import main
 from server.app import create_app
@@ -51,9 +51,9 @@ def guarded(
     key_file.write_text(f"\n  {FILED_KEY} \r\nsk-a,b\n")
     settings = Settings(
         model=str(tiny_checkpoint),
-        api_key=(KEY, OTHER_KEY),
+        api_key=(SecretStr(KEY), SecretStr(OTHER_KEY)),
         api_key_file=key_file,
-        cors_origin=(ORIGIN,),  # type: ignore[arg-type]
+        cors_origin=(ORIGIN,),
     )
     with serve(settings) as server:
         yield server
@@ -202,7 +202,8 @@ def test_only_a_server_for_this_machine_that_has_no_key_looks_at_names(
     settings = Settings(host=host, api_key=keys or (), ui=False)  # type: ignore[arg-type]
     services = dataclasses.replace(tiny.services, metrics=Metrics())
     app = create_app(settings, services)
-    assert (HostMiddleware in [each.cls for each in app.user_middleware]) == is_checked
+    kinds: list[object] = [each.cls for each in app.user_middleware]
+    assert (HostMiddleware in kinds) == is_checked
 
 
 # --- pages of other origins -----------------------------------------------------------

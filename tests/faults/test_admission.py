@@ -120,7 +120,7 @@ async def test_of_200_clients_at_once_each_gets_its_own_reply_or_a_429(
     assert together == alone
     assert len(set(together)) > num_accepted * 0.9
     assert await num_inside(client, crowded) == 0
-    await until(lambda: is_idle(crowded.services.engine))
+    await until(lambda: is_idle(crowded.engine))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
@@ -191,7 +191,7 @@ async def test_the_deadline_ends_what_runs_and_what_waits(
             for response in responses:
                 assert_out_of_time(response)
             assert await num_inside(client, hasty) == 0
-    await until(lambda: is_idle(hasty.services.engine))
+    await until(lambda: is_idle(hasty.engine))
 
 
 async def test_the_deadline_ends_a_stream_with_an_error_and_done(
@@ -209,7 +209,7 @@ async def test_the_deadline_ends_a_stream_with_an_error_and_done(
                 assert json.loads(error)["error"]["code"] == "request_timeout"
                 assert end == "[DONE]"
             assert await num_inside(client, hasty) == 0
-    await until(lambda: is_idle(hasty.services.engine))
+    await until(lambda: is_idle(hasty.engine))
 
 
 # --- bodies ---------------------------------------------------------------------------

@@ -84,10 +84,10 @@ def pair(
 
 @pytest.fixture
 def turnstile(pair: LiveServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turnstile]:
-    runner: Any = pair.services.engine._runner
+    runner: Any = pair.engine._runner
     # Put back in the end.
     monkeypatch.setattr(runner, "step", runner.step)
-    turnstile = Turnstile(pair.services.engine)
+    turnstile = Turnstile(pair.engine)
     try:
         yield turnstile
     finally:
@@ -131,7 +131,7 @@ PHASES = {
 async def test_hanging_up_frees_the_slot_within_one_step(
     client: httpx.AsyncClient, pair: LiveServer, turnstile: Turnstile, phase: str, stream: bool
 ) -> None:
-    engine, url = pair.services.engine, f"{pair.base_url}/chat/completions"
+    engine, url = pair.engine, f"{pair.base_url}/chat/completions"
     others = []
     if phase == "queueing":
         others = [asyncio.create_task(client.post(url, json=endless(pair))) for _ in range(2)]
@@ -161,7 +161,7 @@ async def test_hanging_up_frees_the_slot_within_one_step(
 async def test_hanging_up_on_an_extraction_frees_its_slots_within_one_step(
     client: httpx.AsyncClient, pair: LiveServer, turnstile: Turnstile
 ) -> None:
-    engine, extractor = pair.services.engine, pair.services.extractor
+    engine, extractor = pair.engine, pair.services.extractor
     body = {"input": [f"The {word} of many words was late." for word in ("first", "second")]}
     leaving = asyncio.create_task(client.post(f"{pair.base_url}/extract", json=body))
     await turnstile.step_until(lambda: is_in_decode(engine))
@@ -183,7 +183,7 @@ async def test_hanging_up_on_an_extraction_frees_its_slots_within_one_step(
 async def test_a_shared_sentiment_pass_outlives_one_who_hangs_up(
     client: httpx.AsyncClient, pair: LiveServer, turnstile: Turnstile, stream: bool
 ) -> None:
-    engine, classifier = pair.services.engine, pair.services.classifier
+    engine, classifier = pair.engine, pair.services.classifier
     num_misses, url = classifier.num_misses, f"{pair.base_url}/chat/completions"
     body = {
         "model": pair.model,

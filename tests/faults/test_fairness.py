@@ -22,7 +22,7 @@ from server.app import create_app
 from server.config import Settings
 from server.loading import load_services
 from server.services import Services
-from tests.conftest import LiveServer, run_app
+from tests.conftest import LiveServer, local_engine, run_app
 from tests.faults.conftest import BOUND_S, contents_of, never_ending, until_inside
 from tests.live.test_clients_at_once import is_idle, until
 
@@ -71,7 +71,7 @@ class Steps:
     """Notes the steps of an engine, and holds each until it is let through."""
 
     def __init__(self, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-        runner: Any = services.engine._runner
+        runner: Any = local_engine(services)._runner
         self.done: list[Step] = []
         self._step, self._passes, self._is_open = runner.step, threading.Semaphore(0), False
         monkeypatch.setattr(runner, "step", self._wait_then_step)
@@ -109,7 +109,7 @@ async def steps(mini: LiveServer, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         yield steps
     finally:
         steps.open()
-        await until(lambda: is_idle(mini.services.engine))
+        await until(lambda: is_idle(mini.engine))
 
 
 @pytest.fixture

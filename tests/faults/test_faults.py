@@ -17,6 +17,7 @@ from server.core.engine.sequence import SamplingParams, Sequence
 from server.core.engine.stream import TokenStream
 from server.core.engine.work import Work
 from server.core.text import choices, grammar
+from server.core.text.detokenizer import Detokenizer
 from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, events_of, held, text_of
 from tests.live.test_clients_at_once import is_idle, until
@@ -138,7 +139,7 @@ async def ask_together(
     client: httpx.AsyncClient, server: LiveServer, *bodies: dict[str, Any]
 ) -> list[httpx.Response]:
     """The responses to requests that share their steps, all but the first."""
-    url, engine = f"{server.base_url}/chat/completions", server.services.engine
+    url, engine = f"{server.base_url}/chat/completions", server.engine
     submitted = []
 
     def submit(
@@ -218,7 +219,7 @@ async def test_a_fault_fails_the_request_it_belongs_to_and_no_other(
     hit = endless(mini, seed=SEED, max_tokens=MAX_TOKENS, stream=stream)
     if "grammar" in fault:
         hit["response_format"] = {"type": "json_object"}
-    engine: Any = mini.services.engine
+    engine: Any = mini.engine
     with pytest.MonkeyPatch.context() as patch:
         FAULTS[fault](patch, engine._runner)
         *rest, failed = await ask_together(client, mini, *others(mini), hit)
@@ -243,7 +244,7 @@ def assert_failed(response: httpx.Response) -> None:
 async def test_a_release_that_fails_costs_nobody_a_token(
     client: httpx.AsyncClient, mini: LiveServer, undisturbed: list[httpx.Response]
 ) -> None:
-    engine: Any = mini.services.engine
+    engine: Any = mini.engine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine._runner, "_remember", raising)
         disturbed = await ask_together(client, mini, *others(mini))
@@ -254,7 +255,7 @@ async def test_a_release_that_fails_costs_nobody_a_token(
 async def test_an_event_loop_that_stalls_costs_nobody_a_token(
     client: httpx.AsyncClient, mini: LiveServer, undisturbed: list[httpx.Response]
 ) -> None:
-    push = choices.Detokenizer.push
+    push = Detokenizer.push
     stalls = iter([0.3, 0.3])
 
     def slow(self: Any, token_id: int) -> str:
@@ -262,7 +263,7 @@ async def test_an_event_loop_that_stalls_costs_nobody_a_token(
         return push(self, token_id)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choices.Detokenizer, "push", slow)
+        patch.setattr(Detokenizer, "push", slow)
         stalled = await ask_together(client, mini, *others(mini))
     assert_same(stalled, undisturbed)
     assert next(stalls, None) is None

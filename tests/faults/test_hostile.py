@@ -152,7 +152,7 @@ async def test_nonsense_is_refused_in_the_right_shape(
         await asyncio.gather(*(attack(number) for number in range(first, first + 8)))
     # It was neither all alike nor all harmless.
     assert statuses[200] > count * 0.05 and statuses[400] > count * 0.3
-    await until(lambda: is_idle(tiny.services.engine))
+    await until(lambda: is_idle(tiny.engine))
     reply = await client.post(f"{tiny.base_url}/chat/completions", json=endless(tiny, max_tokens=3))
     assert text_of(reply)
 
@@ -222,7 +222,7 @@ async def test_no_body_holds_the_event_loop(
     """The server's loop and the test's hold the same lock."""
     path = "completions" if field == "prompt" else "responses"
     url, body = f"{tiny.base_url}/{path}", b'{"model": "x", "%s": %s}' % (field.encode(), value)
-    lags = []
+    lags: list[float] = []
     # The machine itself may be busy; a body that holds the loop does so every time.
     while len(lags) < 5 and min(lags, default=1) > MAX_LAG_S:
         async with lag() as measured:
@@ -281,7 +281,7 @@ async def test_no_text_can_open_or_close_a_turn(
 
 async def prompts_of(client: httpx.AsyncClient, server: LiveServer, text: str) -> list[list[int]]:
     """The prompts the engine is given, in the analyst's role and in the other."""
-    engine, prompts = server.services.engine, list[list[int]]()
+    engine, prompts = server.engine, list[list[int]]()
     start = engine._start
 
     def spy(sequence: Sequence) -> TokenStream:
@@ -380,7 +380,7 @@ async def first_tokens_s(client: httpx.AsyncClient, mini: LiveServer) -> tuple[f
             await asyncio.get_running_loop().sock_recv(reader, 1)
         # What is not read is computed all the same, and then nobody is in anybody's way.
         await until_inside(client, mini, 0)
-        assert is_idle(mini.services.engine)
+        assert is_idle(mini.engine)
         during = await first_token_s(client, mini)
     return before, during, await first_token_s(client, mini)
 
@@ -394,7 +394,7 @@ async def test_a_reader_that_never_reads_is_given_up(
     with await connected(tiny, raw(large)):
         await until_inside(client, tiny, 1)
         await until_inside(client, tiny, 0)
-    await until(lambda: is_idle(tiny.services.engine))
+    await until(lambda: is_idle(tiny.engine))
 
 
 async def test_a_body_that_does_not_come_is_a_408(

@@ -22,7 +22,7 @@ from server.core.engine.local import LocalEngine
 from server.listener import bind
 from server.loading import load_services
 from server.metrics import Metrics
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, local_engine
 from tests.faults.conftest import BOUND_S, endless, events_of, held, until_inside
 from tests.live.test_errors import assert_error
 from tests.processes import Running, environment, started
@@ -179,8 +179,8 @@ async def test_a_breakdown_ends_every_request_and_is_told(
                 asyncio.create_task(client.post(url, json=endless(breakable, stream=i % 2 == 0)))
                 for i in range(8)
             ]
-            await until_submitted(breakable.services.engine, 8)
-            break_down(breakable.services.engine)
+            await until_submitted(breakable.engine, 8)
+            break_down(breakable.engine)
         for i, request in enumerate(asked):
             response = await request
             if i % 2:
@@ -214,7 +214,7 @@ async def test_a_breakdown_ends_the_process_with_a_code_of_its_own(
         body = {"model": services.model_id, "messages": [{"role": "user", "content": "hi"}]}
         async with asyncio.timeout(BOUND_S):
             first = await client.post(url, json=body | {"max_tokens": 1})
-            break_down(services.engine)
+            break_down(local_engine(services))
             assert first.status_code == 200
             assert (await client.post(url, json=body)).status_code in (500, 503)
             assert await serving == EXIT_BROKEN
@@ -226,7 +226,7 @@ async def test_a_model_that_fails_from_the_start_ends_the_process_in_the_same_wa
     settings = Settings(model=str(tiny_checkpoint), log_level="error")
     services = load_services(settings)
     monkeypatch.setattr("server.__main__.load_services", lambda settings: services)
-    monkeypatch.setattr(services.engine._runner, "step", lambda chunks: 1 / 0)
+    monkeypatch.setattr(local_engine(services)._runner, "step", lambda chunks: 1 / 0)
     with bind("127.0.0.1", 0) as listener:
         async with asyncio.timeout(BOUND_S):
             assert await asyncio.to_thread(_exit_code, settings, listener) == EXIT_BROKEN
@@ -261,5 +261,5 @@ async def test_what_is_loaded_is_left_alone_by_the_garbage_collector(
     monkeypatch.setattr(gc, "collect", lambda: order.append("collected"))
     monkeypatch.setattr(gc, "freeze", lambda: order.append("frozen"))
     app = create_app(Settings(ui=False), dataclasses.replace(tiny.services, metrics=Metrics()))
-    await Server(uvicorn.Config(app), app, tiny.services.engine, 1.0).startup()
+    await Server(uvicorn.Config(app), app, tiny.engine, 1.0).startup()
     assert order == ["started", "collected", "frozen"]

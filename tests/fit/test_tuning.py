@@ -97,6 +97,7 @@ def test_the_vectors_start_from_the_text(
     assert config["peft_type"] == "PROMPT_TUNING"
     assert config["num_virtual_tokens"] == NUM_VECTORS
     embeddings = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
     ids = AutoTokenizer.from_pretrained(tiny_checkpoint)(TEXT)["input_ids"][:NUM_VECTORS]
     assert np.array_equal(vectors, embeddings.weight[ids].detach().numpy())
 

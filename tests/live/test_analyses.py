@@ -14,7 +14,7 @@ from server.config import Settings
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import SamplingParams, Sequence
 from server.loading import load_services
-from tests.conftest import LiveServer
+from tests.conftest import LiveServer, local_engine
 from tests.live.test_chat import chunks_of, post
 
 TASKS = ["emotion", "intent", "sentiment"]
@@ -94,7 +94,8 @@ async def test_all_labels_of_a_chat_are_computed_in_one_step(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services = load_services(Settings(model=str(tiny_checkpoint)))
-    engine, runner = services.engine, services.engine._runner
+    engine = local_engine(services)
+    runner = engine._runner
     try:
         for task in services.tasks.values():
             await services.classifier.judge_of(task)

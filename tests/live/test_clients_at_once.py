@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import SamplingParams, Sequence
 from server.core.text.tokenizer import ChatTokenizer
 from server.routes import replying
+from server.routes.sampling import sampling_params
 from tests.conftest import LiveServer
 
 BOUND_S = 30
@@ -44,15 +46,15 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 @pytest.fixture
 def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
     """The random model, never ending by itself and slow enough to be left in the middle."""
-    step = tiny.services.engine._runner.step
+    step = tiny.engine._runner.step
 
-    def slow_step(*args: object) -> object:
+    def slow_step(*args: Any) -> object:
         time.sleep(0.002)
-        return step(*args)  # type: ignore[arg-type]
+        return step(*args)
 
-    monkeypatch.setattr(tiny.services.engine._runner, "step", slow_step)
+    monkeypatch.setattr(tiny.engine._runner, "step", slow_step)
     # Read at every request; the services themselves are frozen.
-    monkeypatch.setattr(replying, "sampling_params", _never_ending(replying.sampling_params))
+    monkeypatch.setattr(replying, "sampling_params", _never_ending(sampling_params))
     return tiny
 
 
@@ -122,8 +124,8 @@ async def test_hanging_up_during_a_stream_frees_its_slot(endless: LiveServer) ->
             lines = response.aiter_lines()
             for _ in range(6):
                 await anext(lines)
-            assert not is_idle(endless.services.engine)
-    await until(lambda: is_idle(endless.services.engine))
+            assert not is_idle(endless.engine)
+    await until(lambda: is_idle(endless.engine))
 
 
 async def leave_once(
@@ -139,7 +141,7 @@ async def leave_once(
 
 
 async def test_hanging_up_before_a_whole_reply_ends_it(endless: LiveServer) -> None:
-    engine = endless.services.engine
+    engine = endless.engine
     answering: list[Sequence] = []
 
     def is_answering() -> bool:
@@ -157,7 +159,7 @@ async def test_hanging_up_before_a_whole_reply_ends_it(endless: LiveServer) -> N
 async def test_hanging_up_before_all_labels_are_there_ends_their_passes(
     endless: LiveServer,
 ) -> None:
-    engine, classifier = endless.services.engine, endless.services.classifier
+    engine, classifier = endless.engine, endless.services.classifier
     texts = [f"label {i} " * 30 for i in range(100)]
     await leave_once(endless, "classify", {"input": texts}, lambda: not is_idle(engine))
     await until(lambda: is_idle(engine))
@@ -182,7 +184,7 @@ async def test_a_client_that_leaves_with_half_a_body_harms_nobody(
 async def test_a_long_prompt_does_not_hold_up_a_running_stream(
     client: httpx.AsyncClient, endless: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler = endless.services.engine._scheduler
+    scheduler = endless.engine._scheduler
     monkeypatch.setattr(scheduler, "_max_rows", 16)
     longest = 0
     schedule = scheduler.schedule

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +125,7 @@ def _etag(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-async def _begin(content: bytes) -> object:
+async def _begin(content: bytes) -> AsyncIterator[bytes]:
     # Less than huggingface_hub reads at once: as long as there is progress, it tries again.
     yield content[:1_000_000]
     raise ConnectionResetError("the hub goes away")

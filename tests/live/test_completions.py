@@ -16,6 +16,7 @@ from openai.types import Completion
 from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import SamplingParams
 from server.routes import completions
+from server.routes.sampling import sampling_params
 from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
 
@@ -208,7 +209,7 @@ def test_usage_comes_in_one_chunk_of_its_own_when_asked_for(tiny: LiveServer) ->
 def test_an_exception_in_a_stream_is_an_error_event_and_done(
     tiny: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = tiny.services.engine._runner
+    runner = tiny.engine._runner
     step, calls = runner.step, []
 
     def explode_later(*args: Any) -> Any:
@@ -323,8 +324,7 @@ def test_the_openai_client_completes_and_streams(live: LiveServer) -> None:
 @pytest.fixture
 def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
     """The random model, never ending by itself and slow enough to be left in the middle."""
-    step = tiny.services.engine._runner.step
-    sampling_params = completions.sampling_params
+    step = tiny.engine._runner.step
 
     def slow_step(*args: Any) -> Any:
         time.sleep(0.002)
@@ -333,7 +333,7 @@ def endless(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> LiveServer:
     def never_ending(*args: Any, **options: Any) -> SamplingParams:
         return dataclasses.replace(sampling_params(*args, **options), stop_token_ids=frozenset())
 
-    monkeypatch.setattr(tiny.services.engine._runner, "step", slow_step)
+    monkeypatch.setattr(tiny.engine._runner, "step", slow_step)
     monkeypatch.setattr(completions, "sampling_params", never_ending)
     return tiny
 
@@ -352,7 +352,7 @@ def is_idle(engine: LocalEngine) -> bool:
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_hanging_up_frees_every_slot(endless: LiveServer, stream: bool, n: int) -> None:
-    engine = endless.services.engine
+    engine = endless.engine
     request = body(endless, prompt=["a", "b"], n=n, stream=stream, max_tokens=400)
     content = json.dumps(request).encode()
     host, port = endless.url.removeprefix("http://").split(":")

@@ -221,29 +221,27 @@ def test_a_string_is_a_message_of_the_user(live: LiveServer, same: Any) -> None:
 def test_whole_conversations_with_calls_and_json_are_read(
     client: openai.OpenAI, live: LiveServer
 ) -> None:
-    decision = client.decisions.create(
-        model=live.model,
-        input=[
-            {"role": "developer", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "input_json", "data": {"城": ["上海"]}}]},
-            {"type": "function_call", "call_id": "1", "name": "weather", "arguments": '{"a": 1}'},
-            {"type": "custom_tool_call", "call_id": "2", "name": "search", "input": "rain"},
-            {"type": "function_call_output", "call_id": "1", "output": "sunny"},
-            {
-                "type": "custom_tool_call_output",
-                "call_id": "2",
-                "output": [{"type": "input_text", "text": "nothing found"}],
-            },
-            {
-                "role": "assistant",
-                "content": [
-                    {"type": "output_text", "text": "It is sunny."},
-                    {"type": "refusal", "refusal": "I cannot say more."},
-                ],
-            },
-        ],
-        questions=[{**PREDICATE, "instructions": [{"type": "input_text", "text": "It rains."}]}],
-    )
+    conversation: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_json", "data": {"城": ["上海"]}}]},
+        {"type": "function_call", "call_id": "1", "name": "weather", "arguments": '{"a": 1}'},
+        {"type": "custom_tool_call", "call_id": "2", "name": "search", "input": "rain"},
+        {"type": "function_call_output", "call_id": "1", "output": "sunny"},
+        {
+            "type": "custom_tool_call_output",
+            "call_id": "2",
+            "output": [{"type": "input_text", "text": "nothing found"}],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "output_text", "text": "It is sunny."},
+                {"type": "refusal", "refusal": "I cannot say more."},
+            ],
+        },
+    ]
+    question: Any = {**PREDICATE, "instructions": [{"type": "input_text", "text": "It rains."}]}
+    decision = client.decisions.create(model=live.model, input=conversation, questions=[question])
     assert decision.answers[0].type == "predicate"
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from server.config import Settings
 from server.protocol.messages import MAX_MESSAGES
@@ -205,7 +206,9 @@ def test_wrong_classify_requests_are_named(
 @pytest.fixture(scope="module")
 def guarded(tiny_checkpoint: Any, serve: Any) -> Any:
     settings = Settings(
-        model=str(tiny_checkpoint), api_key=("secret-one", "secret-two"), max_body_bytes=2000
+        model=str(tiny_checkpoint),
+        api_key=(SecretStr("secret-one"), SecretStr("secret-two")),
+        max_body_bytes=2000,
     )
     with serve(settings) as server:
         yield server
@@ -255,7 +258,7 @@ def test_an_exception_in_the_engine_is_a_500_that_is_not_retried(tiny: LiveServe
         raise RuntimeError("broken on purpose")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny.services.engine._runner, "step", explode)
+        patch.setattr(tiny.engine._runner, "step", explode)
         response = chat(tiny, sentiment=False)
         assert_error(response, 500, "server_error", None)
         assert response.headers["x-should-retry"] == "false"
@@ -264,7 +267,7 @@ def test_an_exception_in_the_engine_is_a_500_that_is_not_retried(tiny: LiveServe
 
 
 def test_an_exception_in_a_stream_is_an_error_event_and_done(tiny: LiveServer) -> None:
-    runner = tiny.services.engine._runner
+    runner = tiny.engine._runner
     step, calls = runner.step, []
 
     def explode_later(*args: Any) -> Any:
@@ -288,7 +291,7 @@ def test_a_failing_sentiment_pass_does_not_fail_the_chat(tiny: LiveServer) -> No
         raise RuntimeError("broken on purpose")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny.services.engine, "score", explode)
+        patch.setattr(tiny.engine, "score", explode)
         response = chat(tiny, messages=[{"role": "user", "content": "a text never judged"}])
     assert response.status_code == 200, response.text
     assert response.json()["sentiment"] is None

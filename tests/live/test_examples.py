@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -316,7 +317,7 @@ def guarded(
     serve: Callable[[Settings], AbstractContextManager[LiveServer]],
 ) -> Iterator[LiveServer]:
     """A server that asks for a key."""
-    with serve(Settings(model="mini", api_key="secret")) as server:
+    with serve(Settings(model="mini", api_key=(SecretStr("secret"),))) as server:
         yield server
 
 

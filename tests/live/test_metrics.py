@@ -151,7 +151,7 @@ async def test_a_stream_tells_what_is_known_when_it_begins(tiny: LiveServer) -> 
         stack.enter_context(held(tiny.services))
         await stack.enter_async_context(client.stream("POST", url, json=body))
         # Its step is held, and who comes now is not taken up.
-        await until(lambda: tiny.services.engine.num_running == 1)
+        await until(lambda: tiny.engine.num_running == 1)
         late = await stack.enter_async_context(client.stream("POST", url, json=body))
         assert list(timings_of(late)) == ["total"]
 
@@ -202,7 +202,7 @@ def test_what_the_engine_logs_of_a_sequence_has_its_requests_id(
     headers = {"x-request-id": "mine-7"}
     body = {"model": tiny.model, "prompt": "hit"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny.services.engine._runner, "step", explode)
+        patch.setattr(tiny.engine._runner, "step", explode)
         httpx.post(f"{tiny.base_url}/completions", json=body, headers=headers)
     caplog.handler.removeFilter(keep)
     told = {line["message"]: line["request_id"] for line in lines}

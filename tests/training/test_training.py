@@ -86,7 +86,8 @@ def test_the_model_says_what_that_of_transformers_says() -> None:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, intermediate_size=24, tie_word_embeddings=False, rope_theta=10_000.0,
+        num_key_value_heads=2, intermediate_size=24, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
     )  # fmt: skip
     theirs = Qwen2ForCausalLM(config).eval()
     ours = Qwen2(SHAPE).eval()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
+from pydantic import SecretStr
 
 from server.config import Settings
 from tests.conftest import LiveServer
@@ -19,7 +20,7 @@ KEY = "sk-right-0123456789"
 def locked(
     tiny_checkpoint: Path, serve: Callable[[Settings], AbstractContextManager[LiveServer]]
 ) -> Iterator[LiveServer]:
-    settings = Settings(model=str(tiny_checkpoint), api_key=KEY)  # type: ignore[arg-type]
+    settings = Settings(model=str(tiny_checkpoint), api_key=(SecretStr(KEY),))
     with serve(settings) as server:
         yield server
 

@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from types import AsyncGeneratorType
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from openai import BadRequestError
 
@@ -160,10 +161,11 @@ async def test_a_stream_that_is_left_leaves_no_generator_to_the_collector(
     tiny: LiveServer, without_collector: None
 ) -> None:
     """The collector may run in another thread, and end them while the event loop does, too."""
-    begun = weakref.WeakSet[AsyncGenerator[Any, Any]]()
+    begun = weakref.WeakSet[AsyncGeneratorType[Any, Any]]()
     note_of_loop: Any = sys.get_asyncgen_hooks().firstiter
 
     def note(generator: AsyncGenerator[Any, Any]) -> None:
+        assert isinstance(generator, AsyncGeneratorType)
         begun.add(generator)
         note_of_loop(generator)
 
@@ -187,7 +189,7 @@ def test_only_what_was_chosen_is_sent() -> None:
 
 
 def test_what_the_server_says_is_told_without_the_status() -> None:
-    response = httpx.Response(400, request=httpx.Request("POST", "http://x"))
+    response = httpx2.Response(400, request=httpx2.Request("POST", "http://x"))
     error = BadRequestError(
         "Error code: 400 - too long", response=response, body={"message": "too long"}
     )
@@ -218,7 +220,8 @@ async def test_the_page_wakes_the_server_some_fifty_times_a_second_at_most() -> 
     # Gradio's own interval of 1 ms takes time from the engine, even while nobody has it open.
     app = build_page()
     async with app.router.lifespan_context(app):
-        queue = app.routes[-1].app.get_blocks()._queue
+        mount: Any = app.routes[-1]
+        queue = mount.app.get_blocks()._queue
         assert not queue.stopped
         assert queue.sleep_when_free >= 0.02
         assert queue.progress_update_sleep_when_free >= 0.1
