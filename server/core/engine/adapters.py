@@ -1,4 +1,4 @@
-"""Adapters in folders as peft saves them: what `adapter_config.json` says. No tensors in here."""
+"""Reads the configuration of adapters that peft has saved in folders. Knows no tensors."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from server.reasons import first_line, first_wrong_field
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
-# The modules of a layer that a LoRA may change.
+# Modules of a layer that a LoRA may change.
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _compiled(pattern: str) -> str:
+def _checked_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
@@ -30,16 +30,16 @@ def _compiled(pattern: str) -> str:
 
 Count = Annotated[int, Field(gt=0)]
 Scale = Annotated[float, Field(allow_inf_nan=False)]
-Pattern = Annotated[str, AfterValidator(_compiled)]
+Pattern = Annotated[str, AfterValidator(_checked_pattern)]
 N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What sequences may be computed with beside the base model.
+    """An adapter that sequences may use beside the base model.
 
-    num_virtual_tokens: positions in front of a sequence's first token that the adapter fills.
-    digest: of its files, in hexadecimal.
+    num_virtual_tokens: positions before a sequence's first token that the adapter fills.
+    digest: SHA-256 of its files, in hexadecimal.
     """
 
     name: str
@@ -47,20 +47,20 @@ class Adapter:
     digest: str = ""
 
 
-# The base model alone.
+# The base model without an adapter.
 BASE = Adapter("")
-# By name, where there are no adapters.
+# By name, if no adapter is loaded.
 ONLY_BASE: Mapping[str, Adapter] = {BASE.name: BASE}
 
 
 class AdapterConfig(BaseModel):
-    """What every kind of adapter says. A field that is not known must say nothing."""
+    """Fields of every kind of adapter. An unknown field is accepted if its value is falsy."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    base_model_name_or_path: str | None = None  # a hint: the shapes decide
+    base_model_name_or_path: str | None = None  # named in errors only: shapes decide
 
-    # Fields that change nothing in what a trained adapter computes.
+    # Fields without effect on what a trained adapter computes.
     harmless: ClassVar[frozenset[str]] = frozenset(
         {
             "peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode",
@@ -70,13 +70,13 @@ class AdapterConfig(BaseModel):
 
     @property
     def unsupported(self) -> str | None:
-        """The first setting that is not supported; None: there is none."""
+        """The first unsupported field, or None."""
         extra = self.__pydantic_extra__ or {}
         return next((name for name in sorted(extra.keys() - self.harmless) if extra[name]), None)
 
 
 class LoraConfig(AdapterConfig):
-    """LoRA, also rank-stabilized. Patterns are regular expressions of modules."""
+    """LoRA, also rank-stabilized. Patterns are regular expressions for module paths."""
 
     harmless = AdapterConfig.harmless | {
         "lora_dropout", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
@@ -96,7 +96,7 @@ class LoraConfig(AdapterConfig):
     def unsupported(self) -> str | None:
         if self.bias != "none":
             return "bias"
-        # The other ways to begin also change the base model's weights, which stay as they are here.
+        # Other initializations also change the base model's weights, which this server does not.
         if self.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
             return "init_lora_weights"
         return super().unsupported
@@ -104,14 +104,14 @@ class LoraConfig(AdapterConfig):
     def modules(self, num_layers: int) -> Iterator[tuple[int, str]]:
         """Layer and name of each module that the adapter changes."""
         layers = self.layers_to_transform
-        chosen = [layers] if isinstance(layers, int) else layers
-        for layer in range(num_layers) if chosen is None else chosen:
+        listed = [layers] if isinstance(layers, int) else layers
+        for layer in range(num_layers) if listed is None else listed:
             for name in ATTENTION_TARGETS + MLP_TARGETS:
                 if self._is_target(module_path(layer, name)):
                     yield layer, name
 
     def unknown_target(self, num_layers: int) -> str | None:
-        """A target that is none of the model's layers' matrices; None: there is none."""
+        """The first target that matches no matrix of the model's layers, or None."""
         if isinstance(self.target_modules, str):
             return None if any(self.modules(num_layers)) else self.target_modules
         paths = [
@@ -124,12 +124,12 @@ class LoraConfig(AdapterConfig):
         )
 
     def rank(self, module: str) -> int:
-        """R of a module's matrices."""
-        return _of_pattern(self.rank_pattern, module, self.r)
+        """The rank R of a module's matrices."""
+        return _by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """What the product of a module's matrices is multiplied by."""
-        rank, alpha = self.rank(module), _of_pattern(self.alpha_pattern, module, self.lora_alpha)
+        """The factor of the product of a module's matrices."""
+        rank, alpha = self.rank(module), _by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _is_target(self, module: str) -> bool:
@@ -140,7 +140,7 @@ class LoraConfig(AdapterConfig):
 
 
 class PromptConfig(AdapterConfig):
-    """Embeddings of virtual tokens: prompt tuning, and p-tuning as it is saved."""
+    """Embeddings of virtual tokens, as prompt tuning and p-tuning save them."""
 
     harmless = AdapterConfig.harmless | {
         "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
@@ -153,7 +153,7 @@ class PromptConfig(AdapterConfig):
 
 
 class PrefixConfig(PromptConfig):
-    """Keys and values of virtual tokens. They are saved as the projection, if any, gave them."""
+    """Keys and values of virtual tokens, saved after the projection, if there is one."""
 
     harmless = PromptConfig.harmless | {"prefix_projection", "init_weights"}
 
@@ -168,10 +168,10 @@ _KINDS: Mapping[str, type[AdapterConfig]] = {
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """What the adapter in the folder says of itself.
+    """Reads the configuration of the adapter in the folder.
 
     Raises:
-        CheckpointError: it is no adapter, or not of a kind that this server can compute.
+        CheckpointError: there is no adapter, or this server does not support it.
     """
     _check_files(folder)
     try:
@@ -197,7 +197,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def module_path(layer: int, name: str) -> str:
-    """A module as patterns and the names of tensors call it."""
+    """The path of a module, as in patterns and in names of tensors."""
     part = "self_attn" if name in ATTENTION_TARGETS else "mlp"
     return f"model.layers.{layer}.{part}.{name}"
 
@@ -211,8 +211,8 @@ def _check_files(folder: Path) -> None:
         return
     if (folder / _PICKLE_FILE).is_file():
         raise CheckpointError(
-            f"{folder}: {_PICKLE_FILE} is a pickle, which could run code and is not read; load it "
-            f"with peft where you trust it, and save it again, which writes {WEIGHTS_FILE}"
+            f"{folder}: {_PICKLE_FILE} is a pickle, which could run code, and is not read; if you "
+            f"trust it, load it with peft and save it again, which writes {WEIGHTS_FILE}"
         )
     raise CheckpointError(f"{folder}: the adapter has no weights: {WEIGHTS_FILE} is missing")
 
@@ -221,7 +221,7 @@ def _ends_with(module: str, target: str) -> bool:
     return f".{module}".endswith(f".{target}")
 
 
-def _of_pattern(patterns: Mapping[str, N], module: str, default: N) -> N:
-    """As peft reads them: the first pattern that fits the end of the module's path."""
-    fitting = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-    return next((patterns[key] for key in fitting), default)
+def _by_pattern(patterns: Mapping[str, N], module: str, default: N) -> N:
+    """The value of the first pattern that matches the end of the module's path, as in peft."""
+    matching = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+    return next((patterns[key] for key in matching), default)

@@ -7,42 +7,42 @@ from typing import Protocol
 from server.core.engine.sequence import Sequence
 from server.core.engine.work import Work
 
-# A sequence that does not fit lets later ones go first for this many steps.
+# Smaller sequences may pass one that does not fit for this many steps.
 MAX_STEPS_PASSED_BY = 500
 
 
 class Allocator(Protocol):
-    """Gives sequences memory for what they compute."""
+    """Allocates memory to sequences. A call may fail its sequence, which is then removed."""
 
     def admit(self, sequence: Sequence) -> bool:
-        """Takes in a sequence with all its tokens; False: not now."""
+        """Allocates memory for all tokens of a sequence; False if it was not admitted."""
 
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
-        """Whether the sequence could be admitted if the others were suspended."""
+        """Whether the sequence could be admitted if those of `without` were suspended."""
 
     def reserve(self, sequence: Sequence) -> bool:
-        """Makes room for one more token; never False for a sequence that is alone."""
+        """Makes room for one more token. A lone sequence always has room."""
 
     def suspend(self, sequence: Sequence) -> None:
-        """Frees the memory of an admitted sequence, which will be admitted again."""
+        """Frees the memory of an admitted sequence; a later `admit` resumes it."""
 
 
 class Admission:
     """Shares memory among the requests.
 
-    When memory is short, the request with the most running sequences gives one up, which is
+    When memory is short, a sequence of the request with the most running ones is suspended and
     computed again later.
     """
 
     def __init__(self, max_num_seqs: int, allocator: Allocator) -> None:
-        """max_num_seqs: as the scheduler has it."""
+        """max_num_seqs: see `Scheduler`."""
         self.running: list[Sequence] = []  # in the order of their admission
         self._waiting: dict[Work, deque[Sequence]] = {}
         self._max_num_seqs, self._allocator = max_num_seqs, allocator
 
     @property
     def waiting(self) -> list[Sequence]:
-        """Sequences that are not running, by request. Any thread."""
+        """Sequences that are not running, by request. Thread-safe."""
         return [sequence for queue in list(self._waiting.values()) for sequence in list(queue)]
 
     @property
@@ -51,11 +51,11 @@ class Admission:
         return not self._waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Takes in a sequence, which waits behind the others of its request."""
+        """Appends a sequence to the queue of its request."""
         self._waiting.setdefault(sequence.work, deque()).append(sequence)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Forgets the sequence. Returns whether it was here."""
+        """Removes the sequence. Returns whether it was running or waiting."""
         if sequence in self.running:
             self.running.remove(sequence)
             return True
@@ -69,13 +69,13 @@ class Admission:
 
         step: number of the last step.
         """
-        too_large: set[Work] = set()  # what does not fit now; smaller ones may
+        too_large: set[Work] = set()  # requests whose next sequence does not fit now
         while (sequence := self._next_waiting(too_large)) is not None:
             self._take_from_waiting(sequence)
             self.running.append(sequence)
-            # Admission may fail the sequence, which is then in neither place.
+            # Admission may fail the sequence, which is then removed.
             if self._allocator.admit(sequence) or sequence not in self.running:
-                # A new request waits for its first row from now on.
+                # A new request waits for its first row from its admission on.
                 sequence.work.last_step = sequence.work.last_step or step
                 sequence.work.refused_at = None
                 continue
@@ -91,7 +91,7 @@ class Admission:
             too_large.add(work)
 
     def make_room(self, sequence: Sequence) -> bool:
-        """Suspends others until one more token fits; False if the sequence itself was suspended."""
+        """Suspends sequences until one more token fits; False if this one no longer runs."""
         while sequence in self.running:
             if self._allocator.reserve(sequence):
                 return True
@@ -101,7 +101,7 @@ class Admission:
         return False
 
     def _victims_for(self, sequence: Sequence) -> list[Sequence]:
-        """Sequences of requests that have more; without them this one fits. Empty: it does not."""
+        """Sequences of larger requests to suspend so that this one fits; empty if none suffice."""
         num_running = self._num_running()
         num_own, victims = num_running[sequence.work], list[Sequence]()
         newest_first = self.running[::-1]
@@ -115,7 +115,7 @@ class Admission:
         return []
 
     def _next_waiting(self, excluded: Collection[Work]) -> Sequence | None:
-        """A sequence of the request that has the fewest running; None if all must wait."""
+        """The next sequence of the request with the fewest running ones; None if all must wait."""
         num_running = self._num_running()
         num_works = len({*self._waiting, *num_running})
         fair_share = max(1, self._max_num_seqs // max(1, num_works))
@@ -123,7 +123,7 @@ class Admission:
         def may_run(work: Work) -> bool:
             if work in excluded:
                 return False
-            # A request that was taken up does not wait again for its next sequences.
+            # Once admitted, a request does not wait again for other requests to end.
             if work.queue_s is None and len(num_running) >= self._max_num_seqs:
                 return False
             has_room = len(self.running) < self._max_num_seqs or num_running[work] < fair_share
@@ -134,7 +134,7 @@ class Admission:
         return None if work is None else self._waiting[work][0]
 
     def _next_to_suspend(self) -> Sequence:
-        """The newest sequence of the request with the most running; on a tie, of the newest one."""
+        """The newest sequence of the request with the most running ones; of the newest on a tie."""
         num_running = self._num_running()
         work = max(num_running, key=lambda work: (num_running[work], work.arrived_at))
         return next(s for s in reversed(self.running) if s.work is work)

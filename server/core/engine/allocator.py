@@ -1,4 +1,4 @@
-"""The runner as the admission sees it: what gives sequences memory."""
+"""Adapts the runner's memory for the scheduler."""
 
 import logging
 import time
@@ -11,21 +11,24 @@ logger = logging.getLogger(__name__)
 
 
 class RunnerAllocator:
-    """Asks the runner; a sequence whose call raises is failed, and no other."""
+    """An `Allocator` that calls the runner; a sequence whose call raises is failed, and no other.
+
+    end: removes a sequence and delivers its terminal event.
+    """
 
     def __init__(self, runner: Runner, end: Callable[[Sequence, Event], None]) -> None:
         self._runner, self._end = runner, end
 
     def admit(self, sequence: Sequence) -> bool:
         try:
-            num_known = self._runner.admit(sequence)
+            num_cached = self._runner.admit(sequence)
         except Exception as error:
-            return self._failed(sequence, error)
-        if num_known is None:
+            return self._fail(sequence, error)
+        if num_cached is None:
             return False
-        sequence.num_computed, sequence.num_scored = num_known, 0
+        sequence.num_computed, sequence.num_scored = num_cached, 0
         if sequence.num_cached is None:
-            sequence.num_cached = num_known
+            sequence.num_cached = num_cached
         if sequence.work.queue_s is None:
             sequence.work.queue_s = time.perf_counter() - sequence.last_event_at
         return True
@@ -37,16 +40,16 @@ class RunnerAllocator:
         try:
             return self._runner.reserve(sequence)
         except Exception as error:
-            return self._failed(sequence, error)
+            return self._fail(sequence, error)
 
     def suspend(self, sequence: Sequence) -> None:
         try:
             self._runner.suspend(sequence)
         except Exception as error:
-            self._failed(sequence, error)
+            self._fail(sequence, error)
         sequence.num_computed = sequence.num_scored = 0
 
-    def _failed(self, sequence: Sequence, error: Exception) -> bool:
-        sequence.context.run(logger.error, "no memory could be had for a sequence", exc_info=error)
+    def _fail(self, sequence: Sequence, error: Exception) -> bool:
+        sequence.context.run(logger.error, "a sequence's memory call failed", exc_info=error)
         self._end(sequence, FailedEvent(error))
         return False

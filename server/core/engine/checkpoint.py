@@ -28,9 +28,9 @@ BUNDLED_FOLDER = Path(__file__).parents[2] / "models" / BUNDLED_MODEL
 FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tasks.toml", "*examples.jsonl")
 WEIGHTS = "*.safetensors"
 GGUF_MAGIC = b"GGUF"
-# Without these in the cache, a download was never finished.
+# A download is complete if the cache has these.
 ESSENTIAL_FILES, ESSENTIAL_WEIGHTS = ("config.json", "tokenizer.json"), "model.safetensors"
-# To connect, and between two parts of an answer: a filter may drop packets and say nothing.
+# To connect, and between two parts of a response: a firewall may drop packets silently.
 HUB_TIMEOUT_S = 10
 
 
@@ -44,7 +44,7 @@ class HubUnreachableError(CheckpointError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model lies, the id clients know it by, and what people must be told about it.
+    """A model's id for clients, its place, and a warning for the user.
 
     path: a folder, or a GGUF.
     """
@@ -57,25 +57,25 @@ class Checkpoint:
 def find_checkpoint(
     model: str, revision: str | None = None, *, has_weights: bool = True
 ) -> Checkpoint:
-    """Resolves `auto`, `mini`, a local folder, a GGUF or a hub id; only `auto` ever falls back.
+    """Resolves `auto`, `mini`, a local folder, a GGUF or a hub id; only `auto` has a fallback.
 
-    revision: commit, branch or tag on the hub. None: the newest; of the default model one that is
-    known.
-    has_weights: whether these are downloaded, too.
+    revision: commit, branch or tag on the hub. None: `DEFAULT_REVISION` for `auto`, else the
+    newest.
+    has_weights: whether to download the weights, too.
 
     Raises:
         CheckpointError: there is no such model, or it cannot be fetched.
     """
     if model == "auto":
         return _find_default(revision or DEFAULT_REVISION, has_weights)
-    if (local := _find_here(model)) is None:
+    if (local := _find_local(model)) is None:
         return Checkpoint(model, _download(model, revision, has_weights))
     if revision is not None:
         raise CheckpointError(f"--revision is for models of the hub; {model} is on this machine")
     return local
 
 
-def _find_here(model: str) -> Checkpoint | None:
+def _find_local(model: str) -> Checkpoint | None:
     path = Path(model).expanduser()
     if model == "mini":
         return Checkpoint(BUNDLED_MODEL, BUNDLED_FOLDER)
@@ -101,7 +101,7 @@ def _is_gguf(path: Path) -> bool:
 def _find_default(revision: str, has_weights: bool) -> Checkpoint:
     with contextlib.suppress(HubUnreachableError):
         folder = _download(DEFAULT_MODEL, revision, has_weights)
-        # Where the hub cannot be reached, what is cached is all there is, complete or not.
+        # If the hub cannot be reached, this is what is cached, complete or not.
         if _is_complete(folder, has_weights):
             return Checkpoint(DEFAULT_MODEL, folder)
     return Checkpoint(
@@ -113,7 +113,7 @@ def _find_default(revision: str, has_weights: bool) -> Checkpoint:
 
 
 def _download(repo_id: str, revision: str | None, has_weights: bool) -> Path:
-    """The repository's folder in the cache, completed from the hub with a progress bar."""
+    """Completes the repository in the cache, with a progress bar. Returns its folder."""
     hooks = get_session().event_hooks["request"]
     if _limit_time not in hooks:
         hooks.append(_limit_time)
@@ -143,10 +143,10 @@ def _download(repo_id: str, revision: str | None, has_weights: bool) -> Path:
             f"cannot download {repo_id!r} from the hub: {first_line(error)}"
         ) from error
     except ValueError as error:
-        # No JSON: the login page of a network, or a proxy's notice.
+        # Not JSON: the login page of a network, or a proxy's notice.
         raise HubUnreachableError(
-            f"what answers for the Hugging Face hub is not the hub ({first_line(error)}), and "
-            f"{repo_id!r} is not complete in the cache; see to the network, or use --model mini"
+            f"the response does not come from the Hugging Face hub ({first_line(error)}), and "
+            f"{repo_id!r} is not complete in the cache; check the network, or use --model mini"
         ) from error
     except OSError as error:
         raise CheckpointError(
@@ -159,13 +159,13 @@ def _fetch(repo_id: str, revision: str | None, has_weights: bool) -> Path:
     fetch = partial(snapshot_download, repo_id, revision=revision, allow_patterns=patterns)
     if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
         return Path(fetch())
-    # A commit never changes.
+    # A commit never changes, so a complete one needs no request.
     with contextlib.suppress(LocalEntryNotFoundError):
         if _is_complete(folder := Path(fetch(local_files_only=True)), has_weights):
             return folder
     try:
-        # Fails at once where the hub cannot be reached. To list the files of a commit,
-        # huggingface_hub would try six times, for 25 s.
+        # Fails at once if the hub cannot be reached; huggingface_hub tries six times, for 25 s, to
+        # list the files of a commit.
         HfApi().model_info(repo_id, revision=revision)
     except httpx2.TransportError:
         return Path(fetch(local_files_only=True))
@@ -178,5 +178,5 @@ def _is_complete(folder: Path, has_weights: bool) -> bool:
 
 
 def _limit_time(request: httpx2.Request) -> None:
-    # huggingface_hub asks with no limit, whatever its client's is.
+    # huggingface_hub sends requests without a timeout, whatever its client's is.
     request.extensions["timeout"] = httpx2.Timeout(HUB_TIMEOUT_S).as_dict()

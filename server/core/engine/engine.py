@@ -1,4 +1,4 @@
-"""What the event loop sees of an engine, wherever it computes: submit, score, prefill, close.
+"""The interface of an engine, local or remote: submit, score, prefill, close.
 
 Knows token ids, not text and not sentiment.
 """
@@ -17,11 +17,11 @@ from server.core.engine.work import Work
 
 @dataclass(frozen=True)
 class Scores:
-    """What was asked for about the end of a prompt, and how much of the prompt was known.
+    """Scores of continuations, and hidden states of the prompt's last token.
 
     logprobs: (nats) of every continuation.
-    num_cached: prompt tokens that needed no computing; None: the engine does not report them.
-    hidden_states: (L, C), of the last prompt token after each layer asked for, or None.
+    num_cached: prompt tokens that were cached; None: the engine does not report them.
+    hidden_states: (L, C), after each of the requested layers, or None.
     """
 
     logprobs: list[float]
@@ -30,28 +30,28 @@ class Scores:
 
 
 class Observer(Protocol):
-    """Who wants to know how the engine does. Called on the engine's thread."""
+    """Receives the engine's measurements. Called on the engine's thread."""
 
     def token_sampled(self, seconds: float, *, is_first: bool) -> None:
         """seconds: since the sequence was submitted, or since its last token."""
 
     def sequence_ended(self, sequence: Sequence) -> None:
-        """However it ended."""
+        """Called once for each sequence, however it ended."""
 
 
 class Engine(Protocol):
-    """Computes sequences, never on the event loop.
+    """Computes sequences outside the event loop.
 
-    work: the request that a sequence belongs to; None: the sequence is one of its own.
-    adapter: what the sequence is computed with beside the base model.
-    Methods that start a sequence raise an EngineClosedError once the engine is closing.
+    work: the sequence's request; None: one of its own.
+    adapter: used beside the base model.
+    Methods that start a sequence raise `EngineClosedError` once the engine is closing.
     """
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None,
         adapter: Adapter = BASE,
     ) -> TokenStream:  # fmt: skip
-        """Starts to continue the prompt. Call from the event loop."""
+        """Starts to sample tokens after the prompt. Call it on the event loop."""
 
     async def score(
         self,
@@ -64,13 +64,12 @@ class Engine(Protocol):
         work: Work | None = None,
         adapter: Adapter = BASE,
     ) -> Scores:
-        """Scores each continuation after the prompt.
+        """Scores each continuation after the prompt. A cancelled call frees its slot.
 
-        layers: those whose hidden states are wanted, rising from 1. Without continuations the
-        forward ends for this prompt after the last of them. None if `has_hidden_states` is false.
-        num_shared: first tokens that later prompts will have too; they are computed once.
-        is_pinned: whether these are kept for good.
-        A cancelled call frees its slot.
+        layers: return hidden states after these, ascending from 1; needs `has_hidden_states`.
+        Without continuations the forward pass ends for this prompt after the last of them.
+        num_shared: first tokens that later prompts share; they are computed once.
+        is_pinned: whether the shared tokens are never evicted from the prefix cache.
         """
 
     async def prefill(
@@ -78,29 +77,29 @@ class Engine(Protocol):
     ) -> int | None:
         """Computes the prompt, so that a sequence that begins with it starts sooner.
 
-        Returns how many of its tokens were known already; None if the engine does not report
-        them, or if the prompt is too long to be kept and was not computed. A cancelled call frees
-        its slot.
+        Returns how many of its tokens were cached already; None if the engine does not report
+        them, or if the prompt is too long for the cache and was not computed. A cancelled call
+        frees its slot.
         """
 
     def observe(self, observer: Observer) -> None:
-        """Reports to the observer from now on."""
+        """Sets the observer."""
 
     @property
     def has_hidden_states(self) -> bool:
-        """Whether `score` gives hidden states, by which heads judge."""
+        """Whether `score` returns hidden states, which heads classify by."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine still works on sequences."""
+        """Whether the engine still computes sequences."""
 
     @property
     def breakdown(self) -> Exception | None:
-        """What ended the engine for good, if it was not closed."""
+        """The exception that ended the engine for good, or None."""
 
     @property
     def trouble(self) -> str | None:
-        """Why the engine does not work, for people; None if it does, or was closed."""
+        """Why the engine does not work, as a message; None if it works or was closed."""
 
     @property
     def num_running(self) -> int:
@@ -108,11 +107,11 @@ class Engine(Protocol):
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for room, or for their request's turn."""
+        """Sequences that wait for memory, or for their request's turn."""
 
     @property
     def num_kv_tokens(self) -> int | None:
-        """Tokens that the memory in use has room for; None: it is not known."""
+        """Capacity in tokens of the memory in use; None: unknown."""
 
     def close(self) -> None:
-        """Aborts every sequence and ends the engine. May be called twice."""
+        """Aborts every sequence and ends the engine. Idempotent."""

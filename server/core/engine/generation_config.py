@@ -16,7 +16,7 @@ FILE = "generation_config.json"
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What applies where a request says nothing."""
+    """Sampling parameters that a request does not set, and the end-of-sequence tokens."""
 
     temperature: Annotated[float, Field(ge=0)]
     top_p: Annotated[float, Field(gt=0, le=1)]
@@ -26,22 +26,22 @@ class GenerationDefaults:
 
 
 def read_generation_defaults(source: Source) -> GenerationDefaults:
-    """Reads generation_config.json; all its EOS ids count, Qwen's chat models list two.
+    """Reads generation_config.json, or a GGUF's metadata. Qwen's chat models have two EOS ids.
 
-    What it does not say of the end of a reply, config.json does. A GGUF's metadata say the same.
+    An `eos_token_id` that is missing is read from config.json.
 
     Raises:
-        CheckpointError: it is damaged, or neither says how a reply ends.
+        CheckpointError: a file is damaged, or none has an `eos_token_id`.
     """
     if isinstance(source, GGUF):
-        place, nothing = "the metadata", "nothing in the metadata"
+        place, no_place = "the metadata", "nothing in the metadata"
         config = source.generation_config()
     else:
-        place, nothing = FILE, f"neither {FILE} nor config.json"
+        place, no_place = FILE, f"neither {FILE} nor config.json"
         config = _read_folder(source)
     eos = config.get("eos_token_id")
     if eos is None:
-        raise CheckpointError(f"{source}: {nothing} names an eos_token_id")
+        raise CheckpointError(f"{source}: {no_place} names an eos_token_id")
     try:
         return GenerationDefaults(
             temperature=config.get("temperature", 1.0) if config.get("do_sample") else 0.0,
@@ -51,19 +51,19 @@ def read_generation_defaults(source: Source) -> GenerationDefaults:
             eos_token_ids=eos if isinstance(eos, list) else [eos],  # type: ignore[arg-type]
         )
     except ValidationError as error:
-        # The file knows one of the fields by another name.
+        # The file has another name for one of the fields.
         reason = first_wrong_field(error).replace("eos_token_ids", "eos_token_id")
         raise CheckpointError(f"{source}: {place}: {reason}") from error
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    in_general = _read(folder, "config.json")
-    config = _read(folder, FILE) if (folder / FILE).is_file() else in_general
-    return {"eos_token_id": in_general.get("eos_token_id"), **config}
+    model_config = _read(folder, "config.json")
+    config = _read(folder, FILE) if (folder / FILE).is_file() else model_config
+    return {"eos_token_id": model_config.get("eos_token_id"), **config}
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    """What the file says; null counts as absent."""
+    """The file's fields; null counts as absent."""
     try:
         config = GenerationConfig.from_pretrained(
             folder, config_file_name=name, local_files_only=True

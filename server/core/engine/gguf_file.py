@@ -1,7 +1,7 @@
-"""The header of a GGUF file: what it says of its model, and where its tensors lie.
+"""The header of a GGUF file: its metadata, and the offsets of its tensors.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` has a reader,
-too, which makes an array of every string: for a Qwen's vocabulary that takes 7 s and 490 MB.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the package `gguf`
+makes an array of every string: for a Qwen's vocabulary that takes 7 s and 490 MB.
 """
 
 import math
@@ -16,9 +16,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from server.core.engine.checkpoint import CheckpointError
 from server.reasons import first_line
 
-# Version 1 has other lengths; none of its files holds a Qwen.
+# Version 1 has other integer sizes; no Qwen was published in it.
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of the tensors, where the file names none
+_ALIGNMENT = 32  # of the tensors in bytes, unless the metadata name another
 _CODES = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b",
     GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
@@ -26,13 +26,13 @@ _CODES = {
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
     GGUFValueType.BOOL: "?",
 }  # fmt: skip
-# llama.cpp's own default, for a file that does not say.
+# llama.cpp's default, for a file without a value.
 _ROPE_THETA = 10_000.0
-# Texts of tokens that end a reply wherever they are special tokens, as in llama.cpp. A GGUF names
-# one stop token, while Qwen's chat models have both.
+# Special tokens with these texts end a reply, as in llama.cpp. A GGUF names one stop token, but
+# Qwen's chat models have both.
 _END_MARKERS = ("<|im_end|>", "<|endoftext|>")
 _END_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# By their names in generation_config.json.
+# GGUF's keys by their names in generation_config.json.
 _SAMPLING = {
     "temperature": "temp", "top_p": "top_p", "top_k": "top_k",
     "repetition_penalty": "penalty_repeat",
@@ -42,7 +42,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. shape: as PyTorch has it. offset: in bytes, from the file's begin."""
+    """A tensor in the file. shape: in PyTorch's order. offset: in bytes, from the file's start."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -72,20 +72,20 @@ class GGUF:
         return str(self.path)
 
     def __getitem__(self, key: str) -> Any:
-        """What the metadata say of `key`.
+        """The value of `key` in the metadata.
 
         Raises:
-            CheckpointError: they lack it.
+            CheckpointError: the metadata lack it.
         """
         if key not in self.metadata:
             raise CheckpointError(f"{self.path}: the metadata lack {key!r}")
         return self.metadata[key]
 
     def config(self) -> dict[str, Any]:
-        """What a Qwen's config.json would say.
+        """The metadata as a Qwen's config.json.
 
         Raises:
-            CheckpointError: the file does not say how large the model is.
+            CheckpointError: the metadata lack a size of the model.
         """
         arch, get = self.architecture, self.metadata.get
         num_heads = self[f"{arch}.attention.head_count"]
@@ -107,25 +107,25 @@ class GGUF:
         }
 
     def generation_config(self) -> dict[str, Any]:
-        """What its generation_config.json would say."""
+        """The metadata as a generation_config.json."""
         texts = self.metadata.get("tokenizer.ggml.tokens", [])
         kinds = self.metadata.get("tokenizer.ggml.token_type", [])
         tokens = enumerate(zip(texts, kinds, strict=False))
         ends = {i for i, (text, kind) in tokens if kind == CONTROL and text in _END_MARKERS}
         named = (self.metadata.get(f"tokenizer.ggml.{name}") for name in _END_IDS)
         ends |= {token_id for token_id in named if token_id is not None}
-        said = {
+        sampling = {
             name: self.metadata[f"general.sampling.{key}"]
             for name, key in _SAMPLING.items()
             if f"general.sampling.{key}" in self.metadata
         }
-        return {"eos_token_id": list(ends) or None, "do_sample": bool(said), **said}
+        return {"eos_token_id": list(ends) or None, "do_sample": bool(sampling), **sampling}
 
     def stored(self, name: str) -> StoredTensor:
-        """Where the tensor `name` lies.
+        """The tensor `name`.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: the file lacks it.
         """
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: the weights lack {name!r}")
@@ -141,15 +141,15 @@ class GGUF:
         return {"rope_type": scaling, "rope_theta": theta, "factor": factor}
 
 
-# What a checkpoint lies in: the folder of one in safetensors, or a GGUF whose header has been read.
+# Where a checkpoint is read from: a folder with safetensors, or the header of a GGUF.
 Source = Path | GGUF
 
 
 def open_source(path: Path) -> Source:
-    """path: a folder, or a GGUF.
+    """Reads the header of a GGUF; returns the path of a folder as it is.
 
     Raises:
-        CheckpointError: as `read_gguf` has it.
+        CheckpointError: see `read_gguf`.
     """
     return read_gguf(path) if path.is_file() else path
 
@@ -158,7 +158,7 @@ def read_gguf(path: Path) -> GGUF:
     """Reads the header of the file.
 
     Raises:
-        CheckpointError: the file is damaged, or only a part of a model.
+        CheckpointError: the file is damaged, unsupported, or only a part of a model.
     """
     try:
         with (
@@ -177,18 +177,18 @@ def read_gguf(path: Path) -> GGUF:
 
 def _read_header(path: Path, data: mmap.mmap) -> GGUF:
     cursor = _Cursor(data)
-    cursor.offset = 4  # behind the magic, by which the file was known
+    cursor.offset = 4  # after the magic, which was checked before
     _check_version(path, cursor.number("I"))
     num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
     metadata = dict(cursor.pair() for _ in range(num_keys))
     tensors = dict(cursor.tensor(path) for _ in range(num_tensors))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     begin = -(-cursor.offset // alignment) * alignment
-    at = {
+    stored = {
         name: StoredTensor(shape, kind, begin + offset)
         for name, (shape, kind, offset) in tensors.items()
     }
-    return GGUF(path, metadata, at)
+    return GGUF(path, metadata, stored)
 
 
 def _check_version(path: Path, version: int) -> None:
@@ -212,7 +212,7 @@ def _check_is_whole(header: GGUF, num_bytes: int) -> None:
 
 
 class _Cursor:
-    """Reads one thing after another. What lies beyond the end is a ValueError or struct.error."""
+    """Reads values one by one. Raises ValueError or struct.error beyond the end of the data."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
@@ -230,7 +230,7 @@ class _Cursor:
         if end > len(self._data):
             raise ValueError("it ends within its header")
         self.offset = end
-        # No text of a token is invalid UTF-8: bytes are written as characters.
+        # Texts of tokens are valid UTF-8: each byte is stored as a character.
         return str(self._data[begin:end], "utf-8")
 
     def pair(self) -> tuple[str, Any]:
@@ -238,12 +238,12 @@ class _Cursor:
         return self.string(), self._value(GGUFValueType(self.number("I")))
 
     def tensor(self, path: Path) -> tuple[str, tuple[tuple[int, ...], GGMLQuantizationType, int]]:
-        """A tensor's name; its shape, type, and offset behind the header."""
+        """A tensor's name; its shape, type, and offset in the tensor data."""
         name = self.string()
         shape = tuple(self.number("Q") for _ in range(self.number("I")))[::-1]
         kind, offset = self.number("I"), self.number("Q")
         if kind not in GGML_QUANT_SIZES:
-            raise CheckpointError(f"{path}: {name!r} is of a type that is not known: {kind}")
+            raise CheckpointError(f"{path}: {name!r} is of an unknown type: {kind}")
         return name, (shape, GGMLQuantizationType(kind), offset)
 
     def _value(self, kind: GGUFValueType) -> Any:

@@ -1,8 +1,8 @@
-"""Keeps what the process holds at rest from growing with its load, where malloc is glibc's.
+"""Keeps the memory of the idle process from growing with its load, where malloc is glibc's.
 
-Activations and kept prefixes have ever other sizes and leave gaps between what is kept. glibc gives
-a gap back only when it is told to, and the free end of a heap only if it is the first one's; by
-default every thread has a heap of its own. See mallopt(3) and malloc_trim(3).
+Activations and cached prefixes vary in size and leave gaps in the heap. glibc returns a gap to the
+system only on request, and the free end of a heap only for the main heap; by default every thread
+has its own heap. See mallopt(3) and malloc_trim(3).
 """
 
 import ctypes
@@ -26,19 +26,19 @@ def share_one_heap() -> None:
 
 
 def trim_heap() -> None:
-    """Gives memory that nothing is in back to the system; takes milliseconds, without the GIL."""
+    """Returns free memory to the system; takes milliseconds, without the GIL."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
 
 def use_huge_pages(address: int, num_bytes: int) -> None:
-    """Moves memory to huge pages; without effect where the system has none.
+    """Moves memory to huge pages; no effect if the system has none.
 
-    Weights are read from end to end at every step, which takes 10 % less time from huge pages.
+    Every step reads all weights, which takes 10 % less time from huge pages.
     """
     libc = _glibc()
     begin = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     size = (address + num_bytes) // _HUGE_PAGE * _HUGE_PAGE - begin
     if libc and size > 0:
-        # A refusal (its result is -1) leaves the memory as it is.
+        # If it fails (-1), the memory stays as it is.
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _MADV_COLLAPSE)

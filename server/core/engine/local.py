@@ -1,4 +1,4 @@
-"""The engine of this process: the model's steps on a thread of their own."""
+"""The engine in this process, which runs the model on a thread."""
 
 from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.engine import Observer, Scores
@@ -10,12 +10,12 @@ from server.core.engine.work import Work
 
 
 class LocalEngine:
-    """Runs sequences in continuous batches on a thread of its own; an `Engine`."""
+    """An `Engine` that computes sequences in continuous batches on its own thread."""
 
     has_hidden_states = True
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_rows: int) -> None:
-        """max_num_seqs, max_rows: as the scheduler has them."""
+        """max_num_seqs, max_rows: see `Scheduler`."""
         self._runner = runner
         self._thread = EngineThread(runner, max_num_seqs=max_num_seqs, max_rows=max_rows)
         self._scheduler = self._thread.scheduler

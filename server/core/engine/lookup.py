@@ -1,8 +1,8 @@
-"""Drafts the next tokens of a sequence: what followed the same tokens earlier in it.
+"""Drafts the next tokens of a sequence: those that followed the same tokens earlier in it.
 
-This is prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding). Knows token
-ids alone. A step of a few rows takes hardly longer than one of a single row, so to check a draft
-costs little.
+This is prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding). A step of a
+few rows takes hardly longer than one of a single row, so checking a draft costs little. Knows token
+ids only.
 """
 
 from collections.abc import Iterable
@@ -22,13 +22,13 @@ class PromptLookup:
         self._match = MIN_MATCH
 
     def append(self, token_id: int) -> None:
-        """Adds the token behind the others."""
+        """Appends a token."""
         self._bytes += _bytes_of(token_id)
 
     def draft(self, max_tokens: int) -> list[int]:
-        """The tokens behind the most recent earlier occurrence of the last ones; empty if none."""
+        """The tokens after the most recent earlier occurrence of the last ones; empty if none."""
         needle = self._bytes[-self._match * _ID_BYTES :]
-        # The match must have a token behind it, and must not begin within one.
+        # A token must follow the match, and the match must begin at a token's first byte.
         at = self._bytes.rfind(needle, 0, -_ID_BYTES)
         while at > 0 and at % _ID_BYTES:
             at = self._bytes.rfind(needle, 0, at + len(needle) - 1)
@@ -39,7 +39,7 @@ class PromptLookup:
         return memoryview(found).cast("I").tolist()
 
     def learn(self, *, was_right: bool) -> None:
-        """Notes whether the first token of the last draft was right."""
+        """Records whether the first token of the last draft was right."""
         self._match = MIN_MATCH if was_right else min(self._match + 1, MAX_MATCH)
 
 

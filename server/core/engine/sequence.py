@@ -1,4 +1,4 @@
-"""What the engine works on: token sequences, how to sample them, and how they end."""
+"""Token sequences, their sampling parameters, and their events."""
 
 import contextvars
 import enum
@@ -15,28 +15,28 @@ from server.core.engine.work import Work
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence produced its last token. The values are OpenAI's words."""
+    """Why a sequence finished. The values are OpenAI's."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class GrammarState(Protocol):
-    """Where a completion stands in what it must look like."""
+    """The state of a completion in its grammar."""
 
     def allowed(self) -> bytes:
-        """A bit for each token id, the lowest first: whether it may come next."""
+        """A bit for each token id, the lowest first: whether the token may come next."""
 
     def accept(self, token_id: int) -> None:
-        """Goes on by a token that is allowed."""
+        """Appends an allowed token."""
 
 
 class Grammar(Protocol):
-    """What a completion must look like."""
+    """The grammar that a completion must follow."""
 
     @property
     def text(self) -> str:
-        """The same as llguidance reads it."""
+        """The grammar in llguidance's format."""
 
     def begin(self) -> GrammarState:
         """The state before the first token."""
@@ -44,7 +44,7 @@ class Grammar(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. temperature 0 takes the likeliest and ignores the seed."""
+    """How tokens are sampled. Temperature 0 takes the likeliest token and ignores the seed."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -54,10 +54,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # 1: none
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and their biases
     seed: int | None = None
-    num_logprobs: int | None = None  # likeliest tokens told with each; None: not even its own
-    logprob_token_ids: tuple[int, ...] = ()  # told in place of the likeliest, if there are any
+    num_logprobs: int | None = None  # likeliest tokens reported with each; None: no logprobs
+    logprob_token_ids: tuple[int, ...] = ()  # reported instead of the likeliest, if any
     grammar: Grammar | None = None
     stop_token_ids: frozenset[int] = frozenset()
 
@@ -66,8 +66,9 @@ class SamplingParams:
 class TokenEvent:
     """One sampled token; the stop token itself is never delivered.
 
-    logprob (nats) and those of the likeliest tokens, or of the tokens named, if they were asked
-    for, are of the distribution before temperature and what cuts it off (top_k, top_p, min_p).
+    logprob: (nats), if requested.
+    top_logprobs: of the likeliest tokens, or of `logprob_token_ids`, if requested.
+    Both are of the distribution before temperature, top_k, top_p and min_p.
     """
 
     token_id: int
@@ -84,11 +85,10 @@ class FinishedEvent:
 
 @dataclass(frozen=True)
 class ScoredEvent:
-    """Terminal: what was asked for about the end of the prompt.
+    """Terminal: scores of the continuations, and hidden states of the prompt's last token.
 
     logprobs: log-probability (nats) of every continuation, in their order.
-    hidden_states: (L, C), of the last prompt token after each of the sequence's layers; None if
-    it has none.
+    hidden_states: (L, C), after each of the sequence's layers; None if it has none.
     """
 
     logprobs: list[float]
@@ -97,19 +97,19 @@ class ScoredEvent:
 
 @dataclass(frozen=True)
 class PrefilledEvent:
-    """Terminal: the prompt is computed, and others may begin with it."""
+    """Terminal: the prompt is computed and may be reused."""
 
 
 @dataclass(frozen=True)
 class FailedEvent:
-    """Terminal: the engine could not go on with this sequence."""
+    """Terminal: the sequence failed."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class AbortedEvent:
-    """Terminal: somebody called `abort`."""
+    """Terminal: the sequence was aborted, or the engine was closed."""
 
 
 Terminal = FinishedEvent | ScoredEvent | PrefilledEvent | FailedEvent | AbortedEvent
@@ -118,12 +118,13 @@ Event = TokenEvent | Terminal
 
 @dataclass(eq=False)
 class Sequence:
-    """One run of tokens through the model.
+    """A prompt, and what to compute of it.
 
-    With `params` the prompt is continued, with `continuations` these are scored behind it, with
-    `layers` the hidden states after these layers are returned (1 is the first layer; they rise).
-    With none of them the prompt is only computed, for others to begin with.
-    `num_shared` first tokens of a scored prompt are worth keeping for the next one.
+    params: sample tokens after the prompt.
+    continuations: score each after the prompt.
+    layers: return the hidden states after these, ascending from 1.
+    With none of the three the prompt is only computed, for reuse.
+    num_shared: first tokens of a scored prompt to keep for later prompts.
     """
 
     prompt_ids: list[int]
@@ -133,23 +134,21 @@ class Sequence:
     layers: tuple[int, ...] = ()
     num_shared: int = 0
     is_pinned: bool = False  # the shared tokens are never evicted
-    work: Work = field(default_factory=Work)  # of the request it belongs to
+    work: Work = field(default_factory=Work)  # its request
     adapter: Adapter = BASE
     completion_ids: list[int] = field(default_factory=list)
-    # Tokens whose keys and values are in the KV cache, and how many of these were there
-    # before the sequence ran: None until it is admitted.
-    num_computed: int = 0
-    num_cached: int | None = None
+    num_computed: int = 0  # tokens whose keys and values are in the KV cache
+    num_cached: int | None = None  # tokens cached when it was first admitted; None before
     num_scored: int = 0  # continuations
-    last_step: int = 0  # that computed any of it; kept by the scheduler
-    # When it was made, or sampled its last token; in seconds of time.perf_counter.
+    last_step: int = 0  # the last step that computed any of it; set by the scheduler
+    # When it was created or sampled its last token, in seconds of time.perf_counter.
     last_event_at: float = field(default_factory=time.perf_counter)
-    # Of the request it belongs to, for what is logged on the engine's thread.
+    # Its request's context, for logging on the engine's thread.
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     @property
     def depth(self) -> int | None:
-        """The layer after which the sequence leaves the forward; None for the model's last."""
+        """The layer after which the sequence leaves the forward pass; None: the model's last."""
         return self.layers[-1] if self.layers and not self.continuations else None
 
     @property
@@ -159,23 +158,23 @@ class Sequence:
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and completion so far."""
+        """Ids of the prompt and the completion so far."""
         return self.prompt_ids + self.completion_ids
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and completion so far."""
+        """Tokens of the prompt and the completion so far."""
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Token ids of these positions."""
         split = len(self.prompt_ids)
-        of_completion = self.completion_ids[max(begin - split, 0) : max(end - split, 0)]
-        return self.prompt_ids[begin:end] + of_completion
+        completion = self.completion_ids[max(begin - split, 0) : max(end - split, 0)]
+        return self.prompt_ids[begin:end] + completion
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens the model has not seen yet: 1 in decode, more in prefill."""
+        """Tokens that are not computed yet: 1 in decode, more in prefill."""
         return self.num_tokens - self.num_computed
 
     @property

@@ -1,4 +1,4 @@
-"""The events of a sequence, from the engine's thread to one reader on the event loop."""
+"""Passes the events of a sequence from the engine's thread to a reader on the event loop."""
 
 import asyncio
 import logging
@@ -21,17 +21,17 @@ E = TypeVar("E", bound=Terminal)
 
 
 class EngineClosedError(UnavailableError):
-    """The engine takes no more sequences."""
+    """The engine accepts no more sequences."""
 
 
 class SequenceAbortedError(UnavailableError):
-    """The sequence was aborted before it was done."""
+    """The sequence was aborted before it finished."""
 
 
 class TokenStream:
-    """The tokens of one submitted sequence, for one reader on the event loop it is made on.
+    """The tokens of one submitted sequence, for one reader on the event loop that creates it.
 
-    `finish_reason` is set once the iteration has ended by itself.
+    `finish_reason` is set when the iteration ends without an error.
     """
 
     def __init__(
@@ -45,10 +45,7 @@ class TokenStream:
 
     @property
     def num_cached(self) -> int | None:
-        """Prompt tokens that needed no computing.
-
-        None: no event has come yet, or another server computes and does not report them.
-        """
+        """Prompt tokens that were cached; None before the first event, or if not reported."""
         return self._count_cached()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
@@ -63,9 +60,10 @@ class TokenStream:
                     raise _as_error(event)
 
     async def end(self, kind: type[E]) -> E:
-        """The end of a sequence that yields no tokens; leaving early aborts it.
+        """Waits for the terminal event of a sequence without tokens; cancelling aborts it.
 
-        Raises: what ended the sequence in place of such an event.
+        Raises:
+            SequenceAbortedError: the sequence was aborted. If it failed, its own error is raised.
         """
         try:
             event = await self.events.get()
@@ -76,12 +74,12 @@ class TokenStream:
         return event
 
     def deliver(self, event: Event) -> None:
-        """Hands the event to the reader. Any thread."""
+        """Passes the event to the reader. Thread-safe."""
         try:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
         except RuntimeError:
-            # The loop has closed, and with it everyone who could read this.
-            logger.debug("no event loop left to deliver %s", event)
+            # The loop is closed, so there is no reader.
+            logger.debug("the event loop is closed, %s is dropped", event)
 
 
 def _as_error(event: Event) -> BaseException:

@@ -1,4 +1,4 @@
-"""The engine's thread: takes commands, computes steps, hands out what comes of them.
+"""The engine's thread: takes commands, computes steps, delivers events.
 
 Knows token ids and the model runner, but no event loop.
 """
@@ -32,25 +32,25 @@ REST_AFTER_S = 5.0
 
 
 class EngineThread(threading.Thread):
-    """Owns the model, and computes steps until it is closed or breaks down."""
+    """Owns the runner, and computes steps until it is closed or breaks down."""
 
     def __init__(self, runner: Runner, *, max_num_seqs: int, max_rows: int) -> None:
         super().__init__(name="engine", daemon=True)
         self.observer: Observer | None = None
-        self.breakdown: Exception | None = None  # what ended the thread, if not a close
+        self.breakdown: Exception | None = None  # that ended the thread
         self.is_closed = False
         self._runner = runner
         self.scheduler = Scheduler(max_num_seqs, max_rows, RunnerAllocator(runner, self._end))
         self._admission = self.scheduler.admission
-        # The only request in the step that is computed now, if the step may be interrupted.
+        # The only request of the current step, if the step may be interrupted.
         self._interruptible: Work | None = None
-        self._interrupted: Work | None = None  # the request whose last long step was given up
+        self._interrupted: Work | None = None  # the request whose last long step was interrupted
         # A sequence to add, a sequence to abort, or None to close.
         self._commands: queue.SimpleQueue[tuple[str, Sequence] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # no sequence may slip in behind the closing command
+        self._lock = threading.Lock()  # keeps sequences from being queued after the close
 
     def add(self, sequence: Sequence) -> None:
-        """Computes the sequence. Any thread.
+        """Queues the sequence. Thread-safe.
 
         Raises:
             EngineClosedError: the engine is closing.
@@ -63,11 +63,11 @@ class EngineThread(threading.Thread):
             self._interruptible = None
 
     def abort(self, sequence: Sequence) -> None:
-        """Ends the sequence if it still runs. Any thread, any number of times."""
+        """Ends the sequence if it has not ended. Thread-safe and idempotent."""
         self._commands.put(("abort", sequence))
 
     def close(self) -> None:
-        """Aborts every sequence and ends the thread. Any thread, any number of times."""
+        """Aborts every sequence and ends the thread. Thread-safe and idempotent."""
         with self._lock:
             if not self.is_closed:
                 self.is_closed = True
@@ -75,7 +75,7 @@ class EngineThread(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Called on the thread itself, as is all below."""
+        """Runs on the thread itself, as do all methods below."""
         end: Event = AbortedEvent()
         try:
             while self._take_commands():
@@ -94,16 +94,16 @@ class EngineThread(threading.Thread):
             self._end(sequence, end)
 
     def _take_commands(self) -> bool:
-        """Waits for work, then takes all commands there are. False: close."""
-        patience_s: float | None = REST_AFTER_S
+        """Waits for work, then takes all queued commands. Returns False to close."""
+        timeout_s: float | None = REST_AFTER_S
         while True:
             try:
-                command = self._commands.get(self._admission.is_idle, patience_s)
+                command = self._commands.get(self._admission.is_idle, timeout_s)
             except queue.Empty:
                 if not self._admission.is_idle:
                     return True
                 self._runner.rest()
-                patience_s = None
+                timeout_s = None
                 continue
             match command:
                 case None:
@@ -122,14 +122,14 @@ class EngineThread(threading.Thread):
         if len(works) > 1 or is_short or self._interrupted in works:
             results = self._compute(chunks, lambda: False)
         else:
-            # Given up as soon as another request comes.
+            # Interrupted as soon as another request arrives.
             [self._interruptible] = works
             try:
                 if not self._commands.empty():
-                    return  # the next request came while this step was scheduled
+                    return  # another request may have arrived before the step was interruptible
                 results = self._compute(chunks, lambda: self._interruptible is None)
             except StepInterruptedError:
-                # The next long step of this request is computed to its end, whoever comes.
+                # The next long step of this request is not interrupted.
                 self._interrupted = chunks[0].sequence.work
                 return
             finally:
@@ -144,7 +144,7 @@ class EngineThread(threading.Thread):
     def _compute(
         self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool]
     ) -> dict[Sequence, StepResult | Exception]:
-        """One step of the runner; if it fails, one for each chunk: only the faulty one fails."""
+        """Computes the chunks in one step; if that fails, each alone, to find the faulty one."""
         try:
             return self._runner.step(chunks, should_stop)
         except StepInterruptedError:
@@ -152,7 +152,7 @@ class EngineThread(threading.Thread):
         except Exception as error:
             if len(chunks) == 1:
                 return {chunks[0].sequence: error}
-            logger.warning("a step of %d sequences failed; each is tried alone", len(chunks))
+            logger.warning("a step of %d sequences failed; each is computed alone", len(chunks))
             return {
                 sequence: result
                 for chunk in chunks
@@ -187,13 +187,13 @@ class EngineThread(threading.Thread):
             self._end(sequence, FinishedEvent(FinishReason.LENGTH))
 
     def _end(self, sequence: Sequence, event: Event) -> None:
-        """The one way out: frees the slot and delivers exactly one terminal event."""
+        """Frees the sequence's slot and delivers its only terminal event. Idempotent."""
         if self._admission.remove(sequence):
             try:
                 self._runner.release(sequence, is_sound=not isinstance(event, FailedEvent))
             except Exception:
-                # Only what others could have reused is lost.
-                sequence.context.run(logger.exception, "a sequence was not released in order")
+                # Only the reuse of its keys and values is lost.
+                sequence.context.run(logger.exception, "releasing a sequence failed")
             if self.observer is not None:
                 self.observer.sequence_ended(sequence)
             sequence.deliver(event)

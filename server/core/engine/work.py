@@ -1,4 +1,4 @@
-"""What the sequences of one request share in the engine."""
+"""A request in the engine: what its sequences share."""
 
 import math
 import time
@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Work:
-    """All that one request makes the engine compute: the unit that steps are shared among.
+    """One request. Steps are shared among requests.
 
     Times are in seconds; points in time are those of `time.perf_counter`.
     """
 
-    deadline: float = math.inf  # when the request is given up
+    deadline: float = math.inf  # when the request times out
     arrived_at: float = field(default_factory=time.perf_counter)
-    queue_s: float | None = None  # until the engine took up its first sequence
-    sentiment_s: float | None = None  # until its sentiment was known, or known not to come
-    # Kept by the scheduler: rows computed for it, and the last step that computed any.
+    queue_s: float | None = None  # until its first sequence was admitted
+    sentiment_s: float | None = None  # until its sentiment was known or had failed
+    # Set by the scheduler: rows computed so far, and the last step that computed any.
     num_rows: int = 0
     last_step: int = 0
-    refused_at: int | None = None  # the step since which a sequence of it has not fitted
+    refused_at: int | None = None  # the step since which its next sequence has not fitted
 
     @property
     def total_s(self) -> float:
-        """Seconds so far."""
+        """Seconds since the request arrived."""
         return time.perf_counter() - self.arrived_at
 
     @property
     def seconds_left(self) -> float:
-        """Seconds to the deadline; negative behind it."""
+        """Seconds to the deadline; negative after it."""
         return self.deadline - time.perf_counter()
