@@ -2,9 +2,8 @@
 
 A block holds TILE positions of one key-value head, in the order in which the processor's dot
 products read it: keys as (D / 2, TILE, 2), values as (D / TILE, TILE / 2, TILE, 2), the last index
-over two dimensions of a key and over two positions of a value. A slot's blocks lie behind one
-another. What lies behind a sequence's tokens in its last block has to be numbers: it is multiplied
-by 0.
+over two dimensions of a key and over two positions of a value. A slot's blocks are consecutive.
+Positions after a sequence's tokens in its last block must be finite: they are multiplied by 0.
 """
 
 import numpy as np
@@ -19,26 +18,26 @@ from server.core.engine.model.kernels.dots import (
 )
 from server.core.engine.model.kernels.floats import exp, largest, to_bfloat16
 
-# Positions whose scores are held at once. A sequence's positions are divided at its multiples. So
-# the sums of a token depend on its position only: not on other sequences, nor on the number of
-# threads, nor on whether the token was sampled or belongs to a prompt.
+# Positions whose scores are held at once. A sequence's positions are divided at multiples of it. So
+# the sums of a token depend only on its position, not on other sequences, the number of threads or
+# whether the token was sampled or belongs to a prompt.
 CHUNK = 1024
-# Tokens in one part of the work.
+# Maximum tokens of a work item.
 MAX_ITEM_TOKENS = 24
-# Rows that pass the blocks together, one for each token and query head.
+# Maximum rows that read the blocks together, one for each token and query head.
 _MAX_ROWS_AT_ONCE = 5 * MAX_ROWS
 
 
 @helper
 def _rows_at_once(num_rows):
-    """Divides rows into calls of nearly equal size: each call reads the whole block."""
+    """Rows for each call, so that calls have nearly equal size: each reads the whole block."""
     num_calls = -(-num_rows // MAX_ROWS)
     return -(-num_rows // num_calls)
 
 
 @helper
 def _score(rows, keys, num_blocks):
-    """rows: (R, D). keys: the address of the first block. Returns (R, num_blocks * TILE)."""
+    """rows: (R, D). keys: address of the first block. Returns (R, num_blocks * TILE)."""
     num_rows, size = rows.shape
     scores = np.empty((num_rows, num_blocks * TILE), np.float32)
     at_once = _rows_at_once(num_rows)
@@ -56,8 +55,8 @@ def _score(rows, keys, num_blocks):
 def _weigh(score, num_seen, weight):
     """Turns the scores of a row into weights in bfloat16, relative to the largest.
 
-    num_seen: how many of the positions the row may see, 1 at least. Returns the largest score and
-    the sum of the weights.
+    num_seen: positions that the row attends to, at least 1. Returns the largest score and the sum
+    of the weights.
     """
     score[num_seen:] = -np.inf
     top, total = largest(score), np.float32(0)
@@ -70,7 +69,7 @@ def _weigh(score, num_seen, weight):
 
 @helper
 def _mix(weights, values, size):
-    """weights: (R, S). values: the address of the first block. Returns (R, D)."""
+    """Sums weighted values. weights: (R, S). values: address of the first block. Returns (R, D)."""
     num_rows, num_positions = weights.shape
     sums = np.zeros((num_rows, size), np.float32)
     at_once = _rows_at_once(num_rows)
@@ -87,7 +86,7 @@ def _mix(weights, values, size):
 
 @helper
 def _attend_chunk(queries, num_seen, keys, values):
-    """queries: (T, G, D). num_seen: positions of the chunk that the first token may see.
+    """queries: (T, G, D). num_seen: positions of the chunk that the first token attends to.
 
     keys, values: addresses of the chunk's first blocks. Returns the largest score of each row, the
     sum of its weights, and the sums of weighted values: (T G,), (T G,), (T G, D).
@@ -111,7 +110,7 @@ def _attend_chunk(queries, num_seen, keys, values):
 
 @helper
 def _merge(tops, totals, parts, out):
-    """One softmax over chunks. tops, totals: (chunks,). parts: (chunks, D). out: (D,)."""
+    """Merges chunks into one softmax. tops, totals: (chunks,). parts: (chunks, D). out: (D,)."""
     top = tops.max()
     total = np.float32(0)
     out[:] = 0
@@ -129,7 +128,8 @@ def store(heads, num_heads, keys, values, rows):
     """Stores the keys and values of N tokens in bfloat16.
 
     heads: queries, keys and values, (N, H + 2 H_kv, D). keys, values: a layer of the arena. rows:
-    of each token where its slot begins in the arena, the slot's capacity, and its position: (N, 3).
+    (N, 3): for each token the first token of its slot in the arena, the slot's capacity, and the
+    token's position.
     """
     num_rows, num_all, size = heads.shape
     num_kv = (num_all - num_heads) // 2
@@ -153,10 +153,10 @@ def store(heads, num_heads, keys, values, rows):
     )
 )  # fmt: skip
 def attend(heads, num_heads, keys, values, rows, items, mixed):
-    """Mixes the values of the positions that each of N tokens may see; `store` comes first.
+    """Computes the attention of N tokens, whose keys and values are stored; fills mixed.
 
-    heads, keys, values, rows: as `store` has them. items: the parts of the work, (I, 3): the first
-    token, the number of tokens, all of one sequence, and the chunk. mixed: (N, H D).
+    heads, keys, values, rows: see `store`. items: work items, (I, 3): the first token, the number
+    of tokens, all of one sequence, and the chunk. mixed: (N, H D).
     """
     num_rows, num_all, size = heads.shape
     num_kv = (num_all - num_heads) // 2

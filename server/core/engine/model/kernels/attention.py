@@ -1,4 +1,4 @@
-"""Attention by kernels, over keys and values in bfloat16."""
+"""Attention in kernels, over keys and values in bfloat16."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,10 +20,10 @@ Bits = NDArray[np.uint16]  # of numbers in bfloat16
 
 
 class KernelRun:
-    """New tokens of sequences, sampled or of a prompt, wherever the sequences are in memory."""
+    """New tokens, sampled or of prompts, of any sequences in memory."""
 
     def __init__(self, row: int, segments: Sequence[Segment]) -> None:
-        """row: where the run begins among the step's tokens."""
+        """row: the run's first among the step's tokens."""
         rows, items = list[tuple[int, int, int]](), list[tuple[int, int, int]]()
         for segment in segments:
             cache, num_tokens = segment.cache, len(segment.token_ids)
@@ -32,7 +32,7 @@ class KernelRun:
             begin = segment.pool.first_token_of(cache.slot)
             rows += [(begin, cache.capacity, cache.length + i) for i in range(num_tokens)]
         self.rows = slice(row, row + len(rows))
-        self._places, self._items = np.array(rows, np.int64), _dealt(items)
+        self._places, self._items = np.array(rows, np.int64), _distributed(items)
         pool = segments[0].pool
         self._num_kv_heads = pool.num_kv_heads
         self._keys, self._values = _arena(pool.keys), _arena(pool.values)
@@ -47,18 +47,18 @@ class KernelRun:
 
 
 def _items(row: int, position: int, num_tokens: int) -> Iterator[tuple[int, int, int]]:
-    """The parts of the work for tokens of one sequence, from `row` and `position` on."""
+    """Work items for tokens of one sequence, from `row` and `position` on."""
     for i in range(0, num_tokens, attend.MAX_ITEM_TOKENS):
         num = min(attend.MAX_ITEM_TOKENS, num_tokens - i)
         for chunk in range((position + i + num - 1) // attend.CHUNK + 1):
             yield row + i, num, chunk
 
 
-def _dealt(items: list[tuple[int, int, int]]) -> NDArray[np.int64]:
-    """Deals the items to the threads in turn, as later tokens of a prompt take longer."""
+def _distributed(items: list[tuple[int, int, int]]) -> NDArray[np.int64]:
+    """Assigns the items to the threads in turn, as later tokens of a prompt take longer."""
     num_parts = torch.get_num_threads()
-    dealt = [item for part in range(num_parts) for item in items[part::num_parts]]
-    return np.array(dealt, np.int64)
+    by_thread = [item for part in range(num_parts) for item in items[part::num_parts]]
+    return np.array(by_thread, np.int64)
 
 
 def _are_neighbours(a: Segment, b: Segment) -> bool:
@@ -73,11 +73,11 @@ def _make_run(row: int, segments: Sequence[Segment]) -> Run:
     return KernelRun(row, segments)
 
 
-def _arena(of_pool: Tensor) -> Bits:
-    """Keys or values of all pools, (layers, numbers), from those of one."""
-    num_layers, layer_size = len(of_pool), of_pool.stride(0)
+def _arena(pool: Tensor) -> Bits:
+    """The keys or values of the whole arena, (layers, numbers), from those of a pool."""
+    num_layers, layer_size = len(pool), pool.stride(0)
     # numpy has no bfloat16.
-    whole = of_pool.as_strided((num_layers, layer_size), (layer_size, 1), 0)
+    whole = pool.as_strided((num_layers, layer_size), (layer_size, 1), 0)
     bits: Bits = whole.view(torch.uint16).numpy()
     return bits
 
@@ -92,8 +92,8 @@ def _shapes(capacity: int, head_dim: int) -> tuple[Shape, Shape]:
 
 def _by_token(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     num_heads, num_blocks, num_pairs = keys.shape[:3]
-    # Both with the positions behind one another: from other orders PyTorch's product takes its
-    # sums in an order that depends on the number of rows.
+    # Both with contiguous positions: with other strides, the order of sums in PyTorch's product
+    # depends on the number of rows.
     return (
         keys.permute(0, 2, 4, 1, 3).reshape(num_heads, 2 * num_pairs, num_blocks * TILE).mT,
         values.permute(0, 2, 4, 1, 3, 5).reshape(num_heads, 2 * num_pairs, num_blocks * TILE),
@@ -105,7 +105,7 @@ def _laid_out(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     missing = -num_tokens % TILE
     keys = F.pad(keys, (0, 0, 0, missing)).view(*first, -1, TILE, head_dim // 2, 2)
     values = F.pad(values, (0, missing)).view(*first, head_dim // TILE, TILE, -1, TILE // 2, 2)
-    # The blocks come first; in them, the dimensions of a key and the positions of a value.
+    # Blocks come first; then, in a block, the dimensions of a key or the positions of a value.
     return keys.transpose(-2, -3), values.movedim(-3, -5).movedim(-2, -3)
 
 

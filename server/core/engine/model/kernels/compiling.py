@@ -1,7 +1,6 @@
-"""Compiles functions for this processor with numba, once: the result is kept on disk.
+"""Compiles functions for this processor with numba, once: the result is cached on disk.
 
-A kernel is compiled when its module is imported, for the types that are given, so that no request
-waits for a compiler.
+A kernel is compiled for given types when its module is imported, so that no request waits for it.
 """
 
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from typing import Any
 import numba
 import torch
 
-# Sums may be taken in another order, in vectors. NaN and infinity keep their meaning: a model that
-# computes them has to be noticed.
+# Allows sums in another order, in vectors. NaN and infinity keep their meaning: a model that
+# computes them must be noticed.
 _FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 _njit: Any = numba.njit
 
@@ -26,7 +25,7 @@ def kernel(signature: Any) -> Callable[[Kernel], Kernel]:
         try:
             compiled: Kernel = _njit(signature, cache=True, **options)(function)
         except RuntimeError:
-            # Neither the package's folder nor the user's can be written to. Compiles at each start.
+            # Neither the package's folder nor the user's is writable: compiles at each start.
             compiled = _njit(signature, **options)(function)
         return compiled
 
@@ -40,9 +39,9 @@ def helper(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def match_threads() -> None:
-    """Lets the kernels that this thread calls use as many threads as PyTorch does.
+    """Makes kernels that this thread calls use as many threads as PyTorch does.
 
-    numba finds the OpenMP that PyTorch has loaded, so these are the same threads.
+    numba uses the OpenMP that PyTorch has loaded, so these are the same threads.
     """
     most: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     numba.set_num_threads(min(torch.get_num_threads(), most))

@@ -1,11 +1,11 @@
 """Products of a few rows with 64 columns, by the processor's instructions for dot products.
 
-Both instructions take groups of numbers, 32 bits together: four 8-bit integers (AVX512-VNNI), or
-two bfloat16 numbers (AVX512-BF16). They multiply sixteen groups with sixteen others and add what
-belongs together to sixteen sums of 32 bits. numba does not find them by itself.
+Both instructions take groups of 32 bits: four 8-bit integers (AVX512-VNNI), or two bfloat16 numbers
+(AVX512-BF16). They multiply sixteen groups with sixteen others and add the products of each pair of
+groups to one of sixteen 32-bit sums. numba does not generate them by itself.
 
-A matrix that is multiplied lies in tiles of 64 columns: group by group along its rows, and in each
-group the 64 columns behind one another.
+A matrix is stored in tiles of 64 columns: group by group along its rows, and in each group one
+column after the other.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 TILE = 64
-# Rows in one call: their sums, the columns and a group of the row fill the 32 registers.
+# Maximum rows in one call: their sums, the columns and a group of a row fill the 32 registers.
 MAX_ROWS = 6
 
 _VECTORS = TILE // 16
@@ -44,7 +44,7 @@ class _Instruction(NamedTuple):
     factors: ir.VectorType
 
     def declared(self, module: ir.Module) -> ir.Function:
-        """To be called with sums and two factors; returns sums."""
+        """A function of sums and two factors that returns sums."""
         kind = ir.FunctionType(self.sums, [self.sums, self.factors, self.factors])
         return cgutils.get_or_insert_function(module, kind, self.name)
 
@@ -56,7 +56,7 @@ BFLOAT16 = _Instruction("llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, ir.VectorTy
 def _dots(instruction: _Instruction, *, is_added: bool) -> Callable[..., None]:
     """A function for numba: (num_rows, rows, row_bytes, tile, num_groups, sums, sum_bytes) -> None.
 
-    Arguments but the first are addresses and distances in bytes. rows: num_rows rows, 1 to
+    All but num_rows and num_groups are addresses and distances in bytes. rows: num_rows rows, 1 to
     MAX_ROWS, of num_groups groups. sums: num_rows rows of 64 sums, overwritten or added to.
     """
 
@@ -107,7 +107,7 @@ def _generate(
 
 
 def at(b: ir.IRBuilder, address: Any, offset: int, kind: ir.Type) -> Any:
-    """A pointer to what lies `offset` bytes behind an address."""
+    """A pointer to a value of type `kind`, `offset` bytes after an address."""
     return b.inttoptr(b.add(address, _INT(offset)), kind.as_pointer())
 
 
@@ -117,7 +117,7 @@ def times(b: ir.IRBuilder, value: Any, factor: int) -> Any:
 
 
 def splat_word(b: ir.IRBuilder, address: Any, offset: int) -> Any:
-    """Sixteen times the 32 bits `offset` bytes behind an address."""
+    """A vector of sixteen times the 32 bits `offset` bytes after an address."""
     word = b.load(at(b, address, offset, _WORD), align=4)
     lanes = b.insert_element(_WORDS(ir.Undefined), word, _WORD(0))
     return b.shuffle_vector(lanes, _WORDS(ir.Undefined), _WORDS([0] * 16))

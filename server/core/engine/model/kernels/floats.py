@@ -44,20 +44,20 @@ def _generate_multiply_add(typing_context, x, factor, addend):
     return types.float32(*[types.float32] * 3), generate
 
 
-# (x, factor, addend) -> x * factor + addend in float32, rounded once, whatever else is computed.
+# (x, factor, addend) -> x * factor + addend in float32, always rounded once.
 multiply_add: Any = intrinsic(_generate_multiply_add)
 
 
 @helper
 def to_bfloat16(x):
-    """The nearest, ties to even."""
+    """Rounds to the nearest, ties to even."""
     bits = np.float32(x).view(np.uint32)
     return np.uint16(np.uint32(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
 
 
 @helper
 def from_bfloat16(bits):
-    """Exact."""
+    """Converts exactly."""
     return np.uint32(np.uint32(bits) << 16).view(np.float32)
 
 

@@ -17,12 +17,12 @@ from server.core.engine.model.kernels.dots import TILE
 from server.core.engine.model.linear import in_rows_of, padded, quantize_rows, smoothed
 
 Floats = NDArray[np.float32]
-# Numbers of rows from which on oneDNN's product may be faster than ours.
+# Candidates for the number of rows from which on oneDNN's product is faster than ours.
 _MANY_ROWS = (16, 32, 64, 128)
-# oneDNN keeps a program of nearly 1 MB for each number of rows and each matrix's shape, so it is
-# given multiples of this many rows.
+# oneDNN keeps a program of nearly 1 MB for each number of rows and each matrix's shape, so it gets
+# multiples of this many rows.
 _ROWS_OF_SHAPE = 32
-# Rows that are rounded at once; each copy in float32 that it takes is as large.
+# Rows that are rounded at once; this bounds the size of the copies in float32.
 _ROWS_AT_ONCE = 512
 
 
@@ -34,30 +34,30 @@ class Quantized(NamedTuple):
     zeros: Floats  # (N,)
 
     def of(self, rows: NDArray[np.int64] | slice) -> "Quantized":
-        """These rows."""
+        """Some of the rows."""
         return Quantized(self.integers[rows], self.scales[rows], self.zeros[rows])
 
     def replace(self, rows: NDArray[np.int64] | slice, other: "Quantized") -> None:
-        """Puts the other's rows in place of these."""
+        """Overwrites some of the rows with the other ones."""
         self.integers[rows] = other.integers
         self.scales[rows], self.zeros[rows] = other.scales, other.zeros
 
 
 def empty_rows(num_rows: int, num_columns: int) -> Quantized:
-    """To be filled by a kernel."""
+    """Memory for a kernel to fill."""
     scales, zeros = np.empty((2, num_rows), np.float32)
     return Quantized(np.empty((num_rows, num_columns), np.uint8), scales, zeros)
 
 
 def quantize(x: Floats) -> Quantized:
-    """x: (N, C)."""
+    """Quantizes the rows of x, (N, C)."""
     quantized = empty_rows(*x.shape)
     rows.quantize(x, *quantized)
     return quantized
 
 
 class Columns(NamedTuple):
-    """What turns sums of integers into values, of each of the C_out columns of a product."""
+    """Numbers that turn sums of integers into values, for each of a product's C_out columns."""
 
     scales: Floats
     sums: Floats  # of the weights that a column is multiplied with
@@ -74,22 +74,22 @@ class Packed(Protocol):
 
 
 class PackedRows(NamedTuple):
-    """A matrix: its integers, the scale of each row, and the sums of the rows they stand for."""
+    """A matrix: its integers, the scale of each row, and the sums of the dequantized rows."""
 
     packed: Packed
     scales: Tensor
     sums: Tensor
 
 
-# From blocks of rows, and how much each column matters, (C_in,).
+# Packs blocks of rows; the second argument is the importance of each column, (C_in,).
 Pack = Callable[[Iterable[Tensor], Tensor | None], PackedRows]
 
 
 class KernelMatrix:
     """A `Linear` of packed integers; C_in is a multiple of 64.
 
-    Every row of x is quantized to its own range. With a sample, the columns of x are first made
-    alike in size (SmoothQuant, arXiv 2211.10438).
+    Every row of x is quantized to its own range. With a sample, the columns of x are first scaled
+    to similar sizes (SmoothQuant, arXiv 2211.10438).
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class KernelMatrix:
         return self._packed.multiply(x, self._columns, rows.RAW)
 
     def values(self, sums: Floats, x: Quantized) -> Floats:
-        """The product whose sums are given, in their memory."""
+        """The product from its sums, which it overwrites."""
         rows.finish(sums, x.scales, x.zeros, *self._columns, sums, rows.VALUE)
         return sums
 
     def gated(self, sums: Floats, x: Quantized) -> Quantized:
-        """silu(gate) * up, (N, I); sums: of the product, which is gate and up, without bias."""
+        """silu(gate) * up, (N, I). sums: of gate and up, (N, 2 I), which have no bias."""
         gated = empty_rows(len(sums), self.num_rows // 2)
         rows.gate(sums, x.scales, x.zeros, self._columns.scales, self._columns.sums, *gated)
         return gated
@@ -143,7 +143,7 @@ class KernelMatrix:
 
 
 class _Int8:
-    """Tiles that oneDNN lays out, and reads if there are many rows."""
+    """Tiles in oneDNN's layout; oneDNN multiplies them if there are many rows."""
 
     def __init__(self, integers: Tensor, num_many: int) -> None:
         """num_many: rows from which on oneDNN computes the product."""
@@ -198,14 +198,14 @@ def _empty_product(x: Quantized, columns: Columns) -> Floats:
 
 
 def int8_packer(num_many: int) -> Pack:
-    """Rounds to 8 bits, the largest weight of each row to 127. num_many: as `_Int8` has it."""
+    """Rounds to 8 bits, the largest weight of each row to 127. num_many: see `_Int8`."""
 
     def pack(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows:
         quantized = []
         for block in blocks:
             quantized += [quantize_rows(part) for part in block.split(_ROWS_AT_ONCE)]
-            # What was rounded lies in gaps of the heap, so that the next block finds none that is
-            # large enough: without this a matrix may take its size in float32 at once.
+            # The results fill gaps in the heap, so that the next block fits into none: without
+            # this a matrix may take its whole size in float32.
             del block
             trim_heap()
         integers, scales, sums = (torch.cat(parts) for parts in zip(*quantized, strict=True))
@@ -220,20 +220,20 @@ def pack_int4(blocks: Iterable[Tensor], importance: Tensor | None) -> PackedRows
     for block in in_rows_of(blocks, TILE):
         num_rows += len(block)
         weights = padded(block.float(), TILE).contiguous()
-        of_columns = torch.ones(weights.shape[1]) if importance is None else importance
+        column_importance = torch.ones(weights.shape[1]) if importance is None else importance
         tiles = int4.empty_tiles(*weights.shape)
         scales, sums = np.empty((2, len(weights)), np.float32)
-        int4.pack(weights.numpy(), of_columns.numpy(), tiles, scales, sums)
+        int4.pack(weights.numpy(), column_importance.numpy(), tiles, scales, sums)
         parts.append((tiles, scales, sums))
         del block, weights
         trim_heap()
     tiles, scales, sums = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    of_rows = (torch.from_numpy(array[:num_rows]) for array in (scales, sums))
-    return PackedRows(_Int4(tiles), *of_rows)
+    scales_and_sums = (torch.from_numpy(array[:num_rows]) for array in (scales, sums))
+    return PackedRows(_Int4(tiles), *scales_and_sums)
 
 
 def measure_num_many() -> int:
-    """Rows from which on oneDNN's product is the faster one on this processor. Some 100 ms."""
+    """Rows from which on oneDNN's product is faster on this processor; takes some 100 ms."""
     integers = torch.ones(4096, 1024, dtype=torch.int8)
     for num_rows in _MANY_ROWS:
         ours, theirs = _Int8(integers, num_rows + 1), _Int8(integers, num_rows)
@@ -243,7 +243,7 @@ def measure_num_many() -> int:
 
 
 def _seconds(matrix: Packed, num_rows: int) -> float:
-    """Of a product with a matrix of (4096, 1024), the least of several."""
+    """Of a product with a (4096, 1024) matrix, the least of several."""
     x, columns = (
         quantize(np.ones((num_rows, 1024), np.float32)),
         Columns(*np.ones((3, 4096), np.float32)),
@@ -253,7 +253,7 @@ def _seconds(matrix: Packed, num_rows: int) -> float:
 
 
 def is_layout_known() -> bool:
-    """Whether oneDNN lays matrices out in the tiles that `dots` describes."""
+    """Whether oneDNN stores matrices in the tiles that `dots` describes."""
     integers = torch.arange(2 * TILE * 4 * TILE).mul(7).remainder(251).sub(125).to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(integers.view(2 * TILE, 4 * TILE), None)
     tiles = integers.view(2, TILE, -1, 4).transpose(1, 2).flatten()
@@ -261,7 +261,7 @@ def is_layout_known() -> bool:
 
 
 def _bytes_of(packed: Tensor) -> NDArray[np.int8]:
-    """The memory of a matrix that oneDNN has laid out; valid as long as the tensor is."""
+    """The memory of a matrix that oneDNN has packed; valid as long as the tensor lives."""
     size = torch.ops.mkldnn._nbytes(packed)
     address = torch.ops.mkldnn.data_ptr(packed)
     return np.ctypeslib.as_array((ctypes.c_int8 * size).from_address(address))

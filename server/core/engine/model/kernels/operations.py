@@ -1,4 +1,4 @@
-"""What a layer computes, in 8 bits: few passes over the rows between the products."""
+"""The operations of a layer in 8 bits, with few passes over the rows between the products."""
 
 import math
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ from server.core.engine.model.operations import normalised
 
 
 class KernelOperations:
-    """The operations on matrices of 8 or 4 bits, in kernels that are compiled for them."""
+    """`Operations` on matrices of 8 or 4 bits, in compiled kernels."""
 
     def __init__(self, config: ModelConfig, dtype: str) -> None:
         """dtype: "int8" or "int4"."""
         int8 = partial(KernelMatrix, pack=int8_packer(measure_num_many()))
         int4 = partial(KernelMatrix, pack=pack_int4)
-        # In int4, too: the matrices of attention are small, and the head's rounding costs the most.
+        # int8 also where the MLP is int4: attention is small, and rounding the head costs the most.
         self.factories = Factories(attention=int8, mlp=int8 if dtype == "int8" else int4, head=int8)
         self._config = config
         self._epsilon = np.float32(config.hidden_size * config.rms_norm_eps)
@@ -54,17 +54,17 @@ class KernelOperations:
         qkv, out = _kernel_matrix(weights.qkv), _kernel_matrix(weights.out)
         norms = self._no_norms if weights.head_norms is None else weights.head_norms.numpy()
         heads = qkv.product(self._normalised(hidden, qkv.factors))
-        for of_lora, lora in loras:
-            x = self._normalised_floats(hidden, of_lora)
-            lora.qkv.add_to_rows(torch.from_numpy(heads), of_lora, x)
+        for lora_rows, lora in loras:
+            x = self._normalised_floats(hidden, lora_rows)
+            lora.qkv.add_to_rows(torch.from_numpy(heads), lora_rows, x)
         heads = heads.reshape(len(hidden), -1, self._config.head_dim)
         rows.rotate(
             heads, torch.view_as_real(rotations).flatten(1).numpy(), norms, self._head_epsilon
         )
         mixed = attend(index, torch.from_numpy(heads))
         out.add_product(hidden.numpy(), quantize(mixed.numpy()))
-        for of_lora, lora in loras:
-            lora.out.add_to_rows(hidden, of_lora, mixed[of_lora])
+        for lora_rows, lora in loras:
+            lora.out.add_to_rows(hidden, lora_rows, mixed[lora_rows])
 
     def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
         gate_up, down = _kernel_matrix(weights.gate_up), _kernel_matrix(weights.down)
@@ -72,26 +72,26 @@ class KernelOperations:
         sums = gate_up.sums(x)
         gated = gate_up.gated(sums, x)
         loras, inner = [each for each in loras if each.layer.changes_mlp], []
-        for of_lora, lora in loras:
-            # Once more in floats; the kernel leaves no room to add to gate and up.
-            chosen = of_lora if isinstance(of_lora, slice) else of_lora.numpy()
-            values = torch.from_numpy(gate_up.values(sums[chosen].copy(), x.of(chosen)))
-            lora.gate_up.add_to(values, self._normalised_floats(hidden, of_lora))
+        for lora_rows, lora in loras:
+            # Again in float32, as the kernel cannot add to gate and up.
+            indices = lora_rows if isinstance(lora_rows, slice) else lora_rows.numpy()
+            values = torch.from_numpy(gate_up.values(sums[indices].copy(), x.of(indices)))
+            lora.gate_up.add_to(values, self._normalised_floats(hidden, lora_rows))
             gate, up = values.chunk(2, dim=-1)
             inner.append(F.silu(gate) * up)
-            gated.replace(chosen, quantize(inner[-1].numpy()))
+            gated.replace(indices, quantize(inner[-1].numpy()))
         down.add_product(hidden.numpy(), gated)
-        for (of_lora, lora), floats in zip(loras, inner, strict=True):
-            lora.down.add_to_rows(hidden, of_lora, floats)
+        for (lora_rows, lora), floats in zip(loras, inner, strict=True):
+            lora.down.add_to_rows(hidden, lora_rows, floats)
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         return torch.from_numpy(
             _kernel_matrix(head).product(self._normalised(hidden, norm.numpy()))
         )
 
-    def _normalised_floats(self, hidden: Tensor, of_lora: Rows) -> Tensor:
-        """What the matrices behind a norm are given in these rows, not quantized."""
-        return normalised(hidden[of_lora], self._norm_epsilon)
+    def _normalised_floats(self, hidden: Tensor, lora_rows: Rows) -> Tensor:
+        """The input of a matrix after a norm, in these rows, not quantized."""
+        return normalised(hidden[lora_rows], self._norm_epsilon)
 
     def _normalised(self, hidden: Tensor, factors: Floats | None) -> Quantized:
         quantized = empty_rows(*hidden.shape)

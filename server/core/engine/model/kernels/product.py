@@ -12,9 +12,9 @@ _COLUMNS = float32[::1]
 
 @helper
 def multiply_tile(rows, tile, begin, how, row_scales, row_zeros, scales, sums, bias, y):
-    """Multiplies rows with a tile, as evenly many at a time as may be.
+    """Multiplies rows with a tile, in parts of nearly equal size.
 
-    rows: (N, C_in). tile: address of one as `dots` has them. The rest is as `store` has it.
+    rows: (N, C_in). tile: address, in the layout of `dots`. Other arguments: see `store`.
     """
     num_rows, row_bytes = rows.shape
     num_parts = -(-num_rows // MAX_ROWS)
@@ -37,7 +37,7 @@ def multiply_tile(rows, tile, begin, how, row_scales, row_zeros, scales, sums, b
     )
 )  # fmt: skip
 def multiply(rows, row_scales, row_zeros, packed, scales, sums, bias, y, how):
-    """rows: (N, C_in). packed: tiles as `dots` has them. y: (N, C_out). how: as `store` has it."""
+    """rows: (N, C_in). packed: tiles, see `dots`. y: (N, C_out). how and others: see `store`."""
     for tile in prange(-(-y.shape[1] // TILE)):
         begin = tile * TILE
         address = packed.ctypes.data + begin * rows.shape[1]

@@ -1,8 +1,8 @@
-"""What happens to the rows of a step between two products, each in one pass.
+"""Operations on the rows of a step between two products, each in one pass.
 
-A product of 8-bit integers is raw: its sums of integers as float32, (N, C_out). Its value is
+A raw product of 8-bit integers is its sums of integers as float32, (N, C_out). Its value is
 ((raw * column scale) - zero * column sum) * row scale + bias. Rows do not depend on each other, so
-a row's result is the same in any company.
+a row's result is the same in any batch.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from server.core.engine.model.kernels.compiling import helper, kernel
 from server.core.engine.model.kernels.floats import exp, from_ordered, multiply_add, ordered
 
 _TINY = np.float32(1.1754944e-38)
-# What becomes of a product: sums of integers, values, or values added to what is there.
+# What to store of a product: sums of integers, values, or values added to the target.
 RAW, VALUE, ADDED = 0, 1, 2
 _ROWS, _COLUMNS = float32[:, ::1], float32[::1]
 
@@ -36,8 +36,8 @@ def _quantize(row, factor, quantized):
     return scale * factor, zero
 
 
-# A product's values are taken in two places: where a tile is finished, and where oneDNN's sums are.
-# Additions that the compiler may join with products would be rounded in another way in each.
+# Values are computed in two places, from a tile's sums and from oneDNN's. `multiply_add` keeps the
+# compiler from fusing additions and products differently, and so rounding differently, in each.
 @helper
 def _value(raw, row_scale, row_zero, column_scale, column_sum, bias):
     centred = multiply_add(raw, column_scale, -(row_zero * column_sum))
@@ -46,7 +46,7 @@ def _value(raw, row_scale, row_zero, column_scale, column_sum, bias):
 
 @kernel(void(_ROWS, uint8[:, ::1], _COLUMNS, _COLUMNS))
 def quantize(x, quantized, scales, zeros):
-    """x: (N, C). Fills the others: (N, C), (N,), (N,)."""
+    """Quantizes the rows of x, (N, C). Fills quantized (N, C), scales (N,) and zeros (N,)."""
     for n in prange(len(x)):
         scales[n], zeros[n] = _quantize(x[n], np.float32(1), quantized[n])
 
@@ -84,12 +84,12 @@ def gate(raw, row_scales, row_zeros, column_scales, column_sums, quantized, scal
 
 @helper
 def store(sums, first_row, begin, how, row_scales, row_zeros, column_scales, column_sums, bias, y):
-    """Puts the sums of a tile, (N, 64) in int32, to their place in y, (rows, C_out).
+    """Stores the sums of a tile, (N, 64) in int32, in y, (rows, C_out).
 
-    The tile's place is from `first_row` and from column `begin` on. how: `RAW`, `VALUE` or `ADDED`.
+    The tile begins at row `first_row` and column `begin`. how: `RAW`, `VALUE` or `ADDED`.
     """
     width = min(sums.shape[1], y.shape[1] - begin)
-    scales, of_rows = column_scales[begin : begin + width], column_sums[begin : begin + width]
+    scales, weight_sums = column_scales[begin : begin + width], column_sums[begin : begin + width]
     biases = bias[begin : begin + width]
     for n in range(len(sums)):
         row_sums, row = sums[n], y[first_row + n][begin : begin + width]
@@ -100,16 +100,19 @@ def store(sums, first_row, begin, how, row_scales, row_zeros, column_scales, col
         elif how == VALUE:
             for i in range(width):
                 raw = np.float32(row_sums[i])
-                row[i] = _value(raw, scale, zero, scales[i], of_rows[i], biases[i])
+                row[i] = _value(raw, scale, zero, scales[i], weight_sums[i], biases[i])
         else:
             for i in range(width):
                 raw = np.float32(row_sums[i])
-                row[i] += _value(raw, scale, zero, scales[i], of_rows[i], biases[i])
+                row[i] += _value(raw, scale, zero, scales[i], weight_sums[i], biases[i])
 
 
 @kernel(void(_ROWS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _COLUMNS, _ROWS, int64))
 def finish(raw, row_scales, row_zeros, column_scales, column_sums, bias, y, how):
-    """The values of a raw product, (N, C_out). how: `VALUE` or `ADDED`. raw may be y."""
+    """Stores the values of a raw product, (N, C_out), in y, which may be raw.
+
+    how: `VALUE` or `ADDED`.
+    """
     for n in prange(len(raw)):
         scale, zero = row_scales[n], row_zeros[n]
         for i in range(raw.shape[1]):
@@ -119,7 +122,7 @@ def finish(raw, row_scales, row_zeros, column_scales, column_sums, bias, y, how)
 
 @kernel(void(float32[:, :, ::1], _ROWS, _ROWS, float32))
 def rotate(heads, rotations, norms, epsilon):
-    """Turns the first heads of each token, in place: (N, H + 2 H_kv, D).
+    """Applies RoPE to the queries and keys of each token in place. heads: (N, H + 2 H_kv, D).
 
     rotations: (N, D), cosine and sine of each pair. norms: (H + H_kv, D), by which x / sqrt(sum of
     squares + epsilon) is multiplied first; (H + H_kv, 0) if there is no norm.

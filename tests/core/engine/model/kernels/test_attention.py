@@ -17,7 +17,7 @@ Shape = tuple[int, int, int]
 
 
 class Slots:
-    """Sequences in a memory of one layer, which is full of large numbers at first."""
+    """Sequences in a memory of one layer. New slots are full of large numbers."""
 
     def __init__(self, shape: Shape, max_context: int = 2112) -> None:
         self.num_heads, self.num_kv, self.size = shape
@@ -32,7 +32,7 @@ class Slots:
         self.caches = list[KVCache]()
 
     def add(self, num_tokens: int) -> KVCache:
-        """A sequence with room for so many tokens."""
+        """A sequence with room for `num_tokens`."""
         cache = KVCache()
         assert self.memory.reserve(cache, num_tokens)
         self.caches.append(cache)
@@ -48,7 +48,7 @@ class Slots:
         return heads
 
     def attend(self, parts: Sequence[tuple[KVCache, int]], heads: Tensor) -> Tensor:
-        """(T, H D), of so many new tokens of each sequence."""
+        """The attention of new tokens, as many as given for each sequence: (T, H D)."""
         segments = [
             Segment([0] * num, range(cache.length, cache.length + num), cache, num == 1)
             for cache, num in parts
@@ -58,13 +58,13 @@ class Slots:
             cache.length += num
         return mixed
 
-    def known(self, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """The keys and values of its tokens, (H_kv, S, D) and (H_kv, D, S)."""
+    def stored(self, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The stored keys and values, (H_kv, S, D) and (H_kv, D, S)."""
         return cache.first(cache.length, 1).by_token()
 
     def expected(self, cache: KVCache, heads: Tensor) -> Tensor:
-        """(T, H D), of its last T tokens."""
-        keys, values = self.known(cache)
+        """The attention of its last T tokens: (T, H D)."""
+        keys, values = self.stored(cache)
         begin = cache.length - len(heads)
         mask = torch.ones(len(heads), cache.length, dtype=torch.bool).tril(begin)
         mixed = F.scaled_dot_product_attention(
@@ -78,13 +78,15 @@ class Slots:
     ("begin", "num_tokens"), [(0, 1), (0, 5), (200, 1), (63, 30), (50, 200), (1000, 40)]
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_prompt_attends_to_what_it_may_see(shape: Shape, begin: int, num_tokens: int) -> None:
+def test_a_prompt_attends_to_earlier_positions_and_itself(
+    shape: Shape, begin: int, num_tokens: int
+) -> None:
     slots = Slots(shape)
     cache = slots.add(begin + num_tokens)
     slots.attend([(cache, begin)], slots.heads(begin, seed=2)) if begin else None
     heads = slots.heads(num_tokens)
     mixed = slots.attend([(cache, num_tokens)], heads)
-    keys, values = (x[:, begin:] for x in (slots.known(cache)[0], slots.known(cache)[1].mT))
+    keys, values = (x[:, begin:] for x in (slots.stored(cache)[0], slots.stored(cache)[1].mT))
     of_keys, of_values = heads[:, slots.num_heads :].transpose(0, 1).bfloat16().chunk(2)
     assert torch.equal(keys, of_keys.float())
     assert torch.equal(values, of_values.float())
@@ -123,17 +125,17 @@ def test_sequences_attend_to_their_own_slots_and_do_not_change_each_other(shape:
         assert torch.equal(slots.attend([(caches[i], counts[i])], heads[i]), mixed)
 
 
-def test_a_score_that_is_no_number_is_not_hidden() -> None:
+def test_a_nan_score_is_not_hidden() -> None:
     slots = Slots((2, 2, 64))
     heads = slots.heads(3)
-    heads[0, 2, 5] = torch.nan  # a key of the first head, which all three tokens see
+    heads[0, 2, 5] = torch.nan  # a key of the first head, to which all three tokens attend
     mixed = slots.attend([(slots.add(3), 3)], heads)
     assert mixed[:, :64].isnan().all()
     assert mixed[:, 64:].isfinite().all()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 64, 100])
-def test_a_copied_prefix_is_the_same_and_no_more_than_its_blocks(num_tokens: int) -> None:
+def test_a_copied_prefix_is_equal_and_holds_only_its_blocks(num_tokens: int) -> None:
     slots = Slots((4, 2, 64))
     source, target = slots.add(300), slots.add(300)
     slots.attend([(source, 200)], slots.heads(200))

@@ -31,7 +31,7 @@ def random_bytes(*shape: int) -> Bytes:
 
 
 def sums(rows: PackedRows, x: Bytes) -> Floats:
-    """Of the products of integers."""
+    """The raw product of integers."""
     ones, zeros = np.ones(len(rows.scales), np.float32), np.zeros(len(rows.scales), np.float32)
     of_x = Quantized(x, np.ones(len(x), np.float32), np.zeros(len(x), np.float32))
     return rows.packed.multiply(of_x, Columns(ones, ones, zeros), RAW)
@@ -51,8 +51,8 @@ def test_ours_and_onednn_give_the_same_sums(shape: tuple[int, int], num_rows: in
 
 @pytest.mark.parametrize("num_rows", [1, 48])
 def test_ours_and_onednn_give_the_same_values_to_the_last_bit(num_rows: int) -> None:
-    # Which of them computes depends on the number of rows, and from where on on the machine's load
-    # while it was measured. Where activations are quantized, the last bit may change a token.
+    # Which of them computes depends on the number of rows and on a measured threshold. Where
+    # activations are quantized, the last bit may change a token.
     torch.manual_seed(0)
     weight, bias = torch.randn(896, 320) * 0.02, torch.randn(896)
     x, residual = quantize(torch.randn(num_rows, 320).numpy()), torch.randn(num_rows, 896)
@@ -71,7 +71,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (200, 128), (70, 320), (1, 64)], ids=str)
-def test_4_bits_are_multiplied_the_same_as_they_are_and_turned_into_8(
+def test_4_bits_give_the_same_sums_directly_and_expanded_to_8(
     shape: tuple[int, int],
 ) -> None:
     torch.manual_seed(0)
@@ -80,14 +80,14 @@ def test_4_bits_are_multiplied_the_same_as_they_are_and_turned_into_8(
         random_bytes(7, shape[1]),
     )
     packed = pack_int4(weight.split(50), None)
-    turned = sums(packed, x)
+    expanded = sums(packed, x)
     for num in (1, 2, 5, 6, 7, 13):
-        assert np.array_equal(sums(packed, x[:num]), turned[:num])
+        assert np.array_equal(sums(packed, x[:num]), expanded[:num])
     # One column of x at a time gives the integers themselves.
     units = sums(packed, np.eye(shape[1], dtype=np.uint8)).T
     assert np.abs(units).max() <= 128
     assert np.array_equal(
-        turned, (x.astype(np.int64) @ units.T.astype(np.int64)).astype(np.float32)
+        expanded, (x.astype(np.int64) @ units.T.astype(np.int64)).astype(np.float32)
     )
     errors = torch.from_numpy(units) * packed.scales[:, None] - weight
     groups, of_groups = weight.view(len(weight), -1, 32), errors.view(len(weight), -1, 32)
@@ -96,13 +96,13 @@ def test_4_bits_are_multiplied_the_same_as_they_are_and_turned_into_8(
     assert (of_groups.square().mean(-1).sqrt() / steps).mean() < 0.33
 
 
-def test_4_bits_are_rounded_least_where_it_matters_most() -> None:
+def test_4_bits_are_rounded_least_in_the_most_important_columns() -> None:
     torch.manual_seed(0)
     weight, importance = torch.randn(64, 64), torch.ones(64)
     importance[[5, 40]] = 1000
 
-    def error(of_columns: torch.Tensor | None) -> torch.Tensor:
-        packed = pack_int4([weight], of_columns)
+    def error(weights_of_columns: torch.Tensor | None) -> torch.Tensor:
+        packed = pack_int4([weight], weights_of_columns)
         units = torch.from_numpy(sums(packed, np.eye(64, dtype=np.uint8)).T)
         return (units * packed.scales[:, None] - weight).square()[:, [5, 40]].mean()
 
@@ -111,7 +111,7 @@ def test_4_bits_are_rounded_least_where_it_matters_most() -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("pack", MAX_ERRORS, ids=["ours", "onednn", "both", "int4"])
-def test_it_is_a_linear_layer(pack: Pack, has_bias: bool) -> None:
+def test_a_kernel_matrix_is_a_linear_layer(pack: Pack, has_bias: bool) -> None:
     torch.manual_seed(0)
     weight, x, residual = torch.randn(150, 128), torch.randn(9, 128), torch.randn(9, 150)
     bias = torch.randn(150) * 10 if has_bias else None
@@ -141,7 +141,7 @@ def test_a_sample_keeps_large_columns_from_taking_the_bits_of_others(pack: Pack)
 
 
 @pytest.mark.parametrize("pack", [OURS, pack_int4], ids=["int8", "int4"])
-def test_zeros_do_no_harm(pack: Pack) -> None:
+def test_zeros_give_zeros_and_a_sample_of_zeros_does_no_harm(pack: Pack) -> None:
     weight, x = torch.randn(20, 64), torch.randn(2, 64)
     assert KernelMatrix([weight], pack=pack)(torch.zeros(2, 64)).abs().max() < 1e-30
     assert KernelMatrix([torch.zeros(20, 64)], pack=pack)(x).abs().max() < 1e-30
@@ -151,7 +151,7 @@ def test_zeros_do_no_harm(pack: Pack) -> None:
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("pack", [OURS, pack_int4], ids=["int8", "int4"])
-def test_a_weight_that_is_no_number_is_not_hidden(pack: Pack, number: float) -> None:
+def test_a_weight_that_is_not_finite_is_not_hidden(pack: Pack, number: float) -> None:
     weight = torch.randn(70, 64)
     weight[3, 40] = number
     y = KernelMatrix([weight], pack=pack)(torch.randn(2, 64))

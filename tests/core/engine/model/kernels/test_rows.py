@@ -1,4 +1,4 @@
-"""What happens to rows between products, against the same in float64."""
+"""Operations on rows between products, against the same in float64."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 @pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf, -np.inf])
-def test_a_row_with_something_that_is_no_number_is_none_as_a_whole(number: float) -> None:
+def test_a_row_with_a_number_that_is_not_finite_is_not_finite_as_a_whole(number: float) -> None:
     x = random(3, 64)
     x[1, 40] = number
     quantized = quantize(x)
@@ -86,16 +86,16 @@ def test_a_raw_product_gets_its_value(is_added: bool) -> None:
 
 
 @pytest.mark.parametrize("has_norms", [False, True])
-def test_heads_are_normalised_and_turned(has_norms: bool) -> None:
+def test_heads_are_normalised_and_rotated(has_norms: bool) -> None:
     heads, angles = random(3, 5, 16), random(3, 8, seed=1)
     norms = random(4, 16, seed=2) if has_norms else np.empty((4, 0), np.float32)
     exact = heads.astype(np.complex128)[:, :4].real
     if has_norms:
         exact = exact * norms / np.sqrt((exact**2).sum(-1, keepdims=True) + EPSILON)
-    turned = (exact[..., ::2] + 1j * exact[..., 1::2]) * np.exp(1j * angles)[:, None]
+    rotated = (exact[..., ::2] + 1j * exact[..., 1::2]) * np.exp(1j * angles)[:, None]
     values = heads[:, 4].copy()
     rotations = np.stack((np.cos(angles), np.sin(angles)), -1).reshape(3, 16)
     rows.rotate(heads, rotations, norms, EPSILON)
-    np.testing.assert_allclose(heads[:, :4, ::2], turned.real, atol=1e-5)
-    np.testing.assert_allclose(heads[:, :4, 1::2], turned.imag, atol=1e-5)
+    np.testing.assert_allclose(heads[:, :4, ::2], rotated.real, atol=1e-5)
+    np.testing.assert_allclose(heads[:, :4, 1::2], rotated.imag, atol=1e-5)
     assert np.array_equal(heads[:, 4], values)
