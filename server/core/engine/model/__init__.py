@@ -25,7 +25,7 @@ __all__ = [
     "weights_digest",
 ]
 
-# Below this size the float32 weights fit the CPU's caches and fewer bits gain little.
+# Below this many parameters the float32 weights fit the CPU's caches, and fewer bits gain little.
 _SMALL_MODEL = 100_000_000
 
 
@@ -44,13 +44,13 @@ def load_runner(
 ) -> ModelRunner:
     """Loads the checkpoint, ready to run.
 
-    dtype: as `choose_dtype` gives it.
+    dtype: a result of `choose_dtype`.
     num_threads: CPU threads of the model, None for PyTorch's choice (the physical cores).
-    The rest is as `ModelRunner` has it.
+    Other arguments: see `ModelRunner`.
 
     Raises:
         CheckpointError: the weights do not fit the configuration, or cannot be read; or the
-            processor has no arithmetic for `dtype`.
+            processor or the model does not support `dtype`.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -73,7 +73,7 @@ def load_runner(
 
 
 def choose_dtype(dtype: str, config: ModelConfig) -> str:
-    """The type of the weights: "float32", "bfloat16", "int8", "int4"; for "auto" the best here."""
+    """The type of the weights: "float32", "bfloat16", "int8" or "int4"; resolves "auto"."""
     if dtype != "auto":
         return dtype
     if config.num_parameters < _SMALL_MODEL:

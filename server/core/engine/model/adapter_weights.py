@@ -31,7 +31,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """matrices: A, (R, C_in), and B, (C_out, R), already scaled, by layer and module."""
+    """matrices: A, (R, C_in), and the scaled B, (C_out, R), by layer and module."""
 
     matrices: Mapping[tuple[int, str], tuple[Tensor, Tensor]]
 
@@ -58,28 +58,28 @@ AdapterWeights = LoraWeights | SoftPrompt | SoftPrefix
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter, and what it computes with."""
+    """An adapter and its weights."""
 
     adapter: Adapter
     weights: AdapterWeights
 
 
 def read_adapter(name: str, folder: Path, config: ModelConfig) -> LoadedAdapter:
-    """Reads the adapter in the folder; config: of the model that it is for.
+    """Reads the adapter in the folder; config: of the base model.
 
     Raises:
-        CheckpointError: it cannot be read, or is not for a model of this shape.
+        CheckpointError: it cannot be read, or does not fit the base model.
     """
-    of_adapter = read_adapter_config(folder)
-    tensors = _Tensors(folder, of_adapter)
+    adapter_config = read_adapter_config(folder)
+    tensors = _Tensors(folder, adapter_config)
     weights: AdapterWeights
     num_virtual_tokens = 0
-    if isinstance(of_adapter, LoraConfig):
-        weights = _read_lora(tensors, of_adapter, config)
+    if isinstance(adapter_config, LoraConfig):
+        weights = _read_lora(tensors, adapter_config, config)
     else:
-        assert isinstance(of_adapter, PromptConfig)
-        num_virtual_tokens = of_adapter.num_virtual_tokens
-        is_prefix = isinstance(of_adapter, PrefixConfig)
+        assert isinstance(adapter_config, PromptConfig)
+        num_virtual_tokens = adapter_config.num_virtual_tokens
+        is_prefix = isinstance(adapter_config, PrefixConfig)
         read = _read_prefix if is_prefix else _read_prompt
         weights = read(tensors, num_virtual_tokens, config)
     tensors.check_all_taken()
@@ -87,7 +87,7 @@ def read_adapter(name: str, folder: Path, config: ModelConfig) -> LoadedAdapter:
 
 
 class _Tensors:
-    """The tensors of an adapter, which are taken one after the other."""
+    """The tensors of an adapter, which are taken one by one."""
 
     def __init__(self, folder: Path, config: AdapterConfig) -> None:
         self.folder, self._base = folder, config.base_model_name_or_path
@@ -100,7 +100,11 @@ class _Tensors:
             ) from error
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor in float32, of this shape and of finite numbers."""
+        """Removes and returns a tensor in float32.
+
+        Raises:
+            CheckpointError: it is missing, has another shape, or is not of finite floats.
+        """
         tensor = self._tensors.pop(name, None)
         if tensor is None:
             raise self.misfit(f"it lacks {name!r}")
@@ -123,7 +127,7 @@ class _Tensors:
 
 def _read_lora(tensors: _Tensors, lora: LoraConfig, c: ModelConfig) -> LoraWeights:
     if (target := lora.unknown_target(c.num_layers)) is not None:
-        raise tensors.misfit(f"target module {target!r} is not one that can be changed here")
+        raise tensors.misfit(f"target module {target!r} is not supported")
     shapes = _shapes(c)
     matrices = {}
     for layer, name in lora.modules(c.num_layers):
@@ -143,7 +147,7 @@ def _read_prompt(tensors: _Tensors, num_tokens: int, c: ModelConfig) -> SoftProm
 
 
 def _read_prefix(tensors: _Tensors, num_tokens: int, c: ModelConfig) -> SoftPrefix:
-    """A row is a token: keys, then values of each layer, head by head."""
+    """A row is a token: of each layer first the keys, then the values, head by head."""
     shape = c.num_layers, 2, c.num_kv_heads, c.head_dim
     size = c.num_layers * 2 * c.num_kv_heads * c.head_dim
     by_token = tensors.take("prompt_embeddings", num_tokens, size).view(-1, *shape)

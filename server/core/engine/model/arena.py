@@ -9,16 +9,16 @@ from server.core.engine.model.kv_layout import BY_TOKEN, KVLayout
 
 
 class Arena:
-    """Keys and values of a fixed number of tokens; a page takes memory when it is first written.
+    """Keys and values of a fixed number of tokens; a page takes memory once it is written.
 
-    A slot is the memory of `capacity` consecutive tokens in every layer. All starts as zeros.
+    A slot is the memory of `capacity` consecutive tokens in every layer, zero at first.
     """
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int,
         layout: KVLayout = BY_TOKEN, *, num_tokens: int,
     ) -> None:  # fmt: skip
-        """Reserves address space, and no more of it later.
+        """Reserves all address space at once.
 
         Raises:
             OSError: the system refuses it.
@@ -31,17 +31,17 @@ class Arena:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values in all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return 2 * self._num_layers * self._token_bytes
 
     def slots(self, capacity: int, first_token: int) -> tuple[Tensor, Tensor]:
-        """The memory from `first_token` on, divided into as many slots as there is room for.
+        """Divides the memory from `first_token` on into as many slots as fit.
 
-        Returns keys and values, each (layers, slots, H_kv, *shape); the layout has the shapes.
+        Returns views of keys and values, each (layers, slots, H_kv, *shape); see `KVLayout.shapes`.
         """
         num_slots = (self._num_tokens - first_token) // capacity
-        num_floats = self._num_kv_heads * self._head_dim
-        used = slice(first_token * num_floats, (first_token + num_slots * capacity) * num_floats)
+        size = self._num_kv_heads * self._head_dim
+        used = slice(first_token * size, (first_token + num_slots * capacity) * size)
         keys, values = (
             torch.frombuffer(pages, dtype=self._layout.dtype).view(self._num_layers, -1)[:, used]
             for pages in self._maps
@@ -51,7 +51,7 @@ class Arena:
         return keys.view(*first, *key_shape), values.view(*first, *value_shape)
 
     def give_back(self, begin: int, end: int) -> None:
-        """Gives the whole pages of these tokens back to the system; what was there is lost."""
+        """Returns the whole pages of these tokens to the system; their content is lost."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         layer_bytes = self._num_tokens * self._token_bytes
@@ -67,7 +67,7 @@ class Arena:
 
 def _reserve(num_bytes: int) -> mmap.mmap:
     try:
-        # The default is shared memory, which MADV_DONTNEED would not give back.
+        # The default is shared memory, which MADV_DONTNEED would not return.
         if hasattr(mmap, "MAP_PRIVATE"):
             return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return mmap.mmap(-1, num_bytes)

@@ -1,4 +1,4 @@
-"""Which code computes a model: kernels made for this processor, or PyTorch."""
+"""Chooses the code that computes a model: kernels for this processor, or PyTorch."""
 
 import importlib
 import importlib.util
@@ -11,16 +11,16 @@ from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.linear import QUANTIZED_DTYPES, linear_factory
 from server.core.engine.model.operations import Operations, TorchOperations
 
-# Columns of a tile, which the sizes of a model have to be multiples of.
+# Columns of a tile. Kernels need a model whose sizes are multiples of it.
 _TILE = 64
 _KERNELS = "server.core.engine.model.kernels"
 
 
 class Backend(NamedTuple):
-    """What computes a model's layers, and its attention.
+    """The code that computes a model's layers and its attention.
 
-    is_row_exact: whether a token's hidden state is bit-identical, computed as the only new token
-    of its sequence or as one of several.
+    is_row_exact: whether a token's hidden state is bit-identical if it is the only new token of its
+    sequence and if it is one of several.
     """
 
     operations: Operations
@@ -32,7 +32,7 @@ def choose_backend(config: ModelConfig, dtype: str) -> Backend:
     """Kernels, if this processor and the model's sizes allow them; else PyTorch."""
     attention = _attention_of(config, dtype)
     if dtype in QUANTIZED_DTYPES and _has_kernels_for(config):
-        # Imported only here: the kernels are compiled as they are imported.
+        # Imported only here: importing compiles the kernels.
         matrix = importlib.import_module(f"{_KERNELS}.matrix")
         if matrix.is_layout_known():
             module = importlib.import_module(f"{_KERNELS}.operations")
@@ -42,7 +42,7 @@ def choose_backend(config: ModelConfig, dtype: str) -> Backend:
 
 
 def _attention_of(config: ModelConfig, dtype: str) -> AttentionKind:
-    """With float32 weights the keys and values are exact, too."""
+    """Kernels with keys and values in bfloat16, or PyTorch with float32."""
     if not _is_attention_in_kernels(config, dtype):
         return TORCH_ATTENTION
     kind: AttentionKind = importlib.import_module(f"{_KERNELS}.attention").KERNEL_ATTENTION

@@ -49,13 +49,13 @@ def read_model_config(source: Source) -> ModelConfig:
     """Reads the configuration.
 
     Raises:
-        CheckpointError: it is not of a model this server can run.
+        CheckpointError: it is damaged, or this server does not support the model.
     """
     place = "the metadata" if isinstance(source, GGUF) else "config.json"
     try:
         config = _read_config(source)
         _check_kind(source, config)
-        return _numbers_of(config)
+        return _to_model_config(config)
     except ValidationError as error:
         raise CheckpointError(f"{source}: {place}: {first_wrong_field(error)}") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -70,8 +70,8 @@ def _read_config(source: Source) -> PretrainedConfig:
         config = AutoConfig.for_model(**source.config())
         return config
     if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} is no checkpoint: config.json is missing")
-    read_packing(source)  # only to refuse what is packed in another way
+        raise CheckpointError(f"{source} is not a checkpoint: config.json is missing")
+    read_packing(source)  # only to refuse unsupported packings
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     return config
 
@@ -95,11 +95,13 @@ def _check_kind(source: Source, config: PretrainedConfig) -> None:
         raise CheckpointError(f"{source}: activation {config.hidden_act!r} is not supported")
 
 
-def _numbers_of(config: PretrainedConfig) -> ModelConfig:
+def _to_model_config(config: PretrainedConfig) -> ModelConfig:
     rope, is_qwen3 = config.rope_parameters, config.model_type == "qwen3"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.num_attention_heads % config.num_key_value_heads or head_dim % 2:
-        raise ValueError("the numbers of heads do not divide what they are to share")
+        raise ValueError(
+            "num_attention_heads is not a multiple of num_key_value_heads, or head_dim is odd"
+        )
     return ModelConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -1,4 +1,4 @@
-"""How the keys and values of a slot lie in memory: an attention reads them in its own order."""
+"""The layout of a slot's keys and values in memory. Each kind of attention has its own."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,16 +30,16 @@ class KVLayout(NamedTuple):
     laid_out: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens."""
+        """Blocks that hold `num_tokens`."""
         return -(-num_tokens // self.block_size)
 
     def rounded(self, num_tokens: int) -> int:
-        """The positions of these blocks."""
+        """`num_tokens`, rounded up to whole blocks."""
         return self.num_blocks(num_tokens) * self.block_size
 
 
-# A decode step reads keys and values along their rows, which is how PyTorch's products of a matrix
-# and a vector run at the memory's speed.
+# Decode reads keys and values along their rows: PyTorch's matrix-vector products then run at the
+# memory's speed.
 BY_TOKEN = KVLayout(
     torch.float32,
     block_size=1,

@@ -1,4 +1,4 @@
-"""Gives running sequences slots for their keys and values, all in one arena.
+"""Allocates slots for the keys and values of running sequences, all in one arena.
 
 All memory is reserved at the start; a move allocates no more than one layer of one sequence.
 """
@@ -13,25 +13,25 @@ MIN_CAPACITY = 128
 
 
 class KVMemory:
-    """Gives sequences their slots; a sequence that outgrows its slot moves to a larger one.
+    """Allocates slots to sequences; a sequence that outgrows its slot moves to a larger one.
 
-    The pools lie in the arena by capacity, the largest first, with gaps where slots were freed.
-    The slots of max_context tokens lie at the arena's end, new ones in front of the others.
+    The pools are in the arena by capacity, the largest first, with gaps where slots were freed.
+    The slots of max_context tokens are at the arena's end, each new one before those in use.
     Every other capacity is a multiple of all smaller ones. So a gap is a whole number of slots of
-    the pool behind it, and that pool shifts by moving slots from its one end to its other end.
-    No copy overlaps its source, and at need all gaps close: the last token can be used.
+    the pool after it, and that pool shifts by moving slots from one of its ends to the other.
+    No copy overlaps its source, and all gaps can close: the arena can be used to its last token.
     """
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int,
         layout: KVLayout = BY_TOKEN, *, max_tokens: int, max_context: int,
     ) -> None:  # fmt: skip
-        """max_tokens: room of all slots together. max_context: that of the largest slot.
+        """max_tokens: capacity of all slots together. max_context: of the largest slot.
 
         Both are rounded up to whole blocks of the layout.
 
         Raises:
-            OSError: the system refuses as much memory.
+            OSError: the system refuses the memory.
         """
         assert max_tokens >= max_context
         max_tokens, max_context = layout.rounded(max_tokens), layout.rounded(max_context)
@@ -46,15 +46,15 @@ class KVMemory:
         slots = self._arena.slots(max_context, first_token)
         self._last = KVPool(max_context, layout, *slots, first_token, begin=slots[0].shape[1])
         self._pools = (*self._doubling, self._last)  # in the order of the arena
-        self._rising = (*reversed(self._doubling), self._last)  # by capacity
+        self._ascending = (*reversed(self._doubling), self._last)  # by capacity
 
     def num_bytes(self, num_tokens: int) -> int:
-        """Of the keys and values of one sequence in all layers. Any thread."""
+        """Bytes of a sequence's keys and values in all layers. Thread-safe."""
         return self._layout.rounded(num_tokens) * self._arena.bytes_per_token
 
     @property
     def num_tokens(self) -> int:
-        """Room of all slots in use, filled or not. Any thread."""
+        """Capacity of all slots in use, filled or not. Thread-safe."""
         return sum(pool.num_tokens for pool in self._pools)
 
     @property
@@ -63,11 +63,11 @@ class KVMemory:
         return sum(len(pool.caches) for pool in self._pools)
 
     def reserve(self, cache: KVCache, num_tokens: int) -> bool:
-        """Makes room for `num_tokens` behind the cache's length; False if memory is short."""
+        """Makes room for `num_tokens` more than the cache's length; False if memory is short."""
         needed = cache.length + num_tokens
         if needed <= cache.capacity:
             return True
-        pool = next(p for p in self._rising if p.capacity >= needed)
+        pool = next(p for p in self._ascending if p.capacity >= needed)
         if self.num_tokens - cache.capacity + pool.capacity > self._max_tokens:
             return False
         if cache.pool is None:
@@ -78,13 +78,13 @@ class KVMemory:
         return True
 
     def fits(self, num_tokens: int, freed: Collection[KVCache]) -> bool:
-        """Whether there would be room for another sequence if these were freed."""
-        capacity = next(p.capacity for p in self._rising if p.capacity >= num_tokens)
+        """Whether another sequence of `num_tokens` would fit if these caches were freed."""
+        capacity = next(p.capacity for p in self._ascending if p.capacity >= num_tokens)
         num_used = self.num_tokens - sum(cache.capacity for cache in freed)
         return num_used + capacity <= self._max_tokens
 
     def fill(self, cache: KVCache, prefix: KVPrefix) -> None:
-        """Starts an empty cache, which has room for it, with a copy of the prefix.
+        """Copies the prefix to an empty cache, which has room for it.
 
         Layers that the prefix does not have stay as they were.
         """
@@ -94,10 +94,10 @@ class KVMemory:
         cache.length = prefix.length
 
     def free(self, cache: KVCache, *, is_sound: bool = True) -> None:
-        """Gives the slot back. Harmless if there is none.
+        """Frees the slot; no effect without one.
 
-        is_sound: whether all it holds are numbers. What is left in a slot meets the next
-        sequence's masked places, where neither -inf nor a weight of 0 takes away a NaN.
+        is_sound: whether its content is finite; if not, it is cleared. The content stays at the
+        next sequence's masked positions, where neither -inf nor a weight of 0 removes a NaN.
         """
         if cache.pool is not None:
             if not is_sound:
@@ -108,7 +108,7 @@ class KVMemory:
         cache.pool, cache.slot, cache.length = None, 0, 0
 
     def rest(self) -> None:
-        """Gives the memory of free slots back to the system."""
+        """Returns the memory of free slots to the system."""
         begin = 0
         for pool in self._pools:
             if pool.caches:
@@ -117,17 +117,17 @@ class KVMemory:
         self._arena.give_back(begin, self._max_tokens)
 
     def _replace(self, cache: KVCache, pool: KVPool) -> None:
-        """Moves the cache to a slot of the pool; its own slot counts as free already.
+        """Moves the cache to a slot of the pool, which may use the memory of the old slot.
 
-        The two slots may overlap, so each layer is saved before anything in this layer moves.
+        The two slots may overlap, so each layer is saved before anything in it moves.
         """
         assert cache.pool is not None
-        own = cache.pool.view(cache.slot, cache.length)
-        saved = own.layer(0).clone()  # before anything changes, for this may fail
+        old = cache.pool.view(cache.slot, cache.length)
+        saved = old.layer(0).clone()  # first, as this may fail
         copies = self._remove(cache) + self._add(cache, pool)
         new = pool.view(cache.slot, cache.length)
-        for layer in range(own.num_layers):
-            saved.copy_(own.layer(layer))
+        for layer in range(old.num_layers):
+            saved.copy_(old.layer(layer))
             for source, target in copies:
                 target.layer(layer).copy_(source.layer(layer))
             new.layer(layer).copy_(saved)
@@ -145,7 +145,7 @@ class KVMemory:
         return copies
 
     def _remove(self, cache: KVCache) -> list[Copy]:
-        """Moves the pool's outermost cache to the slot, so that neighbours stay neighbours."""
+        """Moves the pool's outermost cache to the freed slot, so that no gap is left."""
         pool, slot = cache.pool, cache.slot
         assert pool is not None
         if pool is self._last:
@@ -159,17 +159,17 @@ class KVMemory:
         return [pool.move(outermost, slot)]
 
     def _make_room(self, growing: KVPool) -> list[Copy]:
-        """Shifts pools, no further than needed, so that `growing` can have another slot.
+        """Shifts pools, no further than needed, to make room for another slot of `growing`.
 
-        Run in this order, the copies overwrite nothing that is still to be copied.
+        In this order, no copy overwrites the source of a later one.
         """
         *sizes, last = [p.num_tokens + p.capacity * (p is growing) for p in self._pools]
         num_free = self._max_tokens - last - sum(sizes)
         assert num_free >= 0
         shifts = []
-        end = num_used = 0  # of the pools so far: where they end, and their tokens
+        end = num_used = 0  # of the pools so far: their end in the arena, and their tokens
         for pool, size in zip(self._doubling, sizes, strict=True):
-            latest = num_used + num_free  # or the pools behind would not fit
+            latest = num_used + num_free  # the pools after this one must fit
             begin = max(end // pool.capacity, min(pool.begin, latest // pool.capacity))
             shifts.append((pool, begin))
             end = begin * pool.capacity + size

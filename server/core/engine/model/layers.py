@@ -1,4 +1,4 @@
-"""The matrices of a layer, with what can be computed once folded into them as they are read."""
+"""The matrices of a layer; constant factors are folded into them as they are read."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Attention:
     qkv: Linear  # C -> (H + 2 H_kv) D: one product instead of three
     head_norms: Tensor | None  # (H + H_kv, D): of queries and keys, Qwen3
     out: Linear  # H D -> C
-    norm: Tensor  # (C,), what the columns of qkv were multiplied by
+    norm: Tensor  # (C,), folded into the columns of qkv
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Mlp:
 
     gate_up: Linear  # C -> 2 I
     down: Linear  # I -> C
-    norm: Tensor  # (C,), what the columns of gate_up were multiplied by
+    norm: Tensor  # (C,), folded into the columns of gate_up
 
 
 def read_attention(
     c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int, sample: Tensor | None
 ) -> Attention:
-    """Reads it from layer `index`. sample: as `make` has it, what the norm before it gives."""
+    """Reads the attention of layer `index`. sample: inputs of qkv, (N, C), or None."""
     prefix = f"model.layers.{index}."
     query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     parts = (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
@@ -78,7 +78,7 @@ def read_attention(
 def read_mlp(
     c: ModelConfig, reader: WeightReader, make: LinearFactory, index: int, sample: Tensor | None
 ) -> Mlp:
-    """Reads it from layer `index`. sample: as `make` has it, what the norm before it gives."""
+    """Reads the MLP of layer `index`. sample: inputs of gate_up, (N, C), or None."""
     prefix = f"model.layers.{index}."
     size, inner = c.hidden_size, c.intermediate_size
 
@@ -97,9 +97,9 @@ def read_mlp(
 
 
 def folded_heads(c: ModelConfig, module: str, rows: Tensor) -> Tensor:
-    """Rows of q_proj, k_proj or v_proj, (heads D, ...), as they stand in qkv.
+    """Turns rows of q_proj, k_proj or v_proj, (heads D, ...), into rows of qkv.
 
-    Without a norm of their own, queries are scaled for attention.
+    Queries without a norm are scaled for attention.
     """
     heads = rows.view(-1, c.head_dim, *rows.shape[1:])
     if module == "q_proj" and not c.has_qk_norm:
@@ -108,10 +108,10 @@ def folded_heads(c: ModelConfig, module: str, rows: Tensor) -> Tensor:
 
 
 def paired(head_dim: int) -> Tensor:
-    """Order of a head's dimensions in which those that RoPE turns together are neighbours.
+    """The order of a head's dimensions in which the pairs of RoPE are neighbours: (D,).
 
-    Checkpoints hold them half a head apart. Queries and keys change alike, so their products
-    stay the same.
+    In checkpoints a pair is half a head apart. Queries and keys are reordered alike, so their
+    products stay the same.
     """
     half = head_dim // 2
     return torch.arange(head_dim).view(2, half).T.flatten()

@@ -1,8 +1,7 @@
 """Linear layers by type of weight: float32, bfloat16, int8, int4.
 
-Each takes and returns float32, so the network around it does not know which one it holds.
-Quantization happens here, while a checkpoint is read, block of rows by block of rows: the
-matrix never exists in float32 as a whole.
+Each takes and returns float32, so a model does not know which type it holds. Weights are quantized
+while a checkpoint is read, block by block: the whole matrix never exists in float32.
 """
 
 import warnings
@@ -18,12 +17,12 @@ from server.core.engine.heap import trim_heap
 
 QUANTIZED_DTYPES = ("int8", "int4")
 INT4_GROUP_SIZE = 64
-# Matrix products sum the last rows in another order unless there is a multiple of this many.
+# Unless there is a multiple of this many rows, matrix products sum the last ones in another order.
 ROWS = 4
-# Rows of a packed int4 matrix come in blocks of this many.
+# Rows in a block of a packed int4 matrix.
 _INT4_BLOCK = 64
 _TINY = torch.finfo(torch.float32).tiny
-# A column's size counts as at least this share of the largest column's.
+# Lower bound of a column's size, as a share of the largest column's.
 _SMALLEST_COLUMN = 1e-3
 
 
@@ -31,7 +30,7 @@ class Linear(Protocol):
     """x W^T + bias, where W is (C_out, C_in)."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, C_in) -> (N, C_out), both float32. What is returned may be changed."""
+        """(N, C_in) -> (N, C_out), both float32. The caller may change the result."""
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Adds the result to `residual`, (N, C_out)."""
@@ -40,8 +39,8 @@ class Linear(Protocol):
 class LinearFactory(Protocol):
     """Makes a layer from the rows of its matrix, which come in blocks from top to bottom.
 
-    sample: rows as the layer will be given, (N, C_in). Types that quantize may learn from them
-    which columns hold large numbers.
+    sample: typical inputs of the layer, (N, C_in). Types that quantize may learn from them which
+    columns hold large numbers.
     """
 
     def __call__(
@@ -50,7 +49,7 @@ class LinearFactory(Protocol):
 
 
 class Factories(NamedTuple):
-    """Makes the matrices of a model, by where they are."""
+    """Makes the matrices of a model, by their place in it."""
 
     attention: LinearFactory
     mlp: LinearFactory
@@ -77,10 +76,10 @@ class Int8Linear:
     """Weights in int8 with a scale per row, multiplied by activations in 8 bits (dynamic).
 
     Every row of x is quantized to its own range, from its smallest to its largest number, so
-    its result does not depend on what it shares a batch with. With a sample, the columns of x are
-    first made alike in size (SmoothQuant, arXiv 2211.10438): a few columns of a norm's output are
-    twenty times as large as the others, which would have three or four bits left. FBGEMM's kernel
-    reads the weights at the memory's full speed from 1 to 8 rows, and is bound by arithmetic above.
+    its result does not depend on the other rows of a batch. With a sample, the columns of x are
+    first scaled to similar sizes (SmoothQuant, arXiv 2211.10438): a few columns of a norm's output
+    are twenty times as large as the rest, which would keep three or four bits. FBGEMM's kernel
+    is bound by the memory's speed up to 8 rows, and by arithmetic above.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Int8Linear:
         trim_heap()
         zero_points = torch.zeros(len(scales), dtype=torch.long)
         with warnings.catch_warnings():
-            # Deprecated in PyTorch 2.13; nothing that replaces it runs this kernel.
+            # Deprecated in PyTorch 2.13, but no replacement runs this kernel.
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
             weight = torch._make_per_channel_quantized_tensor(
                 integers, scales.double(), zero_points, 0
@@ -103,7 +102,7 @@ class Int8Linear:
         self._packed = torch.ops.quantized.linear_prepack(weight, None)
         self._row_sums = row_sums
         self._bias = bias
-        # Without VNNI pairs of products are added in 16 bits, which 8-bit activations overflow.
+        # Without VNNI pairs of products are added in 16 bits, which overflow on 8-bit activations.
         self._has_vnni = torch.cpu._is_vnni_supported()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -116,8 +115,8 @@ class Int8Linear:
             residual.add_(self._bias)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        # A lone row takes the same operations as a batch, so its result is equal to the last bit.
-        # `linear_dynamic` would save a lone row five small calls, 3 ms a token, but it rounds in
+        # A single row takes the same operations as a batch, so its result is bit-identical.
+        # `linear_dynamic` would save a single row five small calls, 3 ms a token, but it rounds in
         # another order. Within 48 tokens that changed three texts of four.
         if self._factors is not None:
             x = x * self._factors
@@ -142,8 +141,8 @@ class Int8Linear:
 class Int4Linear:
     """Weights in 4 bits, a scale and a zero per row and group of columns (weight-only).
 
-    With a sample, columns are made alike as in int8, so that weights by which large numbers are
-    multiplied are rounded less.
+    With a sample, columns are scaled as in int8, so that weights are rounded less where they are
+    multiplied by large numbers.
     """
 
     def __init__(
@@ -203,10 +202,10 @@ def smoothed(
 
 
 def _smoothing_factors(sample: Tensor, rows: Tensor) -> Tensor:
-    """What to multiply the columns of x with, and to divide those of the weights by: (C_in,).
+    """Factors for the columns of x, by which those of the weights are divided: (C_in,).
 
-    After that a column is as large in x as in the weights. Powers of two, so that nothing is
-    rounded. rows: of the weights; the first block of them is enough.
+    A column is then equally large in x and in the weights. Factors are powers of two, so that
+    nothing is rounded. rows: of the weights; the first block of them is enough.
     """
     sizes, weight_sizes = _column_sizes(sample), _column_sizes(rows)
     exponents: Tensor = (weight_sizes / sizes).log2().div_(2).round_()
@@ -214,16 +213,16 @@ def _smoothing_factors(sample: Tensor, rows: Tensor) -> Tensor:
 
 
 def _column_sizes(rows: Tensor) -> Tensor:
-    """Relative to their mean, and not smaller than some share of the largest: (C_in,)."""
+    """Norms of the columns over their mean, bounded from below: (C_in,)."""
     sizes: Tensor = torch.linalg.vector_norm(rows.float(), dim=0)
     sizes = sizes.clamp_min_(max(_SMALLEST_COLUMN * sizes.max().item(), _TINY))
     return sizes / sizes.mean()
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Symmetric int8, the largest of each row at 127.
+    """Quantizes rows to symmetric int8, the largest number of each to 127.
 
-    Returns integers (R, C_in), scales (R,), and the sums of the rows they stand for (R,).
+    Returns integers (R, C_in), scales (R,), and the sums of the dequantized rows (R,).
     """
     weight = weight.float()
     scales = weight.abs().amax(1).clamp_min(_TINY) / 127
@@ -232,7 +231,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric 4 bits per group of columns.
+    """Quantizes groups of columns to asymmetric 4 bits.
 
     A weight is (integer - 8) * scale + zero, as torch._weight_int4pack_mm_for_cpu reads it.
     Returns integers (R, C_in) from 0 to 15 in int32, scales and zeros (R, C_in / G).
@@ -245,7 +244,7 @@ def _quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_rows_of(blocks: Iterable[Tensor], size: int) -> Iterable[Tensor]:
-    """The same rows, cut so that every block but the last has a multiple of `size`."""
+    """The same rows in other blocks: each but the last has a multiple of `size` rows."""
     rest: Tensor | None = None
     for block in blocks:
         rows = block if rest is None else torch.cat((rest, block))
@@ -258,5 +257,5 @@ def in_rows_of(blocks: Iterable[Tensor], size: int) -> Iterable[Tensor]:
 
 
 def padded(rows: Tensor, size: int) -> Tensor:
-    """With rows of zeros behind, so that there is a multiple of `size`."""
+    """Appends rows of zeros, up to a multiple of `size`."""
     return F.pad(rows, (0, 0, 0, -len(rows) % size))

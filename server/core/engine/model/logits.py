@@ -10,15 +10,15 @@ from torch import Tensor
 from server.core.engine.model.qwen import QwenModel
 from server.core.engine.scheduler import ScheduledChunk
 
-# Rows whose logits are held at once, beside one for each sequence.
+# Rows of continuations whose logits are held at once.
 LOGITS_ROWS = 64
 
 
 class ChunkStates(NamedTuple):
     """Hidden states of a chunk.
 
-    prompt: (T, C) after each of its layers. branches: (R, C), of its continuations; None if there
-    are none of several tokens.
+    prompt: (T, C) after each of its layers. branches: (R, C), of its continuations; None if none
+    has several tokens.
     """
 
     prompt: list[Tensor]
@@ -26,12 +26,12 @@ class ChunkStates(NamedTuple):
 
 
 class StepLogits(NamedTuple):
-    """What a step says of the next tokens.
+    """Logits and log-probabilities that a step's sequences need.
 
     to_sample: (N, V). Each of `sampled` has one row for the next token, and one more for each
     token of its draft.
-    scored: (V,), of the token behind each prompt that is scored.
-    logprobs: of the tokens of its continuations, in order, without the first token of each.
+    scored: (V,), of the token after each prompt that is scored.
+    logprobs: (nats) of all tokens of a chunk's continuations but their first ones, in order.
     """
 
     sampled: list[ScheduledChunk]
@@ -48,15 +48,15 @@ def read_logits(
 ) -> StepLogits:
     """Computes the logits that the step's sequences need.
 
-    drafts: the drafted tokens of each chunk, which were computed behind its own.
+    drafts: the drafted tokens of each chunk, which were computed after its own.
     """
     complete = [chunk for chunk in states if chunk.is_prompt_complete and chunk.num_tokens]
     sampled = [chunk for chunk in complete if chunk.sequence.params is not None]
     prompts = [chunk for chunk in complete if chunk.sequence.continuations]
     branches = {
-        chunk: of_chunk.branches
-        for chunk, of_chunk in states.items()
-        if of_chunk.branches is not None
+        chunk: chunk_states.branches
+        for chunk, chunk_states in states.items()
+        if chunk_states.branches is not None
     }
     rows = [states[chunk].prompt[-1][-1 - len(drafts.get(chunk, ())) :] for chunk in sampled]
     num_sampled = sum(map(len, rows))
@@ -68,8 +68,8 @@ def read_logits(
         [ids[i] for chunk in branches for ids in chunk.continuations for i in range(1, len(ids))],
         dtype=torch.long,
     )
-    # In blocks, for the logits of all tokens of many labels may take gigabytes. The first
-    # goes with the prompts; in most steps there is no other.
+    # In blocks: the logits of all tokens of many labels may take gigabytes. The first block is
+    # computed with the prompts' rows; most steps have no other.
     hidden, num_single = torch.cat(rows), num_sampled + len(prompts)
     first = model.logits(hidden[: num_single + LOGITS_ROWS])
     scored = first[num_sampled:num_single, :vocab_size]
@@ -77,16 +77,16 @@ def read_logits(
     for begin in range(LOGITS_ROWS, len(token_ids), LOGITS_ROWS):
         block = model.logits(hidden[num_single + begin :][:LOGITS_ROWS])[:, :vocab_size]
         logprobs += _logprobs(block, token_ids[begin : begin + LOGITS_ROWS])
-    parts = iter(logprobs)
+    remaining = iter(logprobs)
     return StepLogits(
         sampled,
         first[:num_sampled],
         dict(zip(prompts, scored, strict=True)),
-        {chunk: list(islice(parts, len(hidden))) for chunk, hidden in branches.items()},
+        {chunk: list(islice(remaining, len(rows))) for chunk, rows in branches.items()},
     )
 
 
 def _logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:
-    """Of one token for each row of the logits (N, V)."""
+    """Log-probability (nats) of one token for each row of the logits (N, V)."""
     result: list[float] = logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0].tolist()
     return result

@@ -1,4 +1,4 @@
-"""LoRA beside the base model's matrices, which sequences with and without it share.
+"""Computes LoRA beside the base model's matrices, which all sequences share.
 
 Source of the formula: LoRA (arXiv 2106.09685): x (W + B A)^T = x W^T + (x A^T) B^T.
 """
@@ -16,21 +16,21 @@ from server.core.engine.model.config import ModelConfig
 from server.core.engine.model.layers import Attention, Mlp, folded_heads
 from server.core.engine.model.linear import ROWS, padded
 
-# Rows of a step, rising; a slice where they are neighbours.
+# Rows of a step, ascending; a slice if they are consecutive.
 Rows = Tensor | slice
 
 
 class _Part(NamedTuple):
-    """One B: which rows of A it follows, and which columns of the product it changes."""
+    """The B of one module in the product."""
 
-    ranks: slice
-    columns: slice
+    ranks: slice  # rows of A
+    columns: slice  # of the product that it changes
     b: Tensor  # (columns, ranks)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to a product with one matrix, which may be several in one.
+    """The addition to a product with one matrix, which may be several in one.
 
     a: (R, C_in), of all parts. It takes the input of the matrix in float32, not quantized.
     """
@@ -43,23 +43,23 @@ class LowRank:
         if isinstance(rows, slice):
             self.add_to(y[rows], x)
         elif self.parts:
-            # Once there and back: index_add_ would take a call for each row and part.
-            chosen = y[rows]
-            self.add_to(chosen, x)
-            y[rows] = chosen
+            # Copied and written back once: index_add_ would take a call for each row and part.
+            selected = y[rows]
+            self.add_to(selected, x)
+            y[rows] = selected
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """Adds its product with x, (n, C_in), to y, (n, C_out)."""
         if not self.parts:
             return
-        # A row's sums then do not depend on how many others there are.
+        # Padded, so that a row's sums do not depend on the number of rows.
         low = F.linear(padded(x, ROWS), self.a)
         for ranks, columns, b in self.parts:
             y[:, columns] += F.linear(low[:, ranks], b)[: len(x)]
 
 
 class LoraLayer(NamedTuple):
-    """What is added to the products of a layer."""
+    """The additions to the products of a layer."""
 
     qkv: LowRank
     out: LowRank
@@ -74,13 +74,13 @@ class LoraLayer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA, layer by layer, with what is folded into the model's matrices folded in, too."""
+    """A LoRA, layer by layer, folded like the model's matrices."""
 
     layers: tuple[LoraLayer, ...]
 
 
 class LoraRows(NamedTuple):
-    """Rows of a step, and what a LoRA adds to them in a layer."""
+    """Rows of a step, and the layer of a LoRA that is added to them."""
 
     rows: Rows
     layer: LoraLayer
@@ -89,28 +89,28 @@ class LoraRows(NamedTuple):
 def fold_lora(
     weights: LoraWeights, c: ModelConfig, layers: Sequence[tuple[Attention, Mlp]]
 ) -> Lora:
-    """layers: the matrices beside which the LoRA is computed."""
+    """Folds the model's factors into a LoRA. layers: the model's matrices."""
     query_rows, kv_rows = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    of_qkv = {"q_proj": query_rows, "k_proj": kv_rows, "v_proj": kv_rows}
-    of_gate_up = dict.fromkeys(("gate_proj", "up_proj"), c.intermediate_size)
+    qkv_columns = {"q_proj": query_rows, "k_proj": kv_rows, "v_proj": kv_rows}
+    gate_up_columns = dict.fromkeys(("gate_proj", "up_proj"), c.intermediate_size)
 
     def fold(i: int, attention: Attention, mlp: Mlp) -> LoraLayer:
-        of_layer = {
-            name: (a, folded_heads(c, name, b) if name in of_qkv else b)
+        matrices = {
+            name: (a, folded_heads(c, name, b) if name in qkv_columns else b)
             for (layer, name), (a, b) in weights.matrices.items()
             if layer == i
         }
         return LoraLayer(
-            qkv=_side_by_side(of_layer, of_qkv, attention.norm),
-            out=_side_by_side(of_layer, {"o_proj": c.hidden_size}),
-            gate_up=_side_by_side(of_layer, of_gate_up, mlp.norm),
-            down=_side_by_side(of_layer, {"down_proj": c.hidden_size}),
+            qkv=_concatenated(matrices, qkv_columns, attention.norm),
+            out=_concatenated(matrices, {"o_proj": c.hidden_size}),
+            gate_up=_concatenated(matrices, gate_up_columns, mlp.norm),
+            down=_concatenated(matrices, {"down_proj": c.hidden_size}),
         )
 
     return Lora(tuple(fold(i, *layer) for i, layer in enumerate(layers)))
 
 
-def _side_by_side(
+def _concatenated(
     matrices: Mapping[str, tuple[Tensor, Tensor]], num_columns: Mapping[str, int],
     norm: Tensor | None = None,
 ) -> LowRank:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a layer computes, by PyTorch: for any type of weights, on any processor."""
+"""The operations of a layer in PyTorch: for any type of weights, on any processor."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from server.core.engine.model.lora import LoraRows
 
 
 class Operations(Protocol):
-    """Computes the parts of a layer with the matrices that it makes, and changes `hidden`."""
+    """Computes the parts of a layer in place, with matrices from its factories."""
 
     factories: Factories
 
@@ -26,19 +26,19 @@ class Operations(Protocol):
     ) -> None:  # fmt: skip
         """Adds the attention of layer `index` to hidden, (N, C).
 
-        rotations: unit complex numbers that turn each token's pairs, (N, D / 2).
-        loras: of this layer, each for rows of its own; other rows are as without them.
+        rotations: RoPE's unit complex numbers for each token, (N, D / 2).
+        loras: of this layer, each for rows of its own; other rows do not change.
         """
 
     def add_mlp(self, weights: Mlp, hidden: Tensor, loras: Sequence[LoraRows] = ()) -> None:
-        """Adds the MLP's result to hidden, (N, C). loras: as `add_attention` has them."""
+        """Adds the MLP's result to hidden, (N, C). loras: see `add_attention`."""
 
     def logits(self, head: Linear, norm: Tensor, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32. norm: (C,), the last norm's weights times sqrt(C)."""
 
 
 class TorchOperations:
-    """The operations, each a few calls of PyTorch."""
+    """`Operations` by a few calls of PyTorch each."""
 
     def __init__(self, config: ModelConfig, make: LinearFactory) -> None:
         self.factories = Factories(make, make, make)
@@ -61,7 +61,7 @@ class TorchOperations:
         if weights.head_norms is not None:
             rotated = heads[:, : len(weights.head_norms)]
             rotated.copy_(self._normalised(rotated) * weights.head_norms)
-        # RoPE turns pairs of numbers, which is a product of complex ones.
+        # RoPE rotates pairs of numbers, which is a product of complex numbers.
         pairs = torch.view_as_complex(heads.view(*heads.shape[:2], -1, 2))
         pairs[:, : c.num_heads + c.num_kv_heads].mul_(rotations[:, None])
         mixed = attend(index, heads)
@@ -90,8 +90,8 @@ class TorchOperations:
 def normalised(x: Tensor, epsilon: Tensor) -> Tensor:
     """x over the norm of its last dimension; sqrt(C) times this is RMSNorm's x / rms.
 
-    The square root is in the weights. hypot adds epsilon under the root, in one kernel.
-    epsilon: the root of RMSNorm's, times sqrt(C).
+    sqrt(C) is folded into the weights. hypot adds epsilon under the root, in one kernel.
+    epsilon: the root of C times RMSNorm's epsilon.
     """
     norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / norms.hypot(epsilon)

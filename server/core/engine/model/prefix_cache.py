@@ -1,6 +1,6 @@
-"""Keys and values of earlier sequences, for those that begin with the same tokens.
+"""Keys and values of earlier sequences, reused by those that begin with the same tokens.
 
-Reusing them is a copy of memory, about a hundredth of the time of computing them.
+Copying them takes about a hundredth of the time of computing them.
 """
 
 import struct
@@ -29,9 +29,9 @@ _get_key = attrgetter("key")
 class PrefixCache:
     """Bounded in bytes; evicts the least recently used entries first, pinned ones never.
 
-    Entries are sorted by their tokens. The one that has most in common with a query is then a
-    neighbour of the query's place, so a search does not grow with the number of entries.
-    What one adapter computed is never found for another one, or for the base model ("").
+    Entries are sorted by their tokens. The entry with the longest common prefix is then next to the
+    query's place, so a lookup compares the query with few entries.
+    Entries of one adapter are never found for another one, or for the base model ("").
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -53,10 +53,9 @@ class PrefixCache:
     def lookup(
         self, token_ids: Sequence[int], num_layers: int, *, adapter: str = ""
     ) -> KVPrefix | None:
-        """The longest prefix known in the first `num_layers` layers; not to be changed.
+        """The longest cached prefix in the first `num_layers` layers; must not be changed.
 
-        It is always shorter than `token_ids`: one token at least stays to be computed, or there
-        would be no logits.
+        It is always shorter than `token_ids`: at least one token must be computed to get logits.
         """
         key = _key(token_ids[:-1])
         best, longest = None, 0
@@ -73,13 +72,13 @@ class PrefixCache:
         self, token_ids: Sequence[int], cache: KVCache, num_layers: int, *,
         adapter: str = "", is_pinned: bool = False,
     ) -> None:  # fmt: skip
-        """Copies the tokens, which are the first of `cache`, into a new entry.
+        """Copies the first tokens of `cache`, which are `token_ids`, into a new entry.
 
-        num_layers: the first layers, which alone have computed the tokens.
-        Replaces unpinned entries that the tokens begin with, unless they have more layers.
+        num_layers: only the first layers have computed the tokens.
+        Replaces unpinned entries that are a prefix of the tokens, unless they have more layers.
         If an entry of as many layers or more already begins with the tokens (a pinned one, for
         pinned tokens), only marks that entry as used. Pinned tokens are stored whatever their
-        size, others only if there is room beside the pinned ones.
+        size, unpinned ones only if they fit beside the pinned entries.
         """
         prefix = cache.first(len(token_ids), num_layers)
         if not is_pinned and not self.has_room_for(prefix.num_bytes):
@@ -100,18 +99,18 @@ class PrefixCache:
         self._add(_Entry(key, prefix.clone(), is_pinned, adapter))
 
     def pin(self, token_ids: Sequence[int], prefix: KVPrefix, *, adapter: str) -> None:
-        """Keeps what was not computed from tokens: an adapter's virtual ones."""
+        """Adds a pinned entry for an adapter's virtual tokens."""
         self._add(_Entry(_key(token_ids), prefix, True, adapter))
 
     def has_room_for(self, num_bytes: int) -> bool:
-        """Whether an entry of that size fits beside the pinned ones. Any thread."""
+        """Whether an entry of that size fits beside the pinned ones. Thread-safe."""
         return self._num_pinned_bytes + num_bytes <= self._max_bytes
 
     def _neighbours(self, key: bytes, adapter: str) -> list[_Entry]:
         """The entries directly before and after the key's place in each list.
 
-        Among them are, of each list: the one with the longest common prefix; one that begins with
-        the key, if any does; the only unpinned one that the key begins with, if there is one.
+        They include, for each list: the entry with the longest common prefix; an entry that begins
+        with the key, if any; the only unpinned entry that is a prefix of the key, if any.
         """
         neighbours = []
         for entries in self._lists[adapter].values():
@@ -140,7 +139,7 @@ class PrefixCache:
 
 
 def _key(token_ids: Sequence[int]) -> bytes:
-    """Big-endian words of 4 bytes: sorted as the token ids are."""
+    """Big-endian words of 4 bytes, which sort as the token ids do."""
     return struct.pack(f">{len(token_ids)}I", *token_ids)
 
 

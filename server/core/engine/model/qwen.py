@@ -1,8 +1,8 @@
-"""The forward of a dense Qwen2 or Qwen3, over sequences of different lengths at once.
+"""The forward pass of a dense Qwen2 or Qwen3, over sequences of different lengths at once.
 
-All new tokens of all sequences lie behind one another in one (N, C) matrix, so every linear
-layer runs once per step. What can be computed once is folded into the weights as they are
-read: the scales of norms and of attention, and RoPE's pairs laid side by side.
+The new tokens of all sequences are the rows of one (N, C) matrix, so every linear layer runs once
+per step. The scales of norms and attention, and the order of RoPE's pairs, are folded into the
+weights as they are read.
 """
 
 import math
@@ -31,12 +31,12 @@ from server.core.engine.model.weights import Lookup, WeightReader, open_weights
 from server.core.engine.runner import StepInterruptedError
 
 # Random tokens that run through each layer while a quantized model is read, to measure which
-# columns are large. That hardly depends on the text.
+# columns are large. That hardly depends on the text, so no tokenizer is needed.
 _NUM_SAMPLE_TOKENS = 64
 
 
 class QwenModel:
-    """Weights and forward pass. Holds no state between calls; that is in the KV caches."""
+    """Weights and forward pass. All state between calls is in the KV caches."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class QwenModel:
         backend: Backend,
         sample_ids: Sequence[int] = (),
     ) -> None:
-        """sample_ids: tokens that pass through each layer as it is read.
+        """sample_ids: tokens that run through each layer as it is read.
 
-        The factory of matrices receives what each norm gives for them as its sample.
+        Each norm's output for them is the sample of the matrix after it.
         """
         self.config = config
         self._operations, self._attention, self.is_row_exact = backend
@@ -55,18 +55,18 @@ class QwenModel:
         # Source of the formula: RoFormer (arXiv 2104.09864).
         exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
         self._inverse_frequencies = 1.0 / c.rope_theta**exponents
-        # The largest matrix first: quantizing it takes twice its size for a moment. So nothing is
-        # known yet of what it will be given.
+        # The largest matrix first, as quantizing it briefly takes twice its size. So it gets no
+        # sample.
         embeddings = "model.embed_tokens.weight"
         head = embeddings if c.is_tied else "lm_head.weight"
         self._head = make.head(reader.blocks(head, (c.vocab_size, c.hidden_size)))
         if c.is_tied and isinstance(self._head, FloatLinear):
             self._embeddings: Lookup = partial(F.embedding, weight=self._head.weight)
         else:
-            # Stay in the file: few rows are looked up, and the file has them in full.
+            # Stay in the file, as they are stored there: a step needs few of their rows.
             self._embeddings = reader.lookup(embeddings, (c.vocab_size, c.hidden_size))
         sample = _Sample(self, self._embedded(sample_ids)) if sample_ids else None
-        # disable=None: on a terminal only, so that no log is full of it.
+        # disable=None: shown on a terminal only, not in a log.
         indices = tqdm(range(c.num_layers), "loading", unit=" layers", leave=False, disable=None)
         self._layers = list[tuple[Attention, Mlp]]()
         for i in indices:
@@ -82,7 +82,7 @@ class QwenModel:
         self._norm = reader.read("model.norm.weight", (c.hidden_size,)) * math.sqrt(c.hidden_size)
 
     def new_memory(self, max_tokens: int, max_context: int) -> KVMemory:
-        """Room for the KV caches of running sequences."""
+        """Memory for the KV caches of running sequences."""
         c = self.config
         return KVMemory(
             c.num_layers, c.num_kv_heads, c.head_dim, self._attention.layout,
@@ -97,14 +97,14 @@ class QwenModel:
         Returns the hidden states of each segment after each of its layers: (T, C).
 
         Raises:
-            StepInterruptedError: `should_stop`, which is asked before each layer, said so. No
-                cache is longer than before.
+            StepInterruptedError: `should_stop`, called before each layer, returned True. No cache
+                is longer than before.
         """
         order = step_order(segments)
         ordered = [segments[i] for i in order]
         attend = StepAttention(self._attention, ordered)
         states: list[list[Tensor]] = [[] for _ in segments]
-        # The layers after which something is wanted or leaves; in most steps the last one alone.
+        # Layers after which states are returned or segments leave; in most steps only the last.
         stops = {layer for s in segments for layer in s.layers or (self.config.num_layers,)}
         rotations = self._rotations([p for s in ordered for p in s.positions])
         hidden = self._embedded([i for s in ordered for i in s.token_ids])
@@ -129,29 +129,29 @@ class QwenModel:
     def _collect(
         self, layer: int, hidden: Tensor, segments: Sequence[Segment], states: list[list[Tensor]]
     ) -> int:
-        """Appends to `states` what the segments want of this layer.
+        """Appends the hidden states that segments want of this layer to `states`.
 
-        Returns how many rows stay in the forward: those in front.
+        Returns how many rows stay in the forward pass: the first ones.
         """
         begin = num_staying = 0
         for segment, collected in zip(segments, states, strict=True):
             if begin == len(hidden):
-                break  # this one and all behind it have left before
+                break  # this segment and all later ones have left before
             rows = slice(begin, begin := begin + len(segment.token_ids))
             is_leaving = segment.depth <= layer or layer == self.config.num_layers
             if not is_leaving:
                 num_staying = begin
             if is_leaving or (segment.layers and layer in segment.layers):
-                # Of those that stay a copy: the next layer adds to the same memory.
+                # Rows that stay are copied: the next layer changes them in place.
                 collected.append(hidden[rows] if is_leaving else hidden[rows].clone())
         return num_staying
 
     def fold_lora(self, weights: LoraWeights) -> Lora:
-        """The LoRA as segments are computed with it."""
+        """The LoRA in the form that segments use."""
         return fold_lora(weights, self.config, self._layers)
 
     def virtual_prefix(self, weights: SoftPrompt | SoftPrefix) -> KVPrefix:
-        """Keys and values of an adapter's virtual tokens, which sequences begin with."""
+        """Keys and values of an adapter's virtual tokens, which its sequences begin with."""
         if isinstance(weights, SoftPrompt):
             virtual = _Sample(self, weights.embeddings.clone())
             for i, (attention, mlp) in enumerate(self._layers):
@@ -159,8 +159,8 @@ class QwenModel:
                 virtual.add_mlp(mlp)
             return virtual.prefix
         layout, keys = self._attention.layout, weights.keys[..., paired(self.config.head_dim)]
-        of_layout = layout.laid_out(keys.to(layout.dtype), weights.values.to(layout.dtype))
-        return KVPrefix(*of_layout, keys.shape[2], layout)
+        blocks = layout.laid_out(keys.to(layout.dtype), weights.values.to(layout.dtype))
+        return KVPrefix(*blocks, keys.shape[2], layout)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, C) -> (N, V), in float32."""
@@ -171,13 +171,13 @@ class QwenModel:
         return self._embeddings(torch.tensor(token_ids)).float()
 
     def _rotations(self, positions: Sequence[int]) -> Tensor:
-        """Each position as unit complex numbers, one for each pair: (N, D / 2)."""
+        """RoPE's unit complex numbers, one for each position and pair: (N, D / 2)."""
         angles = torch.tensor(positions, dtype=torch.float32)[:, None] * self._inverse_frequencies
         return torch.polar(torch.ones_like(angles), angles)
 
 
 def _rows_by_lora(segments: Sequence[Segment], num_rows: int) -> dict[Lora, Rows]:
-    """Which of the first rows of a step are computed with which LoRA."""
+    """The rows of each LoRA among the first `num_rows` of a step."""
     rows = defaultdict[Lora, list[int]](list)
     begin = 0
     for segment in segments:
@@ -185,20 +185,20 @@ def _rows_by_lora(segments: Sequence[Segment], num_rows: int) -> dict[Lora, Rows
         if segment.lora is not None:
             rows[segment.lora] += range(begin, min(end, num_rows))
         begin = end
-    return {lora: _as_rows(of_lora) for lora, of_lora in rows.items() if of_lora}
+    return {lora: _as_rows(indices) for lora, indices in rows.items() if indices}
 
 
 def _as_rows(rows: list[int]) -> Rows:
-    """rows: rising."""
-    are_neighbours = rows[-1] - rows[0] == len(rows) - 1
-    return slice(rows[0], rows[-1] + 1) if are_neighbours else torch.tensor(rows)
+    """rows: ascending."""
+    are_consecutive = rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if are_consecutive else torch.tensor(rows)
 
 
 class _Sample:
-    """Some rows on their way through a model, whose layers may still have to be read."""
+    """Rows that run through a model layer by layer, even while its layers are read."""
 
     def __init__(self, model: QwenModel, hidden: Tensor) -> None:
-        """hidden: embeddings, (N, C), which are changed."""
+        """hidden: embeddings, (N, C), changed in place."""
         num = len(hidden)
         self._cache = KVCache()
         is_reserved = model.new_memory(num, num).reserve(self._cache, num)
@@ -212,13 +212,13 @@ class _Sample:
 
     @property
     def prefix(self) -> KVPrefix:
-        """A copy of its keys and values in all layers."""
+        """A copy of the rows' keys and values in all layers."""
         pool = self._cache.pool
         assert pool is not None
         return pool.view(self._cache.slot, len(self._hidden)).clone()
 
     def normalised(self) -> Tensor:
-        """What the next matrix behind a norm is given: (N, C)."""
+        """The input of the matrix after the next norm: (N, C)."""
         size = self._hidden.shape[1]
         return F.rms_norm(self._hidden, (size,), eps=self._norm_eps) / math.sqrt(size)
 
@@ -237,8 +237,6 @@ def load_qwen(source: Source, config: ModelConfig, dtype: str) -> QwenModel:
     """
     sample_ids: list[int] = []
     if dtype in QUANTIZED_DTYPES:
-        # Which columns are large depends on the model, hardly on the text: tokens at random do as
-        # well as sentences, and need no tokenizer.
         num_tokens = min(_NUM_SAMPLE_TOKENS, config.max_position_embeddings)
         sample_ids = random.Random(0).choices(range(config.vocab_size), k=num_tokens)
     return QwenModel(config, open_weights(source), choose_backend(config, dtype), sample_ids)

@@ -1,4 +1,4 @@
-"""Runs scheduled chunks through the model: one forward, then a token or scores for each."""
+"""Runs scheduled chunks through the model: one forward pass, then tokens or scores for each."""
 
 import math
 import sys
@@ -25,43 +25,43 @@ from server.core.engine.runner import StepResult
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import PrefilledEvent, ScoredEvent, Sequence, TokenEvent
 
-# Rows of a step with drafts, at most.
+# Maximum rows of a step with drafts.
 MAX_DRAFT_ROWS = 8
 
 
 @dataclass
 class _State:
-    """What the runner keeps of an admitted sequence.
+    """The runner's state of an admitted sequence.
 
-    logprobs: of each continuation, once its prompt is computed; those of tokens behind the first
-    are added as they are computed. hidden_states: (L, C), as `Scores` has them.
+    logprobs: (nats) of each continuation, once its prompt is computed; those of tokens after the
+    first are added as they are computed. hidden_states: (L, C), see `Scores`.
     """
 
     cache: KVCache
     sampler: Sampler | None
     logprobs: list[float] = field(default_factory=list)
     hidden_states: NDArray[np.float32] | None = None
-    lookup: PromptLookup | None = None  # of prompt and completion, from the first draft on
+    lookup: PromptLookup | None = None  # created for the first draft
 
 
 class ModelRunner:
-    """Keeps the KV cache and the sampler of every sequence that was admitted."""
+    """A `Runner` that keeps the KV cache and the sampler of every admitted sequence."""
 
     def __init__(
         self, model: QwenModel, *, vocab_size: int, max_kv_tokens: int, max_context: int,
         max_prefix_bytes: int = 0, adapters: Iterable[LoadedAdapter] = (),
         max_draft_tokens: int = 0,
     ) -> None:  # fmt: skip
-        """vocab_size: ids beyond it are padding of the output matrix and never come out.
+        """vocab_size: ids from it on are padding of the output matrix and never sampled.
 
-        max_kv_tokens: room for all running sequences together, one of max_context at least.
+        max_kv_tokens: capacity for all running sequences together, at least max_context.
 
-        max_prefix_bytes: memory for what finished sequences computed, for others to reuse.
+        max_prefix_bytes: size of the prefix cache.
 
         adapters: those that sequences may name.
 
-        max_draft_tokens: of one sequence in a step. Without kernels there are none, as then
-        the last bits of a token's logits depend on whether it was drafted.
+        max_draft_tokens: of one sequence in a step. Without kernels there are none: the last bits
+        of a token's logits would depend on whether it was drafted.
         """
         self._model = model
         self._max_draft_tokens = max_draft_tokens if model.is_row_exact else 0
@@ -75,27 +75,27 @@ class ModelRunner:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that hold memory."""
+        """Sequences that were admitted and not released."""
         return len(self._states)
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens that the slots in use have room for."""
+        """Capacity in tokens of the slots in use."""
         return self._memory.num_tokens
 
     @torch.inference_mode()
     def step(
         self, chunks: list[ScheduledChunk], should_stop: Callable[[], bool] = lambda: False
     ) -> dict[Sequence, StepResult | Exception]:
-        """One forward over all chunks; a result for each sequence that is then complete.
+        """Runs one forward pass over all chunks; returns a result for each complete sequence.
 
         Raises:
-            StepInterruptedError: `should_stop`, which is asked before each layer, said so.
+            StepInterruptedError: `should_stop`, called before each layer, returned True.
         """
         drafts = self._drafts(chunks)
         segments = {chunk: self._segments(chunk, drafts.get(chunk, [])) for chunk in chunks}
         computed = list(chain(*segments.values()))
-        # There may be no row to compute: continuations of one token behind a known prompt.
+        # There may be no row: continuations of one token after a computed prompt.
         hidden = iter(self._model.forward(computed, should_stop) if computed else ())
         states = {
             chunk: ChunkStates(
@@ -117,7 +117,7 @@ class ModelRunner:
         return results
 
     def _drafts(self, chunks: list[ScheduledChunk]) -> dict[ScheduledChunk, list[int]]:
-        """The draft of each chunk; none for a step of many rows, where checking them costs more."""
+        """The draft of each chunk; none for a step of many rows, where checking costs more."""
         if len(chunks) * (1 + self._max_draft_tokens) > MAX_DRAFT_ROWS:
             return {}
         if not all(self._can_draft(chunk.sequence) for chunk in chunks):
@@ -142,31 +142,31 @@ class ModelRunner:
     def _sample(
         self, logits: StepLogits, drafts: Mapping[ScheduledChunk, list[int]]
     ) -> dict[Sequence, StepResult | Exception]:
-        """The next token of each sequence, and one more behind each right token of its draft.
+        """Samples the next token of each sequence, and one more after each right drafted token.
 
         Every token is sampled, so a draft changes no text.
         """
-        drawn: dict[ScheduledChunk, list[TokenEvent]] = {chunk: [] for chunk in logits.sampled}
+        sampled: dict[ScheduledChunk, list[TokenEvent]] = {chunk: [] for chunk in logits.sampled}
         failed: dict[ScheduledChunk, Exception] = {}
-        sizes = (1 + len(drafts.get(chunk, ())) for chunk in drawn)
+        sizes = (1 + len(drafts.get(chunk, ())) for chunk in sampled)
         # The row of each chunk whose token is sampled next.
-        rows = dict(zip(drawn, accumulate(sizes, initial=0), strict=False))
+        rows = dict(zip(sampled, accumulate(sizes, initial=0), strict=False))
         while rows:
-            # Without drafts these are all the logits, which need not be copied.
+            # Without drafts these are all rows, which need not be copied.
             is_all = len(rows) == len(logits.to_sample)
-            chosen = logits.to_sample if is_all else logits.to_sample[list(rows.values())]
+            selected = logits.to_sample if is_all else logits.to_sample[list(rows.values())]
             samplers = [self._sampler_of(chunk.sequence) for chunk in rows]
-            for chunk, result in zip(list(rows), sample(samplers, chosen), strict=True):
+            for chunk, result in zip(list(rows), sample(samplers, selected), strict=True):
                 row = rows.pop(chunk)
                 if isinstance(result, Exception):
                     failed[chunk] = result
                     continue
-                drawn[chunk].append(result)
-                if _is_right(drafts.get(chunk, []), drawn[chunk], chunk.sequence):
+                sampled[chunk].append(result)
+                if _matches(drafts.get(chunk, []), sampled[chunk], chunk.sequence):
                     rows[chunk] = row + 1
-        for chunk, tokens in drawn.items():
+        for chunk, tokens in sampled.items():
             self._learn(chunk.sequence, tokens, was_drafted=bool(drafts.get(chunk)))
-        return {chunk.sequence: failed.get(chunk, tokens) for chunk, tokens in drawn.items()}
+        return {chunk.sequence: failed.get(chunk, tokens) for chunk, tokens in sampled.items()}
 
     def _sampler_of(self, sequence: Sequence) -> Sampler:
         sampler = self._states[sequence].sampler
@@ -184,9 +184,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def admit(self, sequence: Sequence) -> int | None:
-        """Gives the sequence room for its prompt, filled with the longest prefix that is known.
+        """Allocates memory for the sequence's tokens, filled with the longest cached prefix.
 
-        Returns how many tokens that are; None if memory is short.
+        Returns how many of its tokens are cached; None if memory is short.
         """
         state = self._states.get(sequence)
         cache = KVCache() if state is None else state.cache
@@ -207,20 +207,19 @@ class ModelRunner:
     def reserve(self, sequence: Sequence) -> bool:
         """Makes room for the sequence's next token; False if memory is short."""
         cache = self._states[sequence].cache
-        cache.length = _num_positions(
-            sequence, sequence.num_computed
-        )  # not what a failed step left
+        # A failed step may have left another length.
+        cache.length = _num_positions(sequence, sequence.num_computed)
         return self._memory.reserve(cache, 1)
 
     @torch.inference_mode()
     def suspend(self, sequence: Sequence) -> None:
-        """Frees the sequence's memory; `admit` computes or copies it again."""
+        """Frees the sequence's memory; a later `admit` resumes it."""
         self._remember(sequence)
         self._memory.free(self._states[sequence].cache)
 
     @torch.inference_mode()
     def release(self, sequence: Sequence, *, is_sound: bool) -> None:
-        """Frees all the sequence holds; what others may begin with is kept, if it is sound."""
+        """Frees the sequence's memory; if it is sound, caches what others may begin with."""
         if sequence not in self._states:
             return
         try:
@@ -230,12 +229,12 @@ class ModelRunner:
             self._memory.free(self._states.pop(sequence).cache, is_sound=is_sound)
 
     def fits(self, sequence: Sequence, without: Collection[Sequence]) -> bool:
-        """Whether the sequence could be admitted if the others were suspended."""
+        """Whether the sequence could be admitted if those of `without` were suspended."""
         freed = [self._states[other].cache for other in without]
         return self._memory.fits(_num_positions(sequence, sequence.num_tokens), freed)
 
     def is_kept(self, num_tokens: int) -> bool:
-        """Whether a prompt of that length, once computed, is kept for others. Any thread."""
+        """Whether a prompt of that length is cached once it is computed. Thread-safe."""
         return self._prefixes.has_room_for(self._memory.num_bytes(num_tokens))
 
     def rest(self) -> None:
@@ -270,15 +269,14 @@ class ModelRunner:
             )
 
     def _segments(self, chunk: ScheduledChunk, draft: list[int]) -> list[Segment]:
-        """Of the chunk's tokens with the draft behind them, and of its continuations without
-        their last tokens."""
+        """One for the chunk's tokens and draft; one for its continuations, without last tokens."""
         sequence = chunk.sequence
         begin = sequence.num_computed
         end = begin + chunk.num_tokens
         first, last = _num_positions(sequence, begin), _num_positions(sequence, end)
         cache = self._states[sequence].cache
-        # Longer if a step failed behind its forward or a draft was wrong; what is there is
-        # written again.
+        # It is longer if a step failed after its forward pass or a draft was wrong; those positions
+        # are written again.
         cache.length = first
         segments = []
         lora = self._loras.get(sequence.adapter.name)
@@ -287,17 +285,17 @@ class ModelRunner:
         if chunk.num_tokens:
             ids = sequence.tokens(begin, end) + draft
             positions = range(first, last + len(draft))
-            # Before the last chunk no hidden states are needed; the segment only has to stop.
+            # Before the prompt's last chunk, layers only says where the segment leaves.
             wanted = sequence.layers if chunk.is_prompt_complete else ()
-            of_prompt = layers and tuple(sorted({*wanted, *layers}))
+            all_layers = layers and tuple(sorted({*wanted, *layers}))
             segments.append(
-                Segment(ids, positions, cache, sequence.is_decoding, layers=of_prompt, lora=lora)
+                Segment(ids, positions, cache, sequence.is_decoding, layers=all_layers, lora=lora)
             )
         if branches := [ids[:-1] for ids in chunk.continuations if len(ids) > 1]:
             lengths = tuple(map(len, branches))
-            behind = [last + i for length in lengths for i in range(length)]
+            places = [last + i for length in lengths for i in range(length)]
             ids = list(chain(*branches))
-            segments.append(Segment(ids, behind, cache, branches=lengths, layers=layers, lora=lora))
+            segments.append(Segment(ids, places, cache, branches=lengths, layers=layers, lora=lora))
         return segments
 
     def _num_layers(self, sequence: Sequence) -> int:
@@ -306,12 +304,12 @@ class ModelRunner:
     def _score(
         self, chunk: ScheduledChunk, states: list[Tensor], logits: StepLogits
     ) -> StepResult | None:
-        """What a sequence that samples nothing got out of the step; None if it goes on without.
+        """The step's result for a sequence that samples nothing; None if it is not complete.
 
         states: the chunk's hidden states, (T, C) after each of its layers.
 
         Raises:
-            ValueError: the logits or hidden states were not numbers.
+            ValueError: the logits or hidden states are not finite.
         """
         sequence, state = chunk.sequence, self._states[chunk.sequence]
         if chunk.is_prompt_complete and chunk.num_tokens:
@@ -319,11 +317,11 @@ class ModelRunner:
                 rows = [each[chunk.num_tokens - 1] for each in states[: len(sequence.layers)]]
                 state.hidden_states = torch.stack(rows).numpy()
             if chunk in logits.scored:
-                firsts = torch.tensor([ids[0] for ids in sequence.continuations])
-                state.logprobs = logits.scored[chunk].log_softmax(-1)[firsts].tolist()
-        parts = iter(logits.logprobs.get(chunk, ()))
+                first_ids = torch.tensor([ids[0] for ids in sequence.continuations])
+                state.logprobs = logits.scored[chunk].log_softmax(-1)[first_ids].tolist()
+        remaining = iter(logits.logprobs.get(chunk, ()))
         for i, ids in enumerate(chunk.continuations, start=sequence.num_scored):
-            state.logprobs[i] += sum(islice(parts, len(ids) - 1))
+            state.logprobs[i] += sum(islice(remaining, len(ids) - 1))
         if not chunk.is_last:
             return None
         if not sequence.is_scored:
@@ -335,8 +333,8 @@ class ModelRunner:
         return ScoredEvent(state.logprobs, state.hidden_states)
 
 
-def _is_right(draft: list[int], tokens: list[TokenEvent], sequence: Sequence) -> bool:
-    """Whether the draft has the token sampled last, so that the next one can be sampled, too."""
+def _matches(draft: list[int], tokens: list[TokenEvent], sequence: Sequence) -> bool:
+    """Whether the draft has the last sampled token, so that the next one can be sampled, too."""
     token_id, index = tokens[-1].token_id, len(tokens) - 1
     assert sequence.params is not None
     is_end = token_id in sequence.params.stop_token_ids
@@ -344,10 +342,10 @@ def _is_right(draft: list[int], tokens: list[TokenEvent], sequence: Sequence) ->
 
 
 def _num_positions(sequence: Sequence, num_tokens: int) -> int:
-    """Of the sequence's first tokens and of the virtual ones before them."""
+    """Positions of the sequence's first tokens and of the virtual ones before them."""
     return sequence.adapter.num_virtual_tokens + num_tokens
 
 
 def _prefix_ids(sequence: Sequence, num_tokens: int) -> list[int]:
-    """Of the same; virtual tokens have no ids, 0 stands for each."""
+    """Ids of the same positions; 0 for each virtual token, which has no id."""
     return [0] * sequence.adapter.num_virtual_tokens + sequence.tokens(0, num_tokens)

@@ -25,10 +25,10 @@ _MASK = 2**64 - 1
 
 
 class _Cut(NamedTuple):
-    """How many of the largest logits are drawn from.
+    """How many of the largest logits to sample from.
 
     num: None means all of them, unsorted.
-    is_guess: whether to try again with more of them if these do not reach top_p.
+    is_guess: whether to try again with more if these do not reach top_p.
     """
 
     num: int | None
@@ -38,30 +38,30 @@ class _Cut(NamedTuple):
 class Sampler:
     """The seed and the penalised tokens of one sequence.
 
-    Logits pass, in this order: repetition penalty, frequency and presence penalty, logit
-    bias, grammar, temperature, top_k, top_p, min_p. What is left is drawn from.
+    Logits are processed in this order: repetition penalty, frequency and presence penalty, logit
+    bias, grammar, temperature, top_k, top_p, min_p. One of the remaining tokens is sampled.
 
-    A token's chance belongs to the token: its noise depends on the seed, the position in the
-    completion and the token id alone. Logits that differ by rounding, because a step held other
-    sequences or a prompt came from the cache, then nearly always draw the same token.
+    A token's noise depends only on the seed, the position in the completion and the token id.
+    Logits that differ by rounding, because a step held other sequences or a prompt was cached,
+    then nearly always sample the same token.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: list[int], vocab_size: int) -> None:
-        """vocab_size: ids beyond it are padding and never come out."""
+        """vocab_size: ids from it on are padding and never sampled."""
         self.params = params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed & _MASK
         self.num_sampled = 0
         self._vocab_size = vocab_size
-        # Of the prompt and the tokens sampled. One that is here twice is penalised once.
+        # Of the prompt and the completion. An id that occurs twice is penalised once.
         self._seen_ids = torch.tensor(sorted(set(prompt_ids)), dtype=torch.long)
-        self._counts: Counter[int] = Counter()  # of the tokens sampled
+        self._counts: Counter[int] = Counter()  # of sampled tokens
         self._grammar = params.grammar.begin() if params.grammar else None
         self._biased = torch.tensor([token_id for token_id, _ in params.logit_bias])
         self._biases = torch.tensor([bias for _, bias in params.logit_bias])
 
     @property
     def cut(self) -> _Cut:
-        """How many of this sequence's logits are drawn from."""
+        """How many of this sequence's logits to sample from."""
         if 0 < self.params.top_k < self._vocab_size:
             return _Cut(self.params.top_k)
         return _Cut(_SMALL_NUCLEUS, is_guess=True) if self.params.top_p < 1.0 else _Cut(None)
@@ -89,7 +89,7 @@ class Sampler:
             logits[: self._vocab_size].masked_fill_(~allowed, -torch.inf)
 
     def accept(self, token_id: int, logits: Tensor) -> TokenEvent:
-        """Records the chosen token. logits: (V,), penalised, from which it was chosen."""
+        """Records the sampled token. logits: (V,), penalised, from which it was sampled."""
         if self._grammar is not None:
             self._grammar.accept(token_id)
         self.num_sampled += 1
@@ -99,16 +99,16 @@ class Sampler:
         if self.params.num_logprobs is None:
             return TokenEvent(token_id)
         logprobs = logits[: self._vocab_size].log_softmax(0)
-        told_ids = list(self.params.logprob_token_ids)
-        if not told_ids:
+        top_ids = list(self.params.logprob_token_ids)
+        if not top_ids:
             top = logprobs.topk(min(self.params.num_logprobs, len(logprobs)))
-            told_ids = top.indices.tolist()
-        told = zip(told_ids, logprobs[told_ids].tolist(), strict=True)
-        return TokenEvent(token_id, float(logprobs[token_id]), tuple(told))
+            top_ids = top.indices.tolist()
+        top_logprobs = zip(top_ids, logprobs[top_ids].tolist(), strict=True)
+        return TokenEvent(token_id, float(logprobs[token_id]), tuple(top_logprobs))
 
 
 def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exception]:
-    """The next token of each sequence, or the error that fails it.
+    """Samples the next token of each sequence, or returns the error that fails it.
 
     logits: (B, V) in float32, one row for each sampler; they are penalised in place.
     """
@@ -122,7 +122,7 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exc
     if num_missing := -logits.shape[1] % _BLOCK:
         padded = F.pad(logits, (0, num_missing), value=-torch.inf)
     maxima = padded.view(len(logits), -1, _BLOCK).amax(-1)
-    # A NaN is its own maximum.
+    # The maximum of a block with a NaN is NaN.
     for i, is_finite in enumerate(maxima.amax(1).isfinite().tolist()):
         if not is_finite:
             failed.setdefault(i, ValueError("the model's logits are not finite"))
@@ -137,7 +137,7 @@ def sample(samplers: Sequence[Sampler], logits: Tensor) -> list[TokenEvent | Exc
 
 
 def _choose(samplers: Mapping[int, Sampler], logits: Tensor, maxima: Tensor) -> dict[int, int]:
-    """A token id for each of the rows that have a sampler.
+    """Chooses a token id for each row that has a sampler.
 
     logits: (B, V). maxima: (B, V / _BLOCK), of their blocks.
     """
@@ -147,20 +147,20 @@ def _choose(samplers: Mapping[int, Sampler], logits: Tensor, maxima: Tensor) -> 
         rows_by_cut[None if is_greedy else sampler.cut].append(i)
     token_ids: dict[int, int] = {}
     for cut, rows in rows_by_cut.items():
-        of_rows = (logits, maxima) if len(rows) == len(logits) else (logits[rows], maxima[rows])
+        selected = (logits, maxima) if len(rows) == len(logits) else (logits[rows], maxima[rows])
         if cut is None:
-            chosen = _argmax(*of_rows)
+            chosen = _argmax(*selected)
         else:
-            chosen = _draw([samplers[i] for i in rows], *of_rows, cut)
+            chosen = _draw([samplers[i] for i in rows], *selected, cut)
         token_ids |= zip(rows, chosen, strict=True)
     return token_ids
 
 
 def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut) -> list[int]:
-    """Draws by the Gumbel-max trick: the largest sum of logit and noise has the probability that
-    softmax gives it (arXiv 1411.0030).
+    """Samples by the Gumbel-max trick: a token has the largest sum of logit and noise with its
+    softmax probability (arXiv 1411.0030).
 
-    logits, maxima: as `_choose` has them. cut: of each sampler.
+    logits, maxima: see `_choose`. cut: of each sampler.
     """
     temperatures = _column(sampler.params.temperature for sampler in samplers)
     reaches_top_p = [True] * len(samplers)
@@ -176,8 +176,8 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut
         else:
             total = kept.logsumexp(1, keepdim=True)
         top_p = _column(sampler.params.top_p for sampler in samplers)
-        # top_p keeps the fewest of the largest that reach it, counted among those that top_k has
-        # left (arXiv 1904.09751).
+        # top_p keeps the fewest of the largest probabilities that reach it together, among those
+        # that top_k keeps (arXiv 1904.09751).
         is_reached = ((kept - total).exp().cumsum(1) >= top_p).logical_and_(top_p < 1.0)
         kept[:, 1:].masked_fill_(is_reached[:, :-1], -torch.inf)
         if cut.is_guess:
@@ -200,9 +200,9 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, maxima: Tensor, cut: _Cut
 
 
 def _top(logits: Tensor, maxima: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The largest logits of each row (B, num), falling, and their token ids.
+    """The largest logits of each row, descending, and their token ids, each (B, num).
 
-    They are in the blocks that have the largest maxima: that is a tenth of the time of
+    They are searched only in the blocks with the largest maxima, in a tenth of the time of
     `logits.topk`.
     """
     num = min(num, logits.shape[1])
@@ -213,7 +213,7 @@ def _top(logits: Tensor, maxima: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def _argmax(logits: Tensor, maxima: Tensor) -> list[int]:
-    """The first of the largest logits of each row."""
+    """The token id of the first of the largest logits of each row."""
     blocks = maxima.argmax(1, keepdim=True)
     ids = blocks * _BLOCK + torch.arange(_BLOCK)
     chosen: list[int] = ids.gather(1, logits.gather(1, ids).argmax(1, keepdim=True))[:, 0].tolist()

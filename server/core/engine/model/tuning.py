@@ -1,7 +1,7 @@
-"""Trains a soft prompt: vectors in front of every prompt, while the weights stay as they are.
+"""Trains a soft prompt: vectors before every prompt, while the weights stay as they are.
 
-Needs peft, the extra `tune`; nothing that serves imports this module. Knows token ids, not text,
-but for the text that the vectors start from.
+Needs peft, the extra `tune`; the server does not import this module. Knows token ids, not text,
+except the text that the vectors start from.
 """
 
 import random
@@ -19,28 +19,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from server.core.engine.model.weights import open_weights
 
-# Of AdamW, falling to 0. What it moves are embeddings, whose numbers are some hundredths.
+# Of AdamW, decreasing to 0. The trained embeddings have numbers of some hundredths.
 LEARNING_RATE = 0.01
 ROWS_PER_STEP = 8
-# Sequences in one forward: they are short, and the logits are large.
+# Sequences in one forward pass: they are short, but their logits are large.
 BATCH_SIZE = 4
 SEED = 0
 
-# Token ids of a prompt, and the index of the label that is right.
+# Token ids of a prompt, and the index of its label.
 TuningRow = tuple[list[int], int]
 T = TypeVar("T")
 _Pair = tuple[list[int], list[int]]
 
 
 class SoftPrompt:
-    """A checkpoint in float32 with trainable vectors in front of every prompt."""
+    """A checkpoint in float32 with trainable vectors before every prompt."""
 
     def __init__(
         self, folder: Path, init_text: str, label_ids: list[list[int]], max_virtual_tokens: int
     ) -> None:
-        """init_text: what the vectors start from, the embeddings of its first tokens.
+        """init_text: the vectors start as the embeddings of its first tokens.
 
-        label_ids: what may follow a prompt.
+        label_ids: token ids of each label, which may follow a prompt.
         """
         torch.manual_seed(SEED)
         self._label_ids = label_ids
@@ -53,7 +53,7 @@ class SoftPrompt:
             tokenizer_name_or_path=str(folder),
         )
         with warnings.catch_warnings():
-            # peft 0.21 asks transformers 5 by a name that is to go.
+            # peft 0.21 uses a name that transformers 5 deprecates.
             warnings.simplefilter("ignore", FutureWarning)
             self._model: PeftModel = get_peft_model(_read_model(folder), config)
         self.num_virtual_tokens: int = config.num_virtual_tokens
@@ -65,7 +65,7 @@ class SoftPrompt:
         num_epochs: int,
         report: Callable[[], object],
     ) -> None:
-        """Keeps the vectors of the epoch after which the rows held out have the least loss.
+        """Trains, and keeps the vectors of the epoch with the least loss on the held-out rows.
 
         report: called after each row of an epoch.
         """
@@ -86,7 +86,7 @@ class SoftPrompt:
                 vector.copy_(kept)
 
     def loss(self, rows: Sequence[TuningRow]) -> float:
-        """Mean of the negative log-probability of the right labels' texts, in nats."""
+        """Mean negative log-probability of the rows' labels, in nats."""
         with torch.no_grad():
             losses = [-self._logprobs(self._pairs(batch)) for batch in _batches(rows, BATCH_SIZE)]
         return float(torch.cat(losses).mean())
@@ -94,7 +94,7 @@ class SoftPrompt:
     def scores(
         self, prompts: Sequence[list[int]], report: Callable[[], object]
     ) -> NDArray[np.float64]:
-        """Log-probabilities of the labels' texts after the prompts, in nats: (N, K)."""
+        """Log-probabilities of the labels after the prompts, in nats: (N, K)."""
         found = []
         for prompt_ids in prompts:
             pairs = [(prompt_ids, ids) for ids in self._label_ids]
@@ -130,7 +130,7 @@ class SoftPrompt:
         length = max(map(len, sequences))
         input_ids = torch.tensor([each + [0] * (length - len(each)) for each in sequences])
         mask = torch.tensor([[1] * len(each) + [0] * (length - len(each)) for each in sequences])
-        # Logits of all positions would take gigabytes.
+        # The logits of all positions would take gigabytes.
         places = [range(len(p) - 1, len(p) - 1 + len(ids)) for p, ids in pairs]
         kept = sorted({place for each in places for place in each})
         logits = self._model(
@@ -148,7 +148,7 @@ class SoftPrompt:
 
 
 def _read_model(folder: Path) -> PreTrainedModel:
-    """The checkpoint in transformers, whatever its weights are stored as."""
+    """The checkpoint as a transformers model, whatever its weights' format."""
     config = AutoConfig.from_pretrained(folder)
     make = AutoModelForCausalLM.from_config
     model: PreTrainedModel = make(config, dtype=torch.float32)  # type: ignore[no-untyped-call]

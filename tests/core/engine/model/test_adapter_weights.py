@@ -46,11 +46,11 @@ def write(folder: Path, config: object, tensors: dict[str, torch.Tensor]) -> Pat
 def lora(tmp_path: Path) -> Path:
     """Changes the queries of both layers."""
     torch.manual_seed(0)
-    of_layer = {"A": (4, 32), "B": (32, 4)}
+    shapes = {"A": (4, 32), "B": (32, 4)}
     tensors = {
         Q_PROJ.format(layer, matrix): torch.randn(shape)
         for layer in range(2)
-        for matrix, shape in of_layer.items()
+        for matrix, shape in shapes.items()
     }
     return write(tmp_path / "lora", LORA, tensors)
 
@@ -87,7 +87,7 @@ def without_config(name: str) -> Callable[[Path], None]:
 
 
 def with_tensors(**changes: torch.Tensor | None) -> Callable[[Path], None]:
-    """None: the tensor is taken away."""
+    """None removes the tensor."""
 
     def change(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
@@ -133,8 +133,8 @@ WRONG_LORAS: dict[str, tuple[Callable[[Path], None], str]] = {
     "rank 0": (with_config(r=0), "r: "),
     "another rank": (with_config(r=8), r"q_proj.lora_A.weight' has shape \[4, 32\], not \[8, 32\]"),
     "rank by pattern": (with_config(rank_pattern={"q_proj": 2}), r"not \[2, 32\]"),
-    "bad pattern": (with_config(rank_pattern={"(": 2}), "no regular expression"),
-    "bad targets": (with_config(target_modules="("), "no regular expression"),
+    "bad pattern": (with_config(rank_pattern={"(": 2}), "not a regular expression"),
+    "bad targets": (with_config(target_modules="("), "not a regular expression"),
     "DoRA": (with_config(use_dora=True), "use_dora True is not supported.*merge it"),
     "bias": (with_config(bias="all"), "bias 'all' is not supported"),
     "bias of LoRA": (with_config(lora_bias=True), "lora_bias"),

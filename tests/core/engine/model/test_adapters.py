@@ -64,10 +64,10 @@ def save_adapter(checkpoint: Path, config: Any, folder: Path, seed: int = 0) -> 
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model = get_peft_model(base, config).eval()
     for name, parameter in model.named_parameters():
-        # It starts at 0, and would add nothing.
+        # It starts at 0, which would add nothing.
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-        # Large, or a model that is random, too, would hardly look at it.
+        # Large, or the random model would hardly attend to it.
         if name.endswith("embedding.weight"):
             torch.nn.init.normal_(parameter, std=3)
     model.save_pretrained(folder)
@@ -112,16 +112,16 @@ def new_runner(model: QwenModel, *loaded: LoadedAdapter, max_prefix_bytes: int =
     )
 
 
-def every_state(ids: list[int], adapter: Adapter, num_layers: int) -> Sequence:
-    """Asks for the hidden state of the last token after the last layer."""
+def to_measure(ids: list[int], adapter: Adapter, num_layers: int) -> Sequence:
+    """A sequence for the hidden state of the last token after the last layer."""
     return Sequence(ids, layers=(num_layers,), adapter=adapter)
 
 
 def compute(runner: ModelRunner, sequence: Sequence, size: int | None = None) -> ScoredEvent:
-    """What the sequence ends with, computed `size` tokens at a time."""
-    num_known = runner.admit(sequence)
-    assert num_known is not None
-    sequence.num_computed = num_known
+    """Computes the sequence, `size` tokens at a time; returns its terminal event."""
+    num_cached = runner.admit(sequence)
+    assert num_cached is not None
+    sequence.num_computed = num_cached
     while True:
         chunk = ScheduledChunk(sequence, min(size or 1000, sequence.num_uncomputed))
         results = runner.step([chunk])
@@ -157,14 +157,14 @@ def test_logits_equal_those_of_peft(
     runner = new_runner(model, loaded)
     ids = random_ids(140)  # longer than the smallest slot
     for num_tokens, size in ((1, None), (60, None), (140, 32)):
-        sequence = every_state(ids[:num_tokens], loaded.adapter, model.config.num_layers)
+        sequence = to_measure(ids[:num_tokens], loaded.adapter, model.config.num_layers)
         ours = logits_of(model, compute(runner, sequence, size))
         runner.release(sequence, is_sound=True)
         theirs = expected(oracle, ids[:num_tokens])
         assert_close(ours, theirs)
         with oracle.disable_adapter():
             base = expected(oracle, ids[:num_tokens])
-        # The adapter is not too small to be seen.
+        # The adapter changes much more than the error.
         assert (ours - theirs).abs().max() < (theirs - base).abs().max() / 20
 
 
@@ -181,10 +181,10 @@ def test_a_batch_of_every_kind_and_of_the_base_equals_each_alone(
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).eval()
     for i, (adapter, oracle) in enumerate([*with_base, (BASE, base), *with_base]):
         ids = random_ids(5 + 7 * i, seed=i)
-        sequences.append((oracle, every_state(ids, adapter, num_layers)))
+        sequences.append((oracle, to_measure(ids, adapter, num_layers)))
     for _, sequence in sequences:
         sequence.num_computed = runner.admit(sequence) or 0
-    # Some leave the forward early, in the middle of the others.
+    # One sequence leaves the forward pass early.
     short = Sequence(random_ids(9), layers=(1,), adapter=loaded["lora"].adapter)
     short.num_computed = runner.admit(short) or 0
     chunks = [ScheduledChunk(s, s.num_uncomputed) for s in (short, *(s for _, s in sequences))]
@@ -245,28 +245,28 @@ def test_what_one_adapter_computed_is_never_reused_by_another(
     two = LoadedAdapter(Adapter("two", one.adapter.num_virtual_tokens), one.weights)
     runner = new_runner(model, one, two, max_prefix_bytes=10**8)
     num_layers, ids = model.config.num_layers, random_ids(50)
-    known = []
+    counts = []
     for adapter in (BASE, one.adapter, two.adapter, one.adapter, BASE, two.adapter):
         sequence = Sequence(ids, adapter=adapter)
-        known.append(runner.admit(sequence))
-        sequence.num_computed = known[-1] or 0
+        counts.append(runner.admit(sequence))
+        sequence.num_computed = counts[-1] or 0
         runner.step([ScheduledChunk(sequence, sequence.num_uncomputed)])
         sequence.num_computed = len(ids)
         runner.release(sequence, is_sound=True)
-    assert known == [0, 0, 0, 49, 49, 49]
-    sequence = every_state(ids, one.adapter, num_layers)
+    assert counts == [0, 0, 0, 49, 49, 49]
+    sequence = to_measure(ids, one.adapter, num_layers)
     assert_close(logits_of(model, compute(runner, sequence)), expected(oracle, ids))
 
 
 @pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
-def test_a_suspended_sequence_goes_on_where_it_was(
+def test_a_suspended_sequence_resumes(
     model: QwenModel, folder_of: Callable[[str], tuple[Path, PeftModel]], kind: str
 ) -> None:
     folder, oracle = folder_of(kind)
     loaded = read_adapter("own", folder, model.config)
     runner = new_runner(model, loaded)
     ids = random_ids(40)
-    sequence = every_state(ids, loaded.adapter, model.config.num_layers)
+    sequence = to_measure(ids, loaded.adapter, model.config.num_layers)
     sequence.num_computed = runner.admit(sequence) or 0
     chunk = ScheduledChunk(sequence, 15)
     runner.step([chunk])
@@ -286,7 +286,7 @@ def test_a_suspended_sequence_goes_on_where_it_was(
         ("prefix", "int8", 0.5),
     ],
 )
-def test_beside_fewer_bits_adapters_change_nearly_what_they_change_in_peft(
+def test_with_fewer_bits_adapters_change_logits_nearly_as_in_peft(
     checkpoint: Path,
     folder_of: Callable[[str], tuple[Path, PeftModel]],
     kind: str,
@@ -301,7 +301,7 @@ def test_beside_fewer_bits_adapters_change_nearly_what_they_change_in_peft(
     loaded = read_adapter("own", folder, config)
     runner, ids = new_runner(model, loaded), random_ids(60)
     ours, base = (
-        logits_of(model, compute(runner, every_state(ids, adapter, config.num_layers)))
+        logits_of(model, compute(runner, to_measure(ids, adapter, config.num_layers)))
         for adapter in (loaded.adapter, BASE)
     )
     adapted = expected(oracle, ids)
@@ -321,7 +321,7 @@ def test_rows_of_the_base_are_the_same_to_the_last_bit_beside_an_adapter(
 
     def states(*adapters: Adapter) -> list[list[float]]:
         sequences = [
-            every_state(each, adapter, config.num_layers)
+            to_measure(each, adapter, config.num_layers)
             for each, adapter in zip(ids, adapters, strict=False)
         ]
         for sequence in sequences:
@@ -336,8 +336,8 @@ def test_rows_of_the_base_are_the_same_to_the_last_bit_beside_an_adapter(
         return found
 
     lora = loaded.adapter
-    of_base, of_lora = states(*[BASE] * 6), states(*[lora] * 6)
+    base_states, lora_states = states(*[BASE] * 6), states(*[lora] * 6)
     assert states(BASE, lora, BASE, lora, BASE, lora) == [
-        (of_lora if i % 2 else of_base)[i] for i in range(6)
+        (lora_states if i % 2 else base_states)[i] for i in range(6)
     ]
-    assert of_base != of_lora
+    assert base_states != lora_states

@@ -1,4 +1,4 @@
-"""Memory that is reserved once, and in parts given back."""
+"""Memory that is reserved once and returned in parts."""
 
 import mmap
 
@@ -17,12 +17,12 @@ def test_slots_of_any_capacity_are_views_of_the_same_zeros() -> None:
     assert not keys.any() and not values.any()
     shifted[1] = 1
     assert not keys[0].any()
-    assert keys[1].sum() == keys[1].numel() - 3 * 4  # token 0 is in front of the other slot
+    assert keys[1].sum() == keys[1].numel() - 3 * 4  # token 0 is before the other slot
     assert not values.any()
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="the system cannot take back pages")
-def test_what_is_given_back_is_zero_and_what_is_not_stays() -> None:
+def test_returned_pages_are_zero_and_other_memory_stays() -> None:
     per_page = mmap.PAGESIZE // 16  # tokens of one layer's keys in a page
     arena = Arena(2, 1, 4, num_tokens=10 * per_page)
     keys, values = (tensor.view(2, 10 * per_page, -1) for tensor in arena.slots(per_page, 0))
@@ -38,6 +38,6 @@ def test_what_is_given_back_is_zero_and_what_is_not_stays() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [2**50, 2**70])
-def test_memory_that_the_system_refuses_is_named(num_tokens: int) -> None:
+def test_the_size_of_refused_memory_is_named(num_tokens: int) -> None:
     with pytest.raises(OSError, match=rf"cannot reserve twice {num_tokens * 16 // 2**20} MiB"):
         Arena(1, 1, 4, num_tokens=num_tokens)

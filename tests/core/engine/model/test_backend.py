@@ -1,4 +1,4 @@
-"""Which code computes a model, and that both compute the same."""
+"""Kernels or PyTorch: which of them computes a model, and that both compute the same."""
 
 import importlib.util
 from pathlib import Path
@@ -57,7 +57,7 @@ def is_of_torch(chosen: Backend) -> bool:
 
 
 @needs_kernels
-def test_few_bits_are_computed_by_kernels_and_other_weights_by_pytorch(config: ModelConfig) -> None:
+def test_kernels_compute_quantized_weights_and_pytorch_other_ones(config: ModelConfig) -> None:
     for dtype in ("int8", "int4"):
         assert not isinstance(choose_backend(config, dtype).operations, TorchOperations)
     assert is_of_torch(choose_backend(config, "float32"))
@@ -68,7 +68,7 @@ def test_few_bits_are_computed_by_kernels_and_other_weights_by_pytorch(config: M
 
 
 @pytest.mark.parametrize("lacking", ["numba", "vnni", "sizes"])
-def test_without_what_the_kernels_need_pytorch_computes(
+def test_pytorch_computes_if_the_kernels_cannot(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
     if lacking == "numba":
@@ -89,12 +89,12 @@ def test_kernels_and_pytorch_compute_the_same(
     folder: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch, dtype: str, error: float,
     has_bfloat16: bool,
 ) -> None:  # fmt: skip
-    # Without it the attention is PyTorch's, in float32.
+    # Without bfloat16 the attention is PyTorch's, in float32.
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     ids = torch.randint(0, 300, (150,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def logits(model: QwenModel) -> torch.Tensor:
-        """Of a prompt, and of a sampled token behind it."""
+        """Of a prompt, and of a sampled token after it."""
         memory, cache, rows = model.new_memory(256, 256), KVCache(), []
         assert memory.reserve(cache, len(ids))
         with torch.inference_mode():
@@ -114,10 +114,10 @@ def test_kernels_and_pytorch_compute_the_same(
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
-def test_in_kernels_a_token_is_the_same_to_the_last_bit_sampled_or_of_a_prompt(
+def test_in_kernels_sampled_and_prompt_tokens_have_the_same_states_to_the_last_bit(
     folder: Path, config: ModelConfig, dtype: str
 ) -> None:
-    # So a conversation goes on alike, whether its beginning is kept or computed again.
+    # So a conversation continues the same whether its prefix is cached or computed again.
     model = load_qwen(folder, config, dtype)
     ids = torch.randint(0, 300, (230,), generator=torch.Generator().manual_seed(0)).tolist()
     memory, states = model.new_memory(1024, 256), list[torch.Tensor]()

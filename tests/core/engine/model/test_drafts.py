@@ -1,4 +1,4 @@
-"""Drafts in the runner: other steps, the same tokens."""
+"""Drafts change the number of steps, not the tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -69,7 +69,7 @@ def generate(
 def both(
     model: QwenModel, make: Callable[[], list[Sequence]], max_kv_tokens: int = 4096
 ) -> tuple[list[Sequence], int, int]:
-    """The sequences with drafts, which are as those without; the steps with and without."""
+    """Checks that drafts change no token; returns sequences, and steps with and without drafts."""
     drafted, plain = make(), make()
     with_drafts = generate(model, drafted, 3, max_kv_tokens)
     without = generate(model, plain, 0, max_kv_tokens)
@@ -77,7 +77,7 @@ def both(
     return drafted, with_drafts, without
 
 
-def test_what_repeats_itself_takes_fewer_steps_and_is_the_same(model: QwenModel) -> None:
+def test_repeated_tokens_take_fewer_steps_and_stay_the_same(model: QwenModel) -> None:
     # Random weights soon repeat themselves at temperature 0.
     _, with_drafts, without = both(model, lambda: [Sequence(random_ids(20), GREEDY)])
     assert with_drafts < without
@@ -101,7 +101,7 @@ def test_a_completion_ends_where_it_would_without_drafts(model: QwenModel) -> No
 
 
 class Cycle:
-    """A grammar that allows one token at a time, in a circle."""
+    """A grammar that allows one token at a time, in a cycle."""
 
     text = "10, 11, 12, 13, 14, 10, …"
 
@@ -126,7 +126,7 @@ def test_a_grammar_accepts_each_token_once(model: QwenModel) -> None:
     assert with_drafts < without / 2
 
 
-def test_a_draft_takes_no_room_from_others(model: QwenModel) -> None:
+def test_a_draft_takes_no_memory_from_other_sequences(model: QwenModel) -> None:
     # Two slots of 128 tokens: each sequence fills its own to the last token.
     params = replace(GREEDY, max_tokens=68)
     both(
@@ -144,7 +144,7 @@ def test_steps_of_many_sequences_have_no_drafts(model: QwenModel) -> None:
     assert with_drafts == without
 
 
-def test_what_a_drafting_sequence_leaves_serves_the_next_turn(model: QwenModel) -> None:
+def test_the_next_turn_reuses_the_tokens_of_a_drafting_sequence(model: QwenModel) -> None:
     runner_args: dict[str, Any] = {
         "vocab_size": model.config.vocab_size, "max_kv_tokens": 4096, "max_context": 256,
         "max_prefix_bytes": 2**24,
@@ -161,10 +161,10 @@ def test_what_a_drafting_sequence_leaves_serves_the_next_turn(model: QwenModel) 
 
 
 def run(runner: ModelRunner, sequence: Sequence) -> int:
-    """Completes the sequence; returns how many of its tokens were known."""
-    num_known = runner.admit(sequence)
-    assert num_known is not None
-    sequence.num_computed = num_known
+    """Completes the sequence; returns how many of its tokens were cached."""
+    num_cached = runner.admit(sequence)
+    assert num_cached is not None
+    sequence.num_computed = num_cached
     scheduler = Scheduler(16, 256, Memory(runner))
     scheduler.admission.running.append(sequence)
     while len(sequence.completion_ids) < GREEDY.max_tokens:
@@ -175,7 +175,7 @@ def run(runner: ModelRunner, sequence: Sequence) -> int:
             sequence.completion_ids.append(token.token_id)
         sequence.num_computed += len(result[sequence]) - 1  # type: ignore[arg-type]
     runner.release(sequence, is_sound=True)
-    return num_known
+    return num_cached
 
 
 def test_without_kernels_there_are_no_drafts(tmp_path: Path) -> None:

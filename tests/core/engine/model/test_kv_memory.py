@@ -89,11 +89,11 @@ def test_a_prefix_of_the_first_layers_fills_these_and_no_others() -> None:
     assert filled.keys[0].unique().tolist() == [1] and filled.values[0].unique().tolist() == [-1]
     assert filled.keys[1].unique().tolist() == [2] and filled.values[1].unique().tolist() == [-2]
     write(other, 4, 2)
-    # Nothing behind the prefix was touched, in any layer.
+    # Nothing after the prefix changed, in any layer.
     assert other.first(10, LAYERS).keys[:, :, 6:].unique().tolist() == [2]
 
 
-def test_a_slot_of_a_broken_sequence_holds_numbers_only_when_it_is_given_again() -> None:
+def test_the_slot_of_a_broken_sequence_is_finite_when_it_is_reused() -> None:
     memory, a, b = make(), KVCache(), KVCache()
     assert memory.reserve(a, 10) and memory.reserve(b, 10)
     write(a, 10, float("nan"))
@@ -122,7 +122,7 @@ def test_a_slot_is_added_beside_the_others_and_moves_nothing() -> None:
     assert len({cache.pool for cache in caches}) == 1
 
 
-def test_where_saving_a_layer_fails_a_sequence_stays_in_its_slot(
+def test_if_saving_a_layer_fails_a_sequence_stays_in_its_slot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory, a, b = make(), KVCache(), KVCache()
@@ -148,7 +148,7 @@ HEAD_DIM = 64  # so that a few tokens fill a page
 
 
 class Model:
-    """A KV memory and, beside it, what it should hold."""
+    """A KV memory and its expected content."""
 
     def __init__(self, num_kv_heads: int, max_tokens: int, max_context: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +162,7 @@ class Model:
         self.next_number = 1
 
     def prefix(self, num_tokens: int) -> KVPrefix:
-        """Numbers that are nowhere else."""
+        """A prefix of unique numbers."""
         count = LAYERS * self.num_kv_heads * num_tokens * HEAD_DIM
         numbers = torch.arange(self.next_number, self.next_number + count).float()
         self.next_number += count
@@ -171,7 +171,7 @@ class Model:
         return KVPrefix(keys, values, keys.shape[2])
 
     def extend(self, cache: KVCache, num_tokens: int) -> None:
-        """Reserves, if there should be room for it, and writes."""
+        """Checks that memory is reserved exactly if it suffices; writes tokens there."""
         num_tokens = min(num_tokens, self.max_context - cache.length)
         capacity = next(c for c in self.capacities if c >= cache.length + num_tokens)
         others = sum(other.capacity for other in self.expected if other is not cache)
@@ -192,7 +192,7 @@ class Model:
         cache.length = end
 
     def fill(self, source: KVCache, num_tokens: int) -> None:
-        """Begins another sequence like this one."""
+        """Starts another sequence with the first tokens of `source`."""
         length = min(num_tokens, source.length)
         if not length or not self.memory.reserve(cache := KVCache(), length):
             return
@@ -225,8 +225,8 @@ class Model:
         assert sum(len(pool.caches) for pool in pools) == self.memory.num_sequences == len(caches)
         total = sum(cache.capacity for cache in caches)
         assert self.memory.num_tokens == total <= self.max_tokens
-        for of_keys in (True, False):
-            self.check_places([slot_bytes(cache, of_keys) for cache in caches])
+        for is_keys in (True, False):
+            self.check_places([slot_bytes(cache, is_keys) for cache in caches])
 
     def check_places(self, slots: list[range]) -> None:
         slots = sorted(slots, key=lambda slot: slot.start)
@@ -236,10 +236,10 @@ class Model:
             assert slots[-1].stop <= 4 * self.max_tokens * self.num_kv_heads * HEAD_DIM
 
 
-def slot_bytes(cache: KVCache, of_keys: bool) -> range:
-    """Where in the arena's first layer the sequence's keys or values are."""
+def slot_bytes(cache: KVCache, is_keys: bool) -> range:
+    """The bytes of the arena's first layer that hold the sequence's keys or values."""
     assert cache.pool is not None
-    tensor = cache.pool.keys if of_keys else cache.pool.values
+    tensor = cache.pool.keys if is_keys else cache.pool.values
     slot = tensor[0, cache.slot]
     begin = slot.data_ptr() - tensor.untyped_storage().data_ptr()
     return range(begin, begin + slot.nbytes)
@@ -347,7 +347,7 @@ ADVICE = ("MADV_HUGEPAGE", "MADV_NOHUGEPAGE")
 
 @pytest.fixture(scope="module")
 def measured_mib() -> dict[str, tuple[float, float]]:
-    """The peak and the rest under each advice; most of the time is Python's start."""
+    """The peak and the memory at rest under each advice; Python's start takes most of the time."""
     output = subprocess.check_output([sys.executable, "-c", SCRIPT, *ADVICE], text=True)
     lines = [line.split() for line in output.splitlines()]
     return {advice: (float(peak), float(rest)) for advice, peak, rest in lines}

@@ -61,19 +61,19 @@ def test_an_int8_row_is_the_same_alone_and_in_a_batch() -> None:
     x[7] *= 1000
     x[9] *= 1e-5
     together = layer(x)
-    # To the last bit: what differs by rounding is quantized to other integers sooner or later.
+    # To the last bit: sooner or later, rounding differences are quantized to other integers.
     for i in range(len(x)):
         assert torch.equal(layer(x[i : i + 1])[0], together[i])
     assert torch.equal(layer(x[5:9]), together[5:9])
 
 
 def test_int8_sums_do_not_overflow() -> None:
-    # All products at their largest: 16-bit sums of pairs would be cut off.
+    # All products at their largest: 16-bit sums of pairs would be clipped.
     layer = Int8Linear([torch.ones(8, 1024)])
     assert layer(torch.ones(1, 1024)) == pytest.approx(torch.full((1, 8), 1024.0), rel=1e-3)
 
 
-def test_int4_does_not_depend_on_how_the_rows_came() -> None:
+def test_int4_does_not_depend_on_the_blocks_of_rows() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(200, 64), torch.randn(3, 64)
     expected = Int4Linear([weight])(x)

@@ -186,19 +186,19 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "says"), DAMAGES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: str(value)[:40])
 def test_a_damaged_checkpoint_is_one_clear_sentence(
-    copy: Path, damage: Callable[[Path], None], says: str
+    copy: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     damage(copy)
     with pytest.raises(CheckpointError) as error:
         load_services(Settings(model=str(copy)))
     message = str(error.value)
-    assert says in message
+    assert reason in message
     assert "\n" not in message
 
 
-def test_the_end_of_a_reply_is_read_from_either_file(copy: Path) -> None:
+def test_eos_ids_are_read_from_either_file(copy: Path) -> None:
     change_config(eos_token_id=[2, 3])(copy)
     change_generation(eos_token_id=None, top_k=7)(copy)
     defaults = read_generation_defaults(copy)
@@ -208,7 +208,7 @@ def test_the_end_of_a_reply_is_read_from_either_file(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("is_short", [False, True])
-def test_an_instruction_that_no_text_fits_behind_is_one_clear_sentence(
+def test_an_instruction_that_leaves_no_room_for_text_is_one_clear_sentence(
     tiny_checkpoint: Path, tmp_path: Path, is_short: bool
 ) -> None:
     long = tmp_path / "tasks.toml"
@@ -261,7 +261,7 @@ def test_sharded_weights_are_read_like_a_single_file(copy: Path) -> None:
     assert torch.equal(hidden(whole), hidden(sharded))
 
 
-def test_rows_of_8_bit_integers_with_scales_are_read_as_what_they_stand_for(copy: Path) -> None:
+def test_rows_of_8_bit_integers_with_scales_are_dequantized(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     rounded, stored = dict(tensors), dict[str, torch.Tensor]()
     for name, tensor in tensors.items():
@@ -302,14 +302,14 @@ def test_int4_refuses_matrices_it_cannot_group(tiny_checkpoint: Path) -> None:
 def test_the_model_is_loaded_on_a_thread_that_ends(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenMP's helpers of any other thread would slow the engine's down."""
+    """OpenMP's helpers of another living thread would slow the engine's down."""
     loaded_on: list[threading.Thread] = []
 
-    def load_and_note(*args: Any, **kwargs: Any) -> ModelRunner:
+    def load_and_record(*args: Any, **kwargs: Any) -> ModelRunner:
         loaded_on.append(threading.current_thread())
         return load_runner(*args, **kwargs)
 
-    monkeypatch.setattr("server.loading.load_runner", load_and_note)
+    monkeypatch.setattr("server.loading.load_runner", load_and_record)
     load_services(Settings(model=str(tiny_checkpoint))).engine.close()
     [thread] = loaded_on
     assert thread is not threading.main_thread()
@@ -317,14 +317,14 @@ def test_the_model_is_loaded_on_a_thread_that_ends(
 
 
 class Terminal(io.StringIO):
-    """What a person looks at."""
+    """A stream to a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_terminal_shows_how_far_the_loading_is_and_a_log_does_not(
+def test_a_terminal_shows_the_progress_of_loading_and_a_log_does_not(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     shown = {}
@@ -333,6 +333,6 @@ def test_a_terminal_shows_how_far_the_loading_is_and_a_log_does_not(
         load_qwen(tiny_checkpoint, read_model_config(tiny_checkpoint), dtype)
         shown[stderr.isatty()] = stderr.getvalue()
     assert "loading" in shown[True] and "0/2" in shown[True]
-    # And it wipes the line in the end.
+    # The line is cleared at the end.
     assert not shown[True].rpartition("\r")[0].rpartition("\r")[2].strip()
     assert shown[False] == ""

@@ -1,4 +1,4 @@
-"""What is reused equals what would have been computed, and memory stays within its bound."""
+"""Cached keys and values equal computed ones, and memory stays within its bound."""
 
 import random
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
 
 
 def compute(model: QwenModel, memory: KVMemory, ids: list[int], cache: KVCache) -> Tensor:
-    """Logits (V,) of the last of the tokens behind those in the cache."""
+    """Logits (V,) of the last of the tokens after those in the cache."""
     assert memory.reserve(cache, len(ids))
     positions = range(cache.length, cache.length + len(ids))
     with torch.inference_mode():
@@ -85,10 +85,10 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 def test_a_hit_equals_a_cold_start(
     model: QwenModel, memory: KVMemory, num_layers: int, num_common: int
 ) -> None:
-    known = random_ids(40)
-    ids = known[:num_common] + random_ids(15, seed=9)
+    stored = random_ids(40)
+    ids = stored[:num_common] + random_ids(15, seed=9)
     prefixes = PrefixCache(2**30)
-    prefixes.store(known, computed(model, memory, known), num_layers)
+    prefixes.store(stored, computed(model, memory, stored), num_layers)
     cache = filled(memory, prefixes.lookup(ids, num_layers))
     assert cache.length >= num_common
     warm = compute(model, memory, ids[cache.length :], cache)
@@ -106,7 +106,7 @@ def test_a_hit_leaves_one_token_to_compute(
     assert prefix.length == 11
 
 
-def test_what_goes_on_from_a_hit_leaves_it_as_it_was(
+def test_a_sequence_that_continues_a_hit_does_not_change_it(
     model: QwenModel, memory: KVMemory, num_layers: int
 ) -> None:
     ids = random_ids(20)
@@ -148,7 +148,7 @@ def test_the_least_recently_used_go_first_and_pinned_ones_never(
     assert found == [True, True, False, True, False]
 
 
-def test_what_is_larger_than_the_cache_takes_nobodys_place(
+def test_a_prefix_larger_than_the_cache_evicts_nothing(
     model: QwenModel, memory: KVMemory, num_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = random_ids(10), random_ids(31, seed=2)
@@ -175,7 +175,7 @@ def test_pinning_twice_takes_no_more_memory(
     assert prefixes.num_bytes == cache.first(10, num_layers).num_bytes
 
 
-def test_a_prefix_serves_those_that_are_as_deep_or_less(
+def test_a_prefix_is_found_for_its_depth_or_less(
     model: QwenModel, memory: KVMemory, num_layers: int
 ) -> None:
     ids = random_ids(10)
@@ -232,7 +232,7 @@ def test_a_deep_prefix_replaces_a_shallow_one_of_the_same_tokens_and_not_the_rev
     for depth in (1, num_layers, 1, 2):
         prefixes.store(ids, cache, depth)
     assert prefixes.num_bytes == cache.first(10, num_layers).num_bytes
-    # What is longer is a replacement as well, in as many layers.
+    # A longer entry of at least as many layers serves for shorter tokens, too.
     prefixes.store(ids[:9], cache, 1)
     assert prefixes.num_bytes == cache.first(10, num_layers).num_bytes
 
@@ -262,7 +262,7 @@ def num_common(a: list[int], b: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def test_what_is_stored_again_counts_as_used() -> None:
+def test_an_entry_that_is_stored_again_counts_as_used() -> None:
     cache = tiny_cache(1, 10)
     first, second, third = ([i] * 10 for i in range(3))
     prefixes = PrefixCache(2 * cache.first(10, 1).num_bytes)
@@ -272,7 +272,7 @@ def test_what_is_stored_again_counts_as_used() -> None:
     assert found == [True, False, True]
 
 
-def test_a_search_among_many_entries_compares_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_among_many_entries_compares_few(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     class CountedKey(bytes):
@@ -302,7 +302,7 @@ def test_a_search_among_many_entries_compares_with_few(monkeypatch: pytest.Monke
     # Three lists, of two neighbours each; 14 steps at most to find a place in one.
     for seed in range(10):
         ids = conversations[seed * 321][: 50 + seed] + random_ids(10, seed=-1 - seed)
-        expected = max(num_common(ids[50:-1], known[50:]) for known in conversations)
+        expected = max(num_common(ids[50:-1], stored[50:]) for stored in conversations)
         calls.clear()
         prefix = prefixes.lookup(ids, 1)
         assert prefix is not None and prefix.length == 50 + expected
@@ -327,7 +327,7 @@ class Kept:
 
 
 class NaivePrefixCache:
-    """The same rules, in a list that is searched from end to end."""
+    """The same rules, on a list that is searched from end to end."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -342,7 +342,7 @@ class NaivePrefixCache:
         return sum(each.num_bytes for each in self.entries if each.is_pinned)
 
     def longest(self, ids: list[int], depth: int) -> tuple[int, dict[int, Kept]]:
-        """How long the longest prefix is, and all entries that have it, by their tags."""
+        """The length of the longest prefix, and all entries that have it, by their tags."""
         lengths = {
             each: num_common(each.ids, ids[:-1]) for each in self.entries if each.depth >= depth
         }
@@ -391,12 +391,12 @@ actions = st.tuples(st.sampled_from(["store", "pin", "lookup"]), token_ids, st.i
 
 
 @given(st.lists(actions, max_size=40), st.integers(0, 500))
-def test_any_course_finds_and_keeps_what_a_list_of_all_entries_would(
-    course: list[tuple[str, list[int], int]], max_bytes: int
+def test_any_operations_find_and_keep_what_a_search_of_all_entries_would(
+    operations: list[tuple[str, list[int], int]], max_bytes: int
 ) -> None:
     cache = tiny_cache(3, 6)
     prefixes, naive = PrefixCache(max_bytes), NaivePrefixCache(max_bytes)
-    for tag, (action, ids, depth) in enumerate(course):
+    for tag, (action, ids, depth) in enumerate(operations):
         if action != "lookup":
             assert cache.pool is not None
             cache.pool.keys.fill_(tag)
@@ -410,7 +410,7 @@ def test_any_course_finds_and_keeps_what_a_list_of_all_entries_would(
         assert prefixes.num_bytes <= max(max_bytes, naive.num_pinned_bytes)
         room = max_bytes - naive.num_pinned_bytes
         assert prefixes.has_room_for(room) and not prefixes.has_room_for(room + 1)
-    for action, ids, depth in course:
+    for action, ids, depth in operations:
         length = lookup_in_both(prefixes, naive, [*ids, 0], depth)
         assert action != "pin" or length == len(ids)
 
@@ -445,7 +445,7 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new(model: QwenMo
     assert runner.admit(second) == len(first.token_ids) - 1
 
 
-def test_nothing_of_a_broken_sequence_is_reused(model: QwenModel) -> None:
+def test_a_broken_sequence_is_not_reused(model: QwenModel) -> None:
     runner = new_runner(model, max_prefix_bytes=2**30)
     sequence = Sequence(random_ids(20), SamplingParams(max_tokens=1), [], lambda event: None)
     runner.admit(sequence)

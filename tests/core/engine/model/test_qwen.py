@@ -1,4 +1,4 @@
-"""Our forward against transformers, whole and in pieces."""
+"""Our forward pass against transformers, whole and in chunks."""
 
 import itertools
 import random
@@ -34,7 +34,7 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
 
 
 def run(model: QwenModel, memory: KVMemory, ids: list[int], cache: KVCache) -> Tensor:
-    """Logits (T, V) of the tokens behind those in the cache."""
+    """Logits (T, V) of the tokens after those in the cache."""
     return run_all(model, memory, [(ids, cache)])[0]
 
 
@@ -81,7 +81,7 @@ def test_prefill_then_decode_equals_one_prefill(
 def test_prefill_in_chunks_equals_one_prefill(
     model: QwenModel, memory: KVMemory, oracle: PreTrainedModel, chunk: int
 ) -> None:
-    # Longer than the smallest slot, so that the sequence moves on the way.
+    # Longer than the smallest slot, so that the sequence moves to another one.
     ids, cache = random_ids(140), KVCache()
     rows = [run(model, memory, ids[i : i + chunk], cache) for i in range(0, len(ids), chunk)]
     assert_close(torch.cat(rows), expected(oracle, ids))
@@ -177,7 +177,7 @@ def test_fewer_bits_stay_near_float32(
 def segment(
     memory: KVMemory, ids: list[int], cache: KVCache, layers: tuple[int, ...] | None = None
 ) -> Segment:
-    """The tokens behind those in the cache, which gets room for them."""
+    """The tokens after those in the cache, which gets room for them."""
     assert memory.reserve(cache, len(ids))
     return Segment(ids, range(cache.length, cache.length + len(ids)), cache, layers=layers)
 
@@ -197,7 +197,7 @@ def expected_states(oracle: PreTrainedModel, ids: list[int]) -> list[Tensor]:
 def assert_states(
     oracle: PreTrainedModel, layers: tuple[int, ...], ours: list[Tensor], theirs: list[Tensor]
 ) -> None:
-    """ours: after each of the layers. theirs: after all layers, of as many tokens at least."""
+    """ours: after each of `layers`. theirs: after all layers, of at least as many tokens."""
     num_layers = len(theirs) - 1
     assert len(ours) == len(layers)
     for layer, rows in zip(layers, ours, strict=True):
@@ -233,10 +233,10 @@ def test_hidden_states_of_chunks_equal_those_of_the_whole(
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_segments_that_leave_early_and_those_beside_them_equal_themselves_alone(
+def test_segments_of_any_depths_equal_each_of_them_alone(
     model: QwenModel, memory: KVMemory, oracle: PreTrainedModel, seed: int
 ) -> None:
-    """Two steps of decodes, prefills and prompts behind a prefix, each of any depth."""
+    """Two steps of decodes, prefills and prompts after a prefix, each of any depth."""
     rng, num_layers = random.Random(seed), model.config.num_layers
     every_layer = range(1, num_layers + 1)
     wanted = [None, None, None, *((layer,) for layer in every_layer), (1, 2), tuple(every_layer)]
@@ -285,7 +285,7 @@ def test_a_layer_computes_only_the_rows_that_reach_it(
     assert num_rows == {0: 15, 1: 10} | dict.fromkeys(range(2, model.config.num_layers), 3)
 
 
-def test_states_that_are_returned_stay_as_they_are_in_later_layers_and_steps(
+def test_returned_states_do_not_change_in_later_layers_and_steps(
     model: QwenModel, memory: KVMemory
 ) -> None:
     every_layer = tuple(range(1, model.config.num_layers + 1))

@@ -39,7 +39,7 @@ def runner(checkpoint: Path) -> ModelRunner:
 
 
 class Memory:
-    """The runner's memory as the scheduler sees it."""
+    """Adapts the runner's memory for the scheduler."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -47,9 +47,9 @@ class Memory:
         self.num_suspended = 0
 
     def admit(self, sequence: Sequence) -> bool:
-        num_known = self._runner.admit(sequence)
-        sequence.num_computed = num_known or 0
-        return num_known is not None
+        num_cached = self._runner.admit(sequence)
+        sequence.num_computed = num_cached or 0
+        return num_cached is not None
 
     def suspend(self, sequence: Sequence) -> None:
         self._runner.suspend(sequence)
@@ -75,7 +75,7 @@ def to_measure(
     continuations: list[list[int]] | None = None,
     num_shared: int = 0,
 ) -> Sequence:
-    """One whose hidden states are wanted, and the scores of continuations if there are any."""
+    """A sequence for hidden states, and for scores of continuations if there are any."""
     return Sequence(
         prompt, None, continuations or [], lambda event: None, layers, num_shared=num_shared
     )
@@ -157,7 +157,7 @@ def test_continuations_of_one_token_are_scored_wherever_the_last_chunk_begins(
     assert scores_of(results[sequence]) == pytest.approx(theirs, abs=1e-3)
 
 
-def test_continuations_of_one_token_behind_one_that_fills_the_step_need_no_rows(
+def test_continuations_of_one_token_after_one_that_fills_the_step_need_no_rows(
     runner: ModelRunner, oracle: PreTrainedModel
 ) -> None:
     prompt, continuations = random_ids(20), [[7, 8, 9, 10, 11, 12, 13, 14], [7], [8]]
@@ -188,7 +188,7 @@ def test_scores_in_int8_are_the_same_to_the_last_bit_however_they_are_divided(
         return [result for sequence in sequences for result in results[sequence]]  # type: ignore[misc]
 
     alone = scored(1000, 0)
-    # Behind a long prompt few labels are computed at once.
+    # As after a long prompt, few labels are computed at once.
     monkeypatch.setattr("server.core.engine.model.attention.branches._MAX_SCORES", 1500)
     for max_rows, num_others in [(1000, 0), (1000, 3), (64, 0), (64, 2), (13, 1)]:
         for one, same in zip(alone, scored(max_rows, num_others), strict=True):
@@ -227,7 +227,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(runner: ModelR
     assert again.completion_ids == alone.completion_ids
 
 
-def test_a_sequence_that_had_to_wait_halfway_gets_the_same_tokens(checkpoint: Path) -> None:
+def test_a_suspended_sequence_gets_the_same_tokens(checkpoint: Path) -> None:
     model = load_qwen(checkpoint, read_model_config(checkpoint), "float32")
     roomy = ModelRunner(
         model, vocab_size=model.config.vocab_size, max_kv_tokens=4096, max_context=256
@@ -274,7 +274,7 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(runner: ModelRunner
 
 
 def new_runner(runner: ModelRunner, max_prefix_bytes: int = 0) -> ModelRunner:
-    """Another one of the same model."""
+    """Another runner of the same model."""
     return ModelRunner(
         runner._model,
         vocab_size=runner._model.config.vocab_size,
@@ -285,7 +285,7 @@ def new_runner(runner: ModelRunner, max_prefix_bytes: int = 0) -> ModelRunner:
 
 
 def expected_states(oracle: PreTrainedModel, prompt: list[int], layers: tuple[int, ...]) -> Tensor:
-    """(L, C) of the last token; of the last layer before its norm, which is the last thing."""
+    """(L, C) of the last token, without the final norm."""
     before_norm: list[Tensor] = []
     with (
         torch.inference_mode(),
@@ -332,7 +332,7 @@ def test_scores_and_hidden_states_come_together(
 ) -> None:
     num_layers = runner._model.config.num_layers
     prompts = [random_ids(n, seed=n) for n in (20, 9, 13)]
-    # The last one has nothing computed behind its prompt.
+    # The last one has no rows after its prompt.
     cases = [((1,), CONTINUATIONS), ((2, num_layers), CONTINUATIONS), ((2,), [[7], [8]])]
     sequences = [
         to_measure(prompt, *layers, continuations=continuations)
@@ -346,7 +346,7 @@ def test_scores_and_hidden_states_come_together(
 
 
 def random_sequence(rng: random.Random, instruction: list[int], num_layers: int) -> Sequence:
-    """Of any kind; some prompts begin with the instruction, and some of them share it."""
+    """A sequence of any kind; some prompts begin with the instruction, and some share it."""
     prompt = rng.choice([[], instruction]) + rng.choices(range(3, 300), k=rng.randint(1, 30))
     num_shared = rng.choice([0, len(instruction)]) if len(prompt) > len(instruction) else 0
     layers = sorted(rng.sample(range(1, num_layers + 1), rng.randint(1, 2)))
@@ -379,7 +379,7 @@ def test_any_mix_of_sequences_equals_each_of_them_alone(
     rng = random.Random(seed)
     instruction, num_layers = random_ids(17, seed=seed), runner._model.config.num_layers
     sequences = [random_sequence(rng, instruction, num_layers) for _ in range(20)]
-    # More than run at once, so that slots and prefixes of the first serve the last.
+    # More than run at once, so that the last ones reuse slots and prefixes of the first ones.
     together = new_runner(runner, max_prefix_bytes=2**20)
     results = run_all(together, sequences, max_rows)
     assert together.num_sequences == together.num_kv_tokens == 0
@@ -412,22 +412,22 @@ def test_any_mix_of_sequences_equals_each_of_them_alone(
         ((), (), True),
     ],
 )
-def test_a_known_instruction_serves_sequences_as_deep_as_it_was_computed_and_no_deeper(
+def test_a_cached_instruction_is_reused_by_sequences_of_its_depth_or_less(
     runner: ModelRunner,
     oracle: PreTrainedModel,
     first: tuple[int, ...],
     second: tuple[int, ...],
     is_hit: bool,
 ) -> None:
-    """Layers of both; () is one that is scored, which takes all layers."""
+    """first, second: layers of two sequences; () is one with continuations, for all layers."""
     runner = new_runner(runner, max_prefix_bytes=2**30)
     instruction = random_ids(25)
     prompts = [instruction + random_ids(n, seed=n) for n in (4, 9)]
-    known, later = (
+    earlier, later = (
         to_measure(prompt, *layers, continuations=[] if layers else CONTINUATIONS, num_shared=25)
         for prompt, layers in zip(prompts, (first, second), strict=True)
     )
-    run_all(runner, [known])
+    run_all(runner, [earlier])
     assert runner.admit(later) == (25 if is_hit else 0)
     runner.release(later, is_sound=True)
     [result] = run_all(runner, [later])[later]
@@ -439,7 +439,7 @@ def test_a_known_instruction_serves_sequences_as_deep_as_it_was_computed_and_no_
         assert result.logprobs == pytest.approx(theirs, abs=1e-3)
 
 
-def test_the_rest_of_a_conversation_is_not_built_on_what_an_early_leaver_knew(
+def test_a_conversation_does_not_reuse_the_tokens_of_an_early_leaver(
     runner: ModelRunner,
 ) -> None:
     runner = new_runner(runner, max_prefix_bytes=2**30)
@@ -449,14 +449,14 @@ def test_the_rest_of_a_conversation_is_not_built_on_what_an_early_leaver_knew(
     assert runner.admit(cold) == 0
     runner.release(cold, is_sound=True)
     run_all(runner, [cold])
-    # What it knew is deep enough for either.
+    # The tokens of the conversation are deep enough for both.
     assert runner.admit(to_measure(prompt, 2)) == 19
     assert runner.admit(to_generate(prompt)) == 19
 
 
 @pytest.fixture
 def poisoned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New memory for keys is full of what would win every softmax that sees it."""
+    """Fills new memory for keys with numbers that would win every softmax."""
     slots = Arena.slots
 
     def poisoned(self: Arena, capacity: int, first_token: int) -> tuple[Tensor, Tensor]:
@@ -468,10 +468,10 @@ def poisoned_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("poisoned_keys")
 @pytest.mark.parametrize("is_sound", [True, False])
-def test_the_slot_of_an_early_leaver_does_the_next_sequence_no_harm(
+def test_the_slot_of_an_early_leaver_does_not_affect_the_next_sequence(
     runner: ModelRunner, oracle: PreTrainedModel, is_sound: bool
 ) -> None:
-    # Keeps the memory of the slots, and decodes beside whoever comes.
+    # The neighbour keeps the memory of the slots, and decodes beside later sequences.
     neighbour, leaver = to_generate(random_ids(30), temperature=0.0), to_measure(random_ids(90), 1)
     results = {}
     scheduler = Scheduler(16, 1000, Memory(runner))
@@ -511,7 +511,7 @@ def test_the_slot_of_an_early_leaver_does_the_next_sequence_no_harm(
         assert sequence.completion_ids[:12] == alone.completion_ids
 
 
-def test_measured_sequences_that_had_to_wait_get_the_same_states(
+def test_sequences_that_wait_for_memory_get_the_same_states(
     runner: ModelRunner, oracle: PreTrainedModel
 ) -> None:
     tight = ModelRunner(
@@ -539,7 +539,7 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     prefilled, healthy = to_measure([9, 9]), to_measure([9, 8, 7], 2)
     scored = to_measure([9, 8], 1, continuations=[[7], [8, 9]])
     generated = to_generate(random_ids(30), temperature=0.0)
-    # In the last slots, and longer than what comes there later.
+    # In the last slots, and longer than the sequences there later.
     broken = [
         to_measure([*random_ids(20), token, *random_ids(20)], 1),
         to_measure([*random_ids(40), token], 2),
@@ -558,7 +558,7 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
     assert_close(states_of([results[scored]]), expected_states(oracle, [9, 8], (1,)))
     first = token_of(results[generated])
     assert isinstance(results[prefilled], PrefilledEvent)
-    # A sequence in the place of a broken one decodes beside a longer one, which keeps the memory.
+    # A sequence in the slot of a broken one decodes beside a longer one, which keeps the memory.
     generated.num_computed, generated.completion_ids = 30, [first.token_id]
     for sequence in reversed(broken):
         runner.release(sequence, is_sound=False)
@@ -577,9 +577,11 @@ def test_hidden_states_that_are_not_finite_fail_their_sequence_only(
         assert [*sequence.completion_ids, sampled.token_id] == alone.completion_ids[:2]
 
 
-def test_hidden_states_belong_to_their_reader(runner: ModelRunner, oracle: PreTrainedModel) -> None:
+def test_returned_hidden_states_do_not_change_and_may_be_changed(
+    runner: ModelRunner, oracle: PreTrainedModel
+) -> None:
     sequence = to_measure(random_ids(8), 1, 2)
     states = states_of(run_all(runner, [sequence])[sequence])
     run_all(runner, [to_measure(random_ids(8, seed=1), 1, 2)])
     assert_close(states, expected_states(oracle, sequence.prompt_ids, (1, 2)))
-    states += 1  # and may be written to
+    states += 1

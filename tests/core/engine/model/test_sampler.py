@@ -19,7 +19,7 @@ DRAWS = 3000
 
 
 class LoneSampler(Sampler):
-    """One that is alone in every step."""
+    """A sampler that is alone in its step."""
 
     def sample(self, logits: torch.Tensor) -> TokenEvent:
         [token] = sample([self], logits[None].clone())
@@ -61,7 +61,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: int) -
     assert frequencies(sampler(top_p=top_p, seed=3)) == pytest.approx(expected, abs=0.03)
 
 
-def test_top_p_counts_only_what_top_k_left() -> None:
+def test_top_p_counts_only_tokens_that_top_k_keeps() -> None:
     # Of 0.5 and 0.25 the first alone holds two thirds.
     assert frequencies(sampler(top_k=2, top_p=0.6, seed=4))[0] == 1.0
 
@@ -90,14 +90,14 @@ def test_frequency_penalty_counts_every_sampled_token_and_none_of_the_prompt() -
     assert [chooser.sample(logits).token_id for _ in range(6)] == [0, 1, 0, 1, 0, 2]
 
 
-def test_presence_penalty_counts_once_however_often_a_token_came() -> None:
+def test_presence_penalty_counts_once_however_often_a_token_was_sampled() -> None:
     logits = torch.tensor([2.0, 1.5, -9.0, -9.0, -9.0])
     chooser = sampler([0], temperature=0.0, presence_penalty=1.0)
-    # Once both have been there, both are lowered by one for good.
+    # Once both were sampled, both stay lowered by one.
     assert [chooser.sample(logits).token_id for _ in range(5)] == [0, 1, 0, 0, 0]
 
 
-def test_negative_penalties_favour_what_was_said() -> None:
+def test_negative_penalties_favour_sampled_tokens() -> None:
     logits = torch.tensor([1.0, 0.9, -9.0, -9.0, -9.0])
     chooser = sampler(temperature=0.0, frequency_penalty=-2.0)
     assert [chooser.sample(logits).token_id for _ in range(3)] == [0, 0, 0]
@@ -167,7 +167,7 @@ def test_a_sequence_draws_the_same_tokens_alone_and_beside_any_others(vocab_size
     for step in range(20):
         logits = torch.randn(len(alone), vocab_size + 20, generator=generator) * 3
         if step == 10:
-            logits[4] = torch.nan  # who fails, fails alone
+            logits[4] = torch.nan  # only this sequence fails
         tokens = sample(together, logits.clone())
         for i, (chooser, token) in enumerate(zip(alone, tokens, strict=True)):
             if step == 10 and i == 4:
@@ -194,7 +194,7 @@ def test_greedy_takes_the_first_of_the_largest_wherever_it_is(vocab_size: int) -
         assert greedy.sample(logits).token_id == expected
 
 
-# --- the noise that draws -------------------------------------------------------------
+# --- noise ----------------------------------------------------------------------------
 
 # Of five tokens' chi-square, 4 degrees of freedom: exceeded once in 100,000 times.
 MAX_CHI_SQUARE = 28.5
@@ -226,7 +226,7 @@ def test_tokens_at_many_positions_of_a_seed_have_the_frequencies_of_the_softmax(
 
 
 def test_tokens_that_follow_each_other_are_independent() -> None:
-    chooser = sampler(seed=3, temperature=1e9)  # all five are as likely
+    chooser = sampler(seed=3, temperature=1e9)  # all five are equally likely
     drawn = [chooser.sample(LOGITS).token_id for _ in range(10_001)]
     pairs = Counter(a * len(PROBS) + b for a, b in itertools.pairwise(drawn))
     # 24 degrees of freedom: exceeded once in 100,000 times.
@@ -246,8 +246,8 @@ def test_a_token_has_the_same_noise_beside_any_others_in_any_order() -> None:
 def test_a_cut_that_keeps_the_token_drawn_without_it_draws_it_too(cut: dict[str, Any]) -> None:
     size = 200
     logits = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 2
-    falling, order = logits.sort(descending=True)
-    probs = falling.softmax(0)
+    descending, order = logits.sort(descending=True)
+    probs = descending.softmax(0)
     is_kept = {
         "top_k": torch.arange(size) < cut.get("top_k", 0),
         "top_p": probs.cumsum(0) - probs < cut.get("top_p", 0),
@@ -275,7 +275,7 @@ def test_every_seed_position_and_token_has_noise_of_its_own() -> None:
         [[noise_of(seed % 2**64, position, ids) for position in range(20)] for seed in seeds]
     )
     assert len(np.unique(noise)) == noise.size
-    # Nor does one tell anything about its neighbours: of 96,000 pairs.
+    # Neighbours are not correlated, in 96,000 pairs.
     for axis in range(3):
         size = noise.shape[axis]
         first, second = noise.take(range(size - 1), axis), noise.take(range(1, size), axis)
@@ -296,7 +296,7 @@ def test_the_numbers_are_those_of_splitmix64() -> None:
 
 
 def _unmixed(value: int) -> int:
-    """What `_mixed` makes the value of."""
+    """The inverse of `_mixed`."""
 
     def unshifted(shifted: int, num_bits: int) -> int:
         original = shifted
@@ -350,7 +350,7 @@ def test_without_a_seed_every_sequence_draws_its_own_tokens() -> None:
     assert len(draws) == 10
 
 
-def test_what_has_no_probability_is_never_drawn() -> None:
+def test_tokens_without_probability_are_never_sampled() -> None:
     chooser = sampler(seed=2, temperature=2.0, logit_bias=((0, -torch.inf), (2, -torch.inf)))
     assert {chooser.sample(LOGITS).token_id for _ in range(500)} == {1, 3, 4}
 
@@ -380,11 +380,11 @@ def test_logprobs_are_of_the_distribution_after_penalties_and_bias() -> None:
     assert token.logprob == pytest.approx(float(logits.log_softmax(0)[token.token_id]))
 
 
-def test_more_alternatives_than_tokens_are_all_tokens() -> None:
+def test_more_top_logprobs_than_tokens_are_those_of_all_tokens() -> None:
     token = sampler(num_logprobs=20).sample(LOGITS)
     assert sorted(i for i, _ in token.top_logprobs) == list(range(len(LOGITS)))
 
 
-def test_without_num_logprobs_nothing_is_told() -> None:
+def test_without_num_logprobs_no_logprobs_are_reported() -> None:
     token = sampler(seed=1).sample(LOGITS)
     assert (token.logprob, token.top_logprobs) == (None, ())

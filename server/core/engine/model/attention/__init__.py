@@ -1,1 +1,1 @@
-"""Attention of one step: every new token over its own sequence, few calls for all of them."""
+"""Attention of one step: every new token attends to its own sequence, in few calls."""

@@ -1,4 +1,4 @@
-"""Sampled tokens of sequences that lie side by side in memory, one each."""
+"""Attention of sampled tokens, one of each of several sequences that are neighbours in memory."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,19 +15,19 @@ class _LayerViews(NamedTuple):
 
     keys: Tensor  # (B H_kv, S, D)
     values: Tensor  # (B H_kv, D, S)
-    new_keys: Tensor  # (H_kv, D), where the keys of the only sequence go; all, if B > 1
-    new_values: Tensor
+    new_keys: Tensor  # (H_kv, D), of the new token if B = 1; else the pool's keys
+    new_values: Tensor  # likewise
 
 
 class DecodeRun:
     """B sampled tokens, each of which attends to S positions of its own sequence.
 
-    Products of a matrix and a vector along its rows run at the memory's speed in float32,
-    twice as fast as F.scaled_dot_product_attention.
+    Matrix-vector products along the matrix's rows run at the memory's speed in float32, twice as
+    fast as F.scaled_dot_product_attention.
     """
 
     def __init__(self, row: int, segments: Sequence[Segment]) -> None:
-        """row: where the run begins among the step's tokens. segments: `are_neighbours`."""
+        """row: the run's first among the step's tokens. segments: see `are_neighbours`."""
         self.rows = slice(row, row + len(segments))
         self._num_kv_heads = segments[0].pool.num_kv_heads
         self._lengths = torch.tensor([segment.cache.length for segment in segments])
@@ -50,8 +50,8 @@ class DecodeRun:
         else:
             views.new_keys[self._slot_ids, :, self._lengths] = keys
             views.new_values[self._slot_ids, :, :, self._lengths] = values
-        # Query heads that share a key head are columns of one matrix, (B H_kv, D, G); as the
-        # transpose of its rows, or bmm takes a path that is three times slower.
+        # Query heads that share a key head are columns of one matrix, (B H_kv, D, G). It is a
+        # transposed view, as bmm is three times slower otherwise.
         rows = queries.reshape(num_sequences * num_kv_heads, -1, head_dim)
         scores = torch.bmm(views.keys, rows.transpose(1, 2))
         if self._mask is not None:
@@ -63,7 +63,7 @@ class DecodeRun:
 
 
 def are_neighbours(a: Segment, b: Segment) -> bool:
-    """Whether the segments belong in one run, b behind a."""
+    """Whether b can follow a in one run."""
     return (
         a.is_decode
         and b.is_decode
@@ -78,7 +78,7 @@ def _end(segment: Segment) -> int:
 
 
 def _views(pool: KVPool, slots: slice, end: int, lengths: Tensor) -> list[_LayerViews]:
-    """All layers' views at once: a call for each would cost as much as the attention itself."""
+    """Views of all layers at once: a call for each would take as long as the attention itself."""
     keys, values = pool.keys, pool.values
     if len(lengths) == 1:
         slot, position = slots.start, int(lengths[0])

@@ -1,4 +1,4 @@
-"""New tokens of one sequence's prompt."""
+"""Attention of new tokens of one prompt."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from server.core.engine.model.attention.segment import Segment, rounded, split_heads, tile_end
 
-# Up to this many positions two plain products beat F.scaled_dot_product_attention, which is made
-# for many: 32 rows over 128 take 129 instead of 160 µs, 128 over 2,048 three times as long.
+# Up to this many positions two plain products are faster than F.scaled_dot_product_attention: 32
+# rows over 128 take 129 instead of 160 µs. 128 rows over 2,048 take three times as long.
 _MAX_FOR_PRODUCTS = 512
 
 
 class _Tile(NamedTuple):
-    """Rows of a prompt that attend to equally many positions, in one call."""
+    """Rows of a prompt that attend to the same number of positions, in one call."""
 
     rows: slice  # of the prompt's new tokens
     end: int  # S, positions attended to
@@ -27,7 +27,7 @@ class PromptRun:
     """T tokens of a prompt; each attends to those before it and to itself."""
 
     def __init__(self, row: int, segment: Segment) -> None:
-        """row: where the run begins among the step's tokens."""
+        """row: the run's first among the step's tokens."""
         cache, num_tokens = segment.cache, len(segment.token_ids)
         self.rows = slice(row, row + num_tokens)
         self._pool, self._slot = segment.pool, cache.slot
@@ -52,8 +52,8 @@ class PromptRun:
             num_rows = rows.shape[1]
             if num_missing := len(tile.mask) - num_rows:
                 rows = F.pad(rows, (0, 0, 0, num_missing))
-            known = all_keys[:, : tile.end], all_values[:, : tile.end]
-            mixed.append(tile.attend(rows, *known, tile.mask)[:, :num_rows])
+            keys_and_values = all_keys[:, : tile.end], all_values[:, : tile.end]
+            mixed.append(tile.attend(rows, *keys_and_values, tile.mask)[:, :num_rows])
         tiles = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 1)
         return tiles.transpose(0, 1).flatten(1)
 
@@ -63,7 +63,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
     attended: Tensor = F.scaled_dot_product_attention(
         queries[None],
         keys[None],
-        # The kernel wants values by rows; the copy is small beside the product.
+        # The kernel needs contiguous values; copying them costs little beside the product.
         values.contiguous()[None],
         attn_mask=mask,
         scale=1.0,
@@ -73,7 +73,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tens
 
 
 def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """The same for few positions."""
+    """As `_attend`, but faster for few positions."""
     num_kv_heads, head_dim = len(keys), keys.shape[-1]
     scores = torch.bmm(queries.reshape(num_kv_heads, -1, head_dim), keys.transpose(1, 2))
     scores.view(num_kv_heads, -1, *mask.shape).add_(mask)
@@ -85,8 +85,8 @@ def _tiles(positions: slice, capacity: int) -> Iterator[_Tile]:
     while begin < positions.stop:
         end = tile_end(begin, capacity)
         num_rows = min(end, positions.stop) - begin
-        is_hidden = torch.ones(rounded(num_rows), end, dtype=torch.bool).triu(begin + 1)
-        mask = torch.zeros(is_hidden.shape).masked_fill_(is_hidden, -torch.inf)
+        is_masked = torch.ones(rounded(num_rows), end, dtype=torch.bool).triu(begin + 1)
+        mask = torch.zeros(is_masked.shape).masked_fill_(is_masked, -torch.inf)
         row = begin - positions.start
         attend = _attend_by_products if end <= _MAX_FOR_PRODUCTS else _attend
         yield _Tile(slice(row, row + num_rows), end, mask, attend)

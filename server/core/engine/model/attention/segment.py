@@ -11,22 +11,22 @@ from server.core.engine.model.kv_cache import KVCache, KVPool
 from server.core.engine.model.linear import ROWS
 from server.core.engine.model.lora import Lora
 
-# A token attends to all positions up to the end of its tile of this many; those behind it are
-# masked. So the number of positions depends on where the token stands, and on nothing that it is
-# computed with, and its sums are equal to the last bit.
+# A token attends to all positions up to the end of its tile of this many; those after it are
+# masked. So the number of positions depends only on the token's own position, and its sums are
+# bit-identical in any batch.
 TILE = 128
 
 
 @dataclass(frozen=True)
 class Segment:
-    """New tokens of one sequence, T of them; its KV cache has room for those it keeps.
+    """T new tokens of one sequence; its KV cache has room for those it keeps.
 
-    is_decode: whether its only token was sampled. It is then computed together with others'.
+    is_decode: whether its only token was sampled. Neighbouring decodes are computed together.
     branches: if the tokens are continuations to score, the length of each. A continuation attends
     to the tokens in the cache and to itself, and is not kept.
-    layers: those after which its hidden states are wanted, rising from 1. The segment leaves
-    the forward after the last of them. None means the model's last layer.
-    lora: what is computed beside the model's matrices; None: nothing.
+    layers: hidden states are returned after these, ascending from 1. The segment leaves the
+    forward pass after the last of them. None means the model's last layer.
+    lora: computed beside the model's matrices.
     """
 
     token_ids: Sequence[int]
@@ -39,26 +39,26 @@ class Segment:
 
     @property
     def depth(self) -> float:
-        """How many layers it passes; infinite: all of them."""
+        """Number of layers that compute it; infinite: all."""
         return self.layers[-1] if self.layers else math.inf
 
     @property
     def pool(self) -> KVPool:
-        """Where its cache is."""
+        """The pool of its cache."""
         assert self.cache.pool is not None
         return self.cache.pool
 
     @property
     def num_kept(self) -> int:
-        """Tokens by which the cache is longer after the step."""
+        """Tokens that the step adds to the cache."""
         return 0 if self.branches else len(self.token_ids)
 
 
 def step_order(segments: Sequence[Segment]) -> list[int]:
-    """The order in which neighbours in memory are neighbours in the step, too.
+    """Indices of the segments in an order that makes neighbours in memory neighbours in the step.
 
-    Segments that leave the forward early come last, the first to leave at the very end.
-    Continuations come behind the prompt that they continue.
+    Segments that leave the forward pass early come last, the first to leave at the very end.
+    Continuations come after their prompt.
     """
 
     def key(index: int) -> tuple[float, bool, int, int, bool]:
@@ -71,12 +71,12 @@ def step_order(segments: Sequence[Segment]) -> list[int]:
 
 
 def tile_end(position: int, capacity: int) -> int:
-    """Positions that the token there attends to, the masked ones included."""
+    """Number of positions that the token at `position` attends to, masked ones included."""
     return min((position // TILE + 1) * TILE, capacity)
 
 
 def rounded(num_rows: int) -> int:
-    """The number of rows with which a product is computed."""
+    """`num_rows`, rounded up to a multiple of `ROWS`."""
     return -(-num_rows // ROWS) * ROWS
 
 

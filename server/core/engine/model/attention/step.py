@@ -1,4 +1,4 @@
-"""Where all tokens of a step are kept, and what they attend to."""
+"""Attention of all tokens of a step, run by run."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -29,8 +29,8 @@ class AttentionKind(NamedTuple):
     """One way to compute attention.
 
     layout: of the keys and values it reads.
-    are_neighbours: whether two segments, the second behind the first, belong in one run.
-    make_run: the run of such segments; row: where it begins among the step's tokens.
+    are_neighbours: whether the second of two segments can follow the first in one run.
+    make_run: (row, segments) -> the run of such segments; row: its first among the step's tokens.
     """
 
     layout: KVLayout
@@ -55,10 +55,10 @@ class StepAttention:
             begin, row = end, self._runs[-1].rows.stop
 
     def __call__(self, layer: int, heads: Tensor) -> Tensor:
-        """heads: as a run has them, (N, H + 2 H_kv, D). Returns (N, H D).
+        """heads: see `Run`, (N, H + 2 H_kv, D). Returns (N, H D).
 
         N is smaller in layers that the last segments of the step do not reach.
-        Does not change the caches' lengths: all layers write at the same place.
+        Does not change the caches' lengths: all layers write at the same positions.
         """
         mixed = []
         for run in self._runs:
@@ -76,5 +76,5 @@ def _make_run(row: int, segments: Sequence[Segment]) -> Run:
     return BranchRun(row, segment) if segment.branches else PromptRun(row, segment)
 
 
-# By PyTorch, on any processor.
+# In PyTorch, for any processor.
 TORCH_ATTENTION = AttentionKind(BY_TOKEN, are_neighbours, _make_run)

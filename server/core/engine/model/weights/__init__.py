@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, as float32, whatever format they are stored in."""
+"""Reads the weights of a checkpoint as float32, whatever format they are stored in."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ __all__ = ["Lookup", "WeightReader", "open_weights", "weights_digest"]
 
 
 def open_weights(source: Source) -> WeightReader:
-    """The reader for what the checkpoint lies in.
+    """The reader for the checkpoint's format.
 
     Raises:
         CheckpointError: its weights are missing or damaged.
@@ -28,7 +28,7 @@ def open_weights(source: Source) -> WeightReader:
 
 
 def weights_digest(source: Source) -> str:
-    """SHA-256 of the checkpoint's configuration and weights, in hexadecimal; a second a GB or two.
+    """SHA-256 of the checkpoint's configuration and weights, in hexadecimal; 1 or 2 GB a second.
 
     Raises:
         CheckpointError: a file cannot be read.

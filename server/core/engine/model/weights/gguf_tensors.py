@@ -1,4 +1,4 @@
-"""Weights in a GGUF, in any of the types that llama.cpp quantizes to."""
+"""Weights in a GGUF, in the types that llama.cpp quantizes to."""
 
 import math
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ KINDS = (
     Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1,
     Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ4_XS,
 )  # fmt: skip
-# Of gguf's names for the tensors of an architecture.
+# By the architecture's name in a file, for gguf's names of tensors.
 _ARCHITECTURES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 class GGUFReader(WeightReader):
-    """The tensors of a GGUF. Rows are read one block at a time, and never mapped to be read."""
+    """The tensors of a GGUF. Blocks of rows are read; only `lookup` maps the file."""
 
     def __init__(self, file: GGUF) -> None:
         arch = file.architecture
@@ -43,7 +43,7 @@ class GGUFReader(WeightReader):
         stored = self._stored(name, shape)
         num_bytes = _row_bytes(stored)
         try:
-            read = np.fromfile(
+            data = np.fromfile(
                 self._file.path,
                 np.uint8,
                 (rows.stop - rows.start) * num_bytes,
@@ -53,7 +53,7 @@ class GGUFReader(WeightReader):
             raise CheckpointError(
                 f"{self._file}: cannot read the weights: {first_line(error)}"
             ) from error
-        return _dequantized(read.reshape(-1, num_bytes), stored)
+        return _dequantized(data.reshape(-1, num_bytes), stored)
 
     def _stored(self, name: str, shape: Sequence[int]) -> StoredTensor:
         own_name = self._names.get_name(name, try_suffixes=(".weight", ".bias"))

@@ -1,9 +1,9 @@
 """Weights in safetensors that GPTQ or AWQ has packed into few bits.
 
 Sources of the formats: AutoGPTQ's `QuantLinear.pack` and AutoAWQ's `WQLinear_GEMM.from_linear`.
-Both hold a matrix turned round, (C_in, C_out): eight integers of four bits in a word of 32. GPTQ
-has eight rows of a column in a word, AWQ eight columns of a row. The zeros have one row for each
-group, and eight columns in a word in both.
+Both hold a transposed matrix, (C_in, C_out), with eight 4-bit integers in a 32-bit word: GPTQ eight
+rows of a column, AWQ eight columns of a row. The zeros have one row for each group and, in both,
+eight columns in a word.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from server.core.engine.model.weights.packing import Packing
 from server.core.engine.model.weights.safetensors_folder import DTYPES, SafetensorsReader
 
 _WORD_BITS = 32
-# Which four bits of AWQ's words hold each of eight columns.
+# The place of each of eight columns in AWQ's words, in units of four bits.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 class PackedReader(SafetensorsReader):
-    """A folder in which some matrices are packed. The others are read as they are."""
+    """The tensors of a checkpoint folder in which some matrices are packed."""
 
     def __init__(self, folder: Path, packing: Packing) -> None:
         super().__init__(folder)
@@ -55,11 +55,11 @@ class PackedReader(SafetensorsReader):
             return torch.arange(shape[1]) // size
         groups = self._part(name, (shape[1],), ("I32",)).long()
         if groups.min() < 0 or groups.max() >= -(-shape[1] // size):
-            raise CheckpointError(f"{self._folder}: {name!r} names groups that there are not")
+            raise CheckpointError(f"{self._folder}: {name!r} names groups that do not exist")
         return groups
 
     def _unpacked(self, name: str, shape: Sequence[int], rows: slice) -> Tensor:
-        """Integers of some rows of the matrix of `shape`, turned round: (C_in, R)."""
+        """Integers of some rows of the matrix of `shape`, transposed: (C_in, R)."""
         num_rows, num_columns = shape
         if self._packing.method == "awq":
             return self._unpacked_columns(name, (num_columns, num_rows), rows)
@@ -67,7 +67,7 @@ class PackedReader(SafetensorsReader):
         return (words[:, None] >> self._shifts[:, None]).bitwise_and_(self._mask).flatten(0, 1)
 
     def _unpacked_columns(self, name: str, shape: Sequence[int], columns: slice) -> Tensor:
-        """Some columns of a table of integers, several of which are in a word."""
+        """Some columns of a table of integers with several columns in a word."""
         per_word = len(self._shifts)
         words = self._part(
             name,

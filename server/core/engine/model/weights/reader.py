@@ -1,4 +1,4 @@
-"""How a model asks for its weights, whatever file they lie in."""
+"""The interface by which a model reads its weights, whatever their format."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,17 @@ BLOCK_ROWS = 2048
 
 
 class Lookup(Protocol):
-    """The rows of a matrix, which stays where it is."""
+    """Reads rows of a matrix that stays in its file."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(N,) -> (N, C)."""
 
 
 class WeightReader(ABC):
-    """The tensors of a checkpoint by their names in transformers; nothing is read early.
+    """The tensors of a checkpoint by their names in transformers, read on demand.
 
     Raises:
-        CheckpointError: a file or tensor is missing, damaged, or not what was asked for.
+        CheckpointError: a file or tensor is missing or damaged, or has another shape or type.
     """
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
@@ -38,7 +38,7 @@ class WeightReader(ABC):
 
     @abstractmethod
     def lookup(self, name: str, shape: Sequence[int]) -> Lookup:
-        """The rows of the tensor `name`: their pages come to memory when used."""
+        """Looks up rows of the tensor `name`; their pages are loaded when used."""
 
     @abstractmethod
     def _rows(self, name: str, shape: Sequence[int], rows: slice) -> Tensor:

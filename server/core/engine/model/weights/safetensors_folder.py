@@ -17,17 +17,17 @@ from server.reasons import first_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# As safetensors names them; others hold numbers that mean nothing without their scales.
+# By safetensors' names. Numbers of other types mean nothing without their scales.
 DTYPES = ("F64", "F32", "F16", "BF16")
-# Beside a matrix of rows of 8-bit integers ("I8"), by its name and this: a scale for each row.
+# Ends the name of the tensor with the rows' scales of a matrix of 8-bit integers ("I8").
 SCALES = ".scales"
 
 
 class SafetensorsReader(WeightReader):
     """The tensors of a checkpoint folder, in one file or many.
 
-    A file is mapped for one block at a time, so that what has been read does not stay in
-    memory beside what was made of it.
+    A file is mapped for one block at a time, so that its pages do not stay in memory beside the
+    matrices made of them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,7 +61,7 @@ class SafetensorsReader(WeightReader):
         return (*DTYPES, "I8") if name + SCALES in self._paths else DTYPES
 
     def _scales(self, name: str, num_rows: int) -> Tensor | None:
-        """What each row of the tensor `name` is to be multiplied by, in float32; None: nothing."""
+        """The factor of each row of the tensor `name`, in float32; None: it has none."""
         if name + SCALES not in self._paths:
             return None
         with self._stored(name + SCALES, (num_rows,), DTYPES) as scales:

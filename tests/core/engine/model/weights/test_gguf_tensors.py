@@ -28,7 +28,7 @@ from server.core.engine.model.weights import open_weights, reader
 from server.core.engine.model.weights.gguf_tensors import KINDS
 from tests.gguf_files import write_gguf
 
-# Rows of 256 columns, as the types with K in their names have them at least.
+# Rows of 256 columns, the least that the types with K in their names need.
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -63,7 +63,7 @@ def random_model(name: str) -> PreTrainedModel:
 
 
 def write(tmp_path: Path, model: PreTrainedModel, kind: Kind) -> tuple[Path, dict[str, Tensor]]:
-    """A GGUF of the model, and the weights it has by transformers' names."""
+    """A GGUF of the model, and its weights by transformers' names."""
     model.save_pretrained(tmp_path / "folder")
     path = tmp_path / "model.gguf"
     return path, write_gguf(path, tmp_path / "folder", kind)
@@ -103,7 +103,7 @@ def test_logits_equal_those_of_transformers_with_the_same_weights(
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_K], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
-def test_few_bits_are_made_of_any_type_and_embeddings_keep_what_the_file_has(
+def test_any_type_is_quantized_again_and_embeddings_stay_as_in_the_file(
     tmp_path: Path, kind: Kind, dtype: str
 ) -> None:
     reference = random_model("qwen3-untied")
@@ -114,7 +114,7 @@ def test_few_bits_are_made_of_any_type_and_embeddings_keep_what_the_file_has(
     assert error < {"bfloat16": 0.02, "int8": 0.05, "int4": 0.3}[dtype]
 
 
-def test_no_more_than_a_block_of_rows_is_ever_in_float32_for_one_read(
+def test_a_read_dequantizes_one_block_of_rows_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, weights = write(tmp_path, random_model("qwen2-tied"), Kind.Q8_0)
@@ -141,7 +141,7 @@ def test_a_tensor_of_another_shape_or_none_is_one_sentence(tmp_path: Path) -> No
         weights.read("lm_head.weight", (300, 256))
 
 
-def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
     path, _ = write(tmp_path, random_model("qwen2-tied"), Kind.TQ1_0)
     with pytest.raises(CheckpointError, match="is of type TQ1_0; this server reads F32, F16"):
         load(path)

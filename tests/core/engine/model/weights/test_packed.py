@@ -39,9 +39,9 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        said = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
+        config = {"quant_method": self.method, "bits": self.bits, "group_size": self.group_size}
         field = "version" if self.method == "awq" else "checkpoint_format"
-        return said | ({field: self.form} if self.form else {})
+        return config | ({field: self.form} if self.form else {})
 
 
 CASES = [
@@ -61,7 +61,7 @@ CASES = [
 
 
 def packed_words(integers: Tensor, bits: int, columns: tuple[int, ...] | None = None) -> Tensor:
-    """Several neighbours of a row in a word of 32 bits: (N, M) -> (N, M * bits / 32)."""
+    """Packs neighbours of a row into words of 32 bits: (N, M) -> (N, M * bits / 32)."""
     per_word = 32 // bits
     words = torch.zeros(len(integers), integers.shape[1] // per_word, dtype=torch.int64)
     for place, column in enumerate(columns or range(per_word)):
@@ -70,7 +70,7 @@ def packed_words(integers: Tensor, bits: int, columns: tuple[int, ...] | None = 
 
 
 def pack(weight: Tensor, case: Case) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors that a (C_out, C_in) matrix is stored in, and the matrix they stand for."""
+    """The stored tensors of a (C_out, C_in) matrix, and the dequantized matrix."""
     num_columns, top = weight.shape[1], 2**case.bits - 1
     size = num_columns if case.group_size == -1 else case.group_size
     groups = torch.arange(num_columns) // size
@@ -87,23 +87,23 @@ def pack(weight: Tensor, case: Case) -> tuple[dict[str, Tensor], Tensor]:
         zeros = (-low / scales).round()
     # (C_in, C_out), as both formats have it.
     integers = (weight.T / scales[groups] + zeros[groups]).round().clamp(0, top)
-    stands_for = ((integers - zeros[groups]) * scales[groups]).T
+    dequantized = ((integers - zeros[groups]) * scales[groups]).T
     stored = {"scales": scales.half()}
     if case.method == "awq":
         stored["qweight"] = packed_words(integers, 4, AWQ_COLUMNS)
         stored["qzeros"] = packed_words(zeros, 4, AWQ_COLUMNS)
-        return stored, stands_for
+        return stored, dequantized
     stored["qweight"] = packed_words(integers.T, case.bits).T.contiguous()
     # A zero of 0 is stored as the largest number, where one less is stored.
     stored_zeros = zeros if case.form == "gptq_v2" else (zeros - 1) % (top + 1)
     stored["qzeros"] = packed_words(stored_zeros, case.bits)
     stored["g_idx"] = groups.to(torch.int32)
-    return stored, stands_for
+    return stored, dequantized
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sizes that the kernels take, and groups of 128 columns fit into."""
+    """A checkpoint with sizes for the kernels, and for groups of 128 columns."""
     torch.manual_seed(1)
     config = Qwen2Config(
         vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
@@ -120,7 +120,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(original: Path, folder: Path, case: Case) -> dict[str, Tensor]:
-    """The checkpoint with its layers' matrices packed; returns the weights they stand for."""
+    """Writes the checkpoint with its layers' matrices packed; returns dequantized weights."""
     torch.manual_seed(2)
     folder.mkdir()
     stored: dict[str, Tensor] = {}
@@ -176,7 +176,7 @@ def test_logits_equal_those_of_transformers_with_the_dequantized_weights(
 
 @pytest.mark.parametrize("case", [Case(), Case("awq", group_size=128)], ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.05), ("int4", 0.2)])
-def test_our_few_bits_are_made_of_theirs(
+def test_packed_matrices_are_quantized_again(
     original: Path, tmp_path: Path, case: Case, dtype: str, bound: float
 ) -> None:
     theirs = expected(original, write(original, tmp_path / "packed", case))
@@ -197,9 +197,9 @@ def test_a_quantize_config_of_autogptqs_first_versions_is_read(
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "reason"),
     [
-        ({"quant_method": "fp8"}, "is quantized already (fp8), and not by GPTQ"),
+        ({"quant_method": "fp8"}, "is quantized already (fp8); this server reads GPTQ"),
         ({"quant_method": None}, "is quantized already (None)"),
         ({"bits": 3}, "is quantized already (gptq of format gptq, 3 bits)"),
         ({"checkpoint_format": "marlin"}, "(gptq of format marlin, 4 bits)"),
@@ -210,13 +210,13 @@ def test_a_quantize_config_of_autogptqs_first_versions_is_read(
     ],
     ids=str,
 )
-def test_matrices_packed_in_another_way_are_refused_by_name(
-    original: Path, tmp_path: Path, change: dict[str, Any], says: str
+def test_unsupported_packings_are_refused_by_name(
+    original: Path, tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     write_config(original, tmp_path, quantization_config=Case().config | change)
     with pytest.raises(CheckpointError) as error:
         read_model_config(tmp_path)
-    assert says in str(error.value)
+    assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -224,16 +224,20 @@ NAME = "model.layers.1.mlp.up_proj."
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "says"),
+    ("part", "change", "reason"),
     [
         ("qzeros", None, f"the weights lack '{NAME}qzeros'"),
         ("scales", lambda scales: scales[1:], f"'{NAME}scales' has shape [3, 256]"),
         ("qweight", lambda words: words.long(), f"'{NAME}qweight' is of type I64"),
-        ("g_idx", lambda groups: groups + 1, f"'{NAME}g_idx' names groups that there are not"),
+        ("g_idx", lambda groups: groups + 1, f"'{NAME}g_idx' names groups that do not exist"),
     ],
 )
 def test_parts_that_do_not_fit_are_one_clear_sentence(
-    original: Path, tmp_path: Path, part: str, change: Callable[[Tensor], Tensor] | None, says: str
+    original: Path,
+    tmp_path: Path,
+    part: str,
+    change: Callable[[Tensor], Tensor] | None,
+    reason: str,
 ) -> None:
     folder = tmp_path / "packed"
     write(original, folder, Case())
@@ -244,4 +248,4 @@ def test_parts_that_do_not_fit_are_one_clear_sentence(
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
         open_weights(folder).read(f"{NAME}weight", (256, 128))
-    assert says in str(error.value)
+    assert reason in str(error.value)
