@@ -95,7 +95,7 @@ class Engine(Protocol):
 
     @property
     def breakdown(self) -> Exception | None:
-        """The exception that ended the engine for good, or None."""
+        """The exception that ended the engine, or None."""
 
     @property
     def trouble(self) -> str | None:

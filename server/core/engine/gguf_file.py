@@ -219,7 +219,7 @@ class _Cursor:
         self.offset = 0
 
     def number(self, code: str) -> Any:
-        """code: as `struct` has it."""
+        """code: see `struct`."""
         [value] = struct.unpack_from(f"<{code}", self._data, self.offset)
         self.offset += struct.calcsize(f"<{code}")
         return value

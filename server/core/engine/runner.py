@@ -12,7 +12,7 @@ StepResult = list[TokenEvent] | ScoredEvent | PrefilledEvent
 
 
 class StepInterruptedError(Exception):
-    """A step was interrupted between two layers; it had no effect."""
+    """A step was interrupted between two layers; it counts as not computed."""
 
 
 class Runner(Protocol):

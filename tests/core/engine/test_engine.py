@@ -39,7 +39,7 @@ ENDLESS = SamplingParams(max_tokens=10**9)
 
 
 class FakeRunner:
-    """Samples 100, 101, 102, … and scores 0, -1, -2, …, unless a test has other answers.
+    """Samples 100, 101, 102, … and scores 0, -1, -2, …, unless a test sets other answers.
 
     The hidden state after layer n is [n, length of the prompt].
 
@@ -113,7 +113,7 @@ class FakeRunner:
 
 
 class Hold:
-    """Keeps the engine inside one step until the test lets it go. Use as `before_step`."""
+    """Holds the engine in one step until the test releases it. Use as `before_step`."""
 
     def __init__(self, number: int = 1) -> None:
         self._number = number
@@ -122,12 +122,12 @@ class Hold:
     def __call__(self, number: int) -> None:
         if number == self._number:
             self._reached.set()
-            assert self._free.wait(BOUND_S), "the test never let the step go"
+            assert self._free.wait(BOUND_S), "the test never released the step"
 
     async def reached(self) -> None:
         assert await asyncio.to_thread(self._reached.wait, BOUND_S)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._free.set()
 
 
@@ -146,12 +146,12 @@ async def running(
         yield engine
     finally:
         if isinstance(runner.before_step, Hold):
-            runner.before_step.let_go()
+            runner.before_step.release()
         await bounded(asyncio.to_thread(engine.close))
 
 
 async def bounded(awaitable: Awaitable[T]) -> T:
-    """The result, or a failed test in place of one that hangs."""
+    """The result; fails a test that would hang."""
     return await asyncio.wait_for(awaitable, BOUND_S)
 
 
@@ -169,10 +169,10 @@ async def first_token(stream: TokenStream) -> None:
 
 
 async def events_of(engine: LocalEngine, *streams: TokenStream) -> list[list[Event]]:
-    """Closes the engine and returns all the events each stream ever got."""
+    """Closes the engine and returns the events of each stream that were not read."""
     await bounded(asyncio.to_thread(engine.close))
     delivered = asyncio.Event()
-    # Behind everything the engine's thread has handed to the loop.
+    # After everything that the engine's thread has passed to the loop.
     asyncio.get_running_loop().call_soon(delivered.set)
     await bounded(delivered.wait())
     return [
@@ -228,7 +228,7 @@ async def test_a_finished_sequence_got_its_tokens_and_one_terminal_event(
         stop = engine.submit([2], stop_params)
         engine.submit([3], ENDLESS)
         await hold.reached()
-        hold.let_go()
+        hold.release()
         assert await events_of(engine, length, stop) == [
             [*tokens(100, 101), FinishedEvent(FinishReason.LENGTH)],
             [*tokens(100), FinishedEvent(FinishReason.STOP)],
@@ -275,7 +275,7 @@ async def test_a_score_of_nothing_is_refused(runner: FakeRunner) -> None:
     assert not runner.ran
 
 
-async def test_what_a_score_asks_for_reaches_the_runner(runner: FakeRunner) -> None:
+async def test_the_arguments_of_a_score_reach_the_runner(runner: FakeRunner) -> None:
     async with running(runner) as engine:
         await bounded(engine.score([1, 2], [], layers=(3,), num_shared=1, is_pinned=True))
         await bounded(engine.score([2, 2], [[5]], layers=(3,)))
@@ -295,7 +295,7 @@ async def test_what_a_score_asks_for_reaches_the_runner(runner: FakeRunner) -> N
         ((2, 4), [[5]], None, True),
     ],
 )
-def test_a_sequence_leaves_after_its_last_layer_unless_something_comes_behind_its_prompt(
+def test_a_sequence_leaves_after_its_last_layer_unless_it_has_continuations(
     layers: tuple[int, ...], continuations: list[list[int]], depth: int | None, is_scored: bool
 ) -> None:
     sequence = Sequence([1], None, continuations, lambda event: None, layers)
@@ -312,7 +312,7 @@ async def test_abort_while_waiting_ends_a_sequence_that_never_ran(runner: FakeRu
         waiting = engine.submit([2], ENDLESS)
         await hold.reached()
         waiting.abort()
-        hold.let_go()
+        hold.release()
         assert await tokens_of(first) == [100, 101]
         assert (await events_of(engine, waiting)) == [[AbortedEvent()]]
         assert [2] not in runner.steps
@@ -325,7 +325,7 @@ async def test_abort_during_prefill_ends_a_sequence_and_frees_its_slot(runner: F
         other = engine.submit([2], SamplingParams(max_tokens=1))
         await hold.reached()
         long.abort()
-        hold.let_go()
+        hold.release()
         assert await tokens_of(other) == [100]
         assert runner.steps == [[1], [1], [2]]
         assert [sequence.prompt_ids[0] for sequence in runner.released] == [1, 2]
@@ -340,12 +340,12 @@ async def test_abort_during_decode_ends_a_sequence_after_the_token_of_that_step(
         stream = engine.submit([1], ENDLESS)
         await hold.reached()
         stream.abort()
-        hold.let_go()
+        hold.release()
         assert await events_of(engine, stream) == [[*tokens(100, 101, 102), AbortedEvent()]]
         assert len(runner.steps) == 3
 
 
-async def test_the_reader_of_an_aborted_sequence_is_told_so(runner: FakeRunner) -> None:
+async def test_reading_an_aborted_sequence_raises(runner: FakeRunner) -> None:
     async with running(runner) as engine:
         stream = engine.submit([1], ENDLESS)
         await first_token(stream)
@@ -362,7 +362,7 @@ async def test_abort_twice_is_harmless(runner: FakeRunner) -> None:
         await hold.reached()
         stream.abort()
         stream.abort()
-        hold.let_go()
+        hold.release()
         assert await events_of(engine, stream) == [[*tokens(100, 101), AbortedEvent()]]
         assert len(runner.released) == 1
 
@@ -411,7 +411,7 @@ async def test_a_cancelled_score_frees_its_slot_in_the_middle_of_its_prefill(
         score.cancel()
         with pytest.raises(asyncio.CancelledError):
             await bounded(score)
-        hold.let_go()
+        hold.release()
         assert await tokens_of(engine.submit([2], SamplingParams(max_tokens=1))) == [100]
         # The score was not run to its end first.
         assert runner.steps.count([1]) < 50
@@ -431,13 +431,13 @@ async def test_a_cancelled_score_that_waits_never_runs(runner: FakeRunner) -> No
         score.cancel()
         with pytest.raises(asyncio.CancelledError):
             await bounded(score)
-        hold.let_go()
+        hold.release()
         assert await tokens_of(first) == [100, 101]
         assert (await bounded(third)).logprobs == [0.0]
         assert runner.steps == [[1], [1], [3]]
 
 
-async def test_a_cancelled_measurement_frees_its_slot(runner: FakeRunner) -> None:
+async def test_a_cancelled_score_of_hidden_states_frees_its_slot(runner: FakeRunner) -> None:
     runner.before_step = hold = Hold(number=2)
     async with running(runner, max_num_seqs=1, max_rows=2) as engine:
         score = asyncio.create_task(engine.score([1] * 100, [], layers=(1,)))
@@ -445,7 +445,7 @@ async def test_a_cancelled_measurement_frees_its_slot(runner: FakeRunner) -> Non
         score.cancel()
         with pytest.raises(asyncio.CancelledError):
             await bounded(score)
-        hold.let_go()
+        hold.release()
         assert await tokens_of(engine.submit([2], SamplingParams(max_tokens=1))) == [100]
         assert runner.steps.count([1]) < 50
         assert Counter(runner.released) == Counter(runner.ran)
@@ -457,7 +457,7 @@ async def test_a_score_that_is_aborted_by_closing_raises(runner: FakeRunner) -> 
         score = asyncio.create_task(engine.score([1] * 10**6, [[5]]))
         await hold.reached()
         closing = asyncio.create_task(asyncio.to_thread(engine.close))
-        hold.let_go()
+        hold.release()
         with pytest.raises(SequenceAbortedError):
             await bounded(score)
         await bounded(closing)
@@ -466,7 +466,7 @@ async def test_a_score_that_is_aborted_by_closing_raises(runner: FakeRunner) -> 
 # --- failures of the runner -----------------------------------------------------------
 
 
-async def test_one_failing_sequence_leaves_the_others_alone(runner: FakeRunner) -> None:
+async def test_a_failing_sequence_does_not_affect_others(runner: FakeRunner) -> None:
     error = ValueError("bad logits")
     runner.answers[2] = lambda sequence: error
     async with running(runner) as engine:
@@ -490,7 +490,7 @@ async def test_several_tokens_of_a_step_come_in_order_and_end_the_sequence_once(
         assert await tokens_of(stopped) == [5, 6]
         assert stopped.finish_reason is FinishReason.STOP
     assert len(runner.steps) == 2
-    # Of the tokens behind the prompt all but the last are computed.
+    # Of the tokens after the prompt all but the last are computed.
     assert [sequence.num_computed for sequence in runner.released] == [3, 3]
 
 
@@ -509,7 +509,7 @@ async def test_a_sequence_that_fails_later_keeps_its_tokens_and_fails_once(
         assert await events_of(engine, stream) == [[*tokens(5, 5), FailedEvent(error)]]
 
 
-async def test_a_failing_score_raises_what_the_runner_says(runner: FakeRunner) -> None:
+async def test_a_failing_score_raises_the_error_of_the_runner(runner: FakeRunner) -> None:
     runner.answers[1] = lambda sequence: ValueError("not finite")
     async with running(runner) as engine:
         with pytest.raises(ValueError, match="not finite"):
@@ -552,22 +552,22 @@ async def test_a_step_that_fails_is_tried_again_and_loses_nothing(runner: FakeRu
 async def test_only_the_sequence_that_breaks_the_step_fails(
     runner: FakeRunner, num_tokens: int
 ) -> None:
-    """num_tokens: after so many, in prefill or in decode."""
+    """num_tokens: sampled before the failure, in prefill (0) or in decode."""
     error = RuntimeError("out of memory")
 
     def step(
         chunks: list[ScheduledChunk], should_stop: Callable[[], bool] = lambda: False
     ) -> dict[Sequence, StepResult | Exception]:
-        guilty = [c for c in chunks if c.sequence.prompt_ids[0] == 2]
-        if guilty and len(guilty[0].sequence.completion_ids) == num_tokens:
+        faulty = [c for c in chunks if c.sequence.prompt_ids[0] == 2]
+        if faulty and len(faulty[0].sequence.completion_ids) == num_tokens:
             raise error
         return FakeRunner.step(runner, chunks)
 
     runner.step = step  # type: ignore[method-assign]
     async with running(runner, max_rows=4) as engine:
         streams = [engine.submit([i] * 9, SamplingParams(max_tokens=5)) for i in (1, 2, 3)]
-        for innocent in (streams[0], streams[2]):
-            assert await tokens_of(innocent) == [100, 101, 102, 103, 104]
+        for healthy in (streams[0], streams[2]):
+            assert await tokens_of(healthy) == [100, 101, 102, 103, 104]
         assert await events_of(engine, streams[1]) == [
             [*tokens(*range(100, 100 + num_tokens)), FailedEvent(error)]
         ]
@@ -586,7 +586,7 @@ async def test_a_failure_is_logged(runner: FakeRunner, caplog: pytest.LogCapture
 # --- close ----------------------------------------------------------------------------
 
 
-async def test_close_aborts_what_decodes_what_prefills_and_what_waits(runner: FakeRunner) -> None:
+async def test_close_aborts_decoding_prefilling_and_waiting_sequences(runner: FakeRunner) -> None:
     async with running(runner, max_num_seqs=2, max_rows=2) as engine:
         decoding = engine.submit([1], ENDLESS)
         prefilling = engine.submit([2] * 10**6, ENDLESS)
@@ -636,10 +636,10 @@ async def test_two_streams_both_make_progress_in_every_step(runner: FakeRunner) 
         a = engine.submit([1], SamplingParams(max_tokens=6))
         b = engine.submit([2], SamplingParams(max_tokens=6))
         await hold.reached()
-        hold.let_go()
+        hold.release()
         expected = [100, 101, 102, 103, 104, 105]
         assert list(await asyncio.gather(tokens_of(a), tokens_of(b))) == [expected] * 2
-        # The second may have come when the first step had begun.
+        # The second may have arrived after the first step began.
         assert runner.steps.count([1, 2]) >= 5
 
 
@@ -649,7 +649,7 @@ async def test_a_stream_goes_on_while_a_long_prompt_is_prefilled(runner: FakeRun
         stream = engine.submit([1], SamplingParams(max_tokens=10))
         await hold.reached()
         long = engine.submit([2] * 100, SamplingParams(max_tokens=1))
-        hold.let_go()
+        hold.release()
         assert await tokens_of(stream) == list(range(100, 110))
         assert await tokens_of(long) == [100]
         # 8 tokens of the long prompt, each beside a token of the stream; then 2 in a step.
@@ -657,7 +657,7 @@ async def test_a_stream_goes_on_while_a_long_prompt_is_prefilled(runner: FakeRun
         assert runner.steps[10:] == [[2]] * 46
 
 
-async def test_a_slot_that_becomes_free_is_taken_by_who_waits(runner: FakeRunner) -> None:
+async def test_a_freed_slot_goes_to_the_next_waiting_sequence(runner: FakeRunner) -> None:
     async with running(runner, max_num_seqs=1) as engine:
         streams = [engine.submit([i], SamplingParams(max_tokens=2)) for i in range(1, 5)]
         for stream in streams:
@@ -671,7 +671,7 @@ async def test_the_event_loop_is_free_while_a_step_runs(runner: FakeRunner) -> N
         stream = engine.submit([1], SamplingParams(max_tokens=1))
         await hold.reached()
         assert stream.events.empty()
-        hold.let_go()
+        hold.release()
         assert await tokens_of(stream) == [100]
 
 
@@ -699,27 +699,27 @@ def test_a_reader_whose_event_loop_has_closed_does_not_stop_the_engine(runner: F
 
     try:
         asyncio.run(leave_behind())
-        hold.let_go()
+        hold.release()
         assert asyncio.run(come_after()) == [100, 101]
         assert engine.is_alive
     finally:
-        hold.let_go()
+        hold.release()
         engine.close()
 
 
 class Disturber:
     """Aborts streams at random and breaks six of the first steps. Use as `before_step`."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, rng: random.Random) -> None:
         self.streams: list[TokenStream] = []
-        self._chance = chance
-        # Two in a row: the second is the first one's first sequence, tried alone.
-        self._failing_steps = {n + i for n in chance.sample(range(5, 60), 3) for i in (0, 1)}
+        self._rng = rng
+        # Two in a row: the second is the first sequence of the failed step, computed alone.
+        self._failing_steps = {n + i for n in rng.sample(range(5, 60), 3) for i in (0, 1)}
 
     def __call__(self, number: int) -> None:
-        for _ in range(self._chance.randrange(3)):
+        for _ in range(self._rng.randrange(3)):
             if self.streams:
-                self._chance.choice(self.streams).abort()
+                self._rng.choice(self.streams).abort()
         if number in self._failing_steps:
             raise RuntimeError("the whole step")
 
@@ -734,26 +734,24 @@ def fail_at_third_token(sequence: Sequence) -> StepResult | Exception:
 async def test_every_sequence_ends_exactly_once_under_any_mix(
     runner: FakeRunner, seed: int
 ) -> None:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     runner.before_step = disturber = Disturber(random.Random(seed))
     runner.answers = dict.fromkeys(range(0, 60, 7), fail_at_third_token)
     scores: list[asyncio.Task[Scores]] = []
     async with running(runner, max_num_seqs=3, max_rows=4) as engine:
         for i in range(60):
-            prompt_ids = [i] * chance.randint(1, 12)
+            prompt_ids = [i] * rng.randint(1, 12)
             params = SamplingParams(
-                max_tokens=chance.choice((1, 5, 10**9)),
-                stop_token_ids=frozenset({chance.choice((100, 104, 7))}),
+                max_tokens=rng.choice((1, 5, 10**9)),
+                stop_token_ids=frozenset({rng.choice((100, 104, 7))}),
             )
             disturber.streams.append(engine.submit(prompt_ids, params))
             if i % 4 == 0:
-                continuations, layers = chance.choice(
-                    [([[5], [6]], ()), ([], (1, 3)), ([[5]], (2,))]
-                )
+                continuations, layers = rng.choice([([[5], [6]], ()), ([], (1, 3)), ([[5]], (2,))])
                 score = engine.score(prompt_ids, continuations, layers=layers)
                 scores.append(asyncio.create_task(score))
             if i % 20 == 4:
-                # Comes back only when the engine has worked through most of what came before.
+                # Returns only when the engine has computed most of the earlier sequences.
                 await bounded(asyncio.wait([scores[-2]]))
                 scores[-1].cancel()
         events = await events_of(engine, *disturber.streams)
@@ -763,7 +761,7 @@ async def test_every_sequence_ends_exactly_once_under_any_mix(
         assert isinstance(seen[-1], Terminal), seen
         assert all(isinstance(event, TokenEvent) for event in seen[:-1]), seen
     kinds = {type(seen[-1]) for seen in events}
-    assert {AbortedEvent, FinishedEvent, FailedEvent} <= kinds, "too tame to show anything"
+    assert {AbortedEvent, FinishedEvent, FailedEvent} <= kinds, "not every kind of end occurred"
     expected = (Scores, ValueError, RuntimeError, SequenceAbortedError, asyncio.CancelledError)
     assert all(isinstance(result, expected) for result in results)
     for result in results:
@@ -782,7 +780,7 @@ async def test_scored_and_sampled_sequences_share_steps(runner: FakeRunner) -> N
         yielded = asyncio.Event()
         asyncio.get_running_loop().call_soon(yielded.set)
         await yielded.wait()
-        hold.let_go()
+        hold.release()
         assert (await bounded(score)).logprobs == [0.0, -1.0]
         assert len(await tokens_of(stream)) == 5
         assert [1, 2] in runner.steps
@@ -793,7 +791,7 @@ def test_a_scored_event_is_terminal_and_a_token_event_is_not() -> None:
     assert not isinstance(TokenEvent(1), Terminal)
 
 
-async def test_an_abort_behind_the_closing_command_ends_nothing_a_second_time(
+async def test_an_abort_after_the_close_command_ends_no_sequence_twice(
     runner: FakeRunner,
 ) -> None:
     async def closes() -> None:
@@ -811,7 +809,7 @@ async def test_an_abort_behind_the_closing_command_ends_nothing_a_second_time(
         with pytest.raises(EngineClosedError):
             engine.submit([2], ENDLESS)
         stream.abort()
-        hold.let_go()
+        hold.release()
         await bounded(closing)
         (events,) = await events_of(engine, stream)
         assert events[-1] == AbortedEvent()
@@ -840,7 +838,7 @@ async def test_a_sequence_that_cannot_be_admitted_fails_alone(
 
 
 @pytest.mark.parametrize("broken", ["reserve", "suspend"])
-async def test_a_sequence_whose_memory_breaks_fails_alone(
+async def test_a_sequence_whose_memory_call_raises_fails_alone(
     runner: FakeRunner, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     is_broken = False
@@ -855,7 +853,7 @@ async def test_a_sequence_whose_memory_breaks_fails_alone(
         return True
 
     def suspend(sequence: Sequence) -> None:
-        assert sequence.prompt_ids == [3]  # who came last
+        assert sequence.prompt_ids == [3]  # the newest
         raise MemoryError("no room")
 
     monkeypatch.setattr(runner, "reserve", reserve)
@@ -926,7 +924,7 @@ async def test_an_engine_that_breaks_down_ends_every_sequence_and_takes_no_more(
             engine.submit([3], ENDLESS)
 
 
-async def test_a_prompt_too_long_to_be_kept_is_not_computed_for_nothing(
+async def test_a_prompt_too_long_to_be_cached_is_not_prefilled(
     runner: FakeRunner,
 ) -> None:
     async with running(runner) as engine:
@@ -934,14 +932,14 @@ async def test_a_prompt_too_long_to_be_kept_is_not_computed_for_nothing(
         assert not runner.steps
 
 
-async def test_an_engine_without_work_rests_once_until_there_is_work_again(
+async def test_an_idle_engine_rests_once_until_there_is_work_again(
     runner: FakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.core.engine.thread.REST_AFTER_S", 0.05)
     rests_by_step = []
 
     def before_step(_: int) -> None:
-        time.sleep(0.1)  # long enough for a rest, had the engine no work
+        time.sleep(0.1)  # longer than REST_AFTER_S
         rests_by_step.append(runner.num_rests)
 
     runner.before_step = before_step
@@ -956,31 +954,33 @@ async def test_an_engine_without_work_rests_once_until_there_is_work_again(
     assert len(runner.thread_ids) == 1
 
 
-async def test_a_request_learns_how_long_it_waited_to_be_taken_up(runner: FakeRunner) -> None:
+async def test_queue_s_is_how_long_the_first_sequence_of_a_request_waited(
+    runner: FakeRunner,
+) -> None:
     runner.before_step = hold = Hold()
     own, other = Work(), Work()
     async with running(runner, max_num_seqs=1) as engine:
         first = engine.submit([1], SamplingParams(max_tokens=1), work=own)
         await hold.reached()
-        known = own.queue_s
-        assert known is not None
+        own_s = own.queue_s
+        assert own_s is not None
         waiting = [engine.submit([i], SamplingParams(max_tokens=1), work=other) for i in (2, 3)]
         assert other.queue_s is None
-        hold.let_go()
+        hold.release()
         await tokens_of(first)
         await tokens_of(waiting[0])
-        waited = other.queue_s
-        assert waited is not None
+        other_s = other.queue_s
+        assert other_s is not None
         await tokens_of(waiting[1])
-        # The first one counts.
-        assert (own.queue_s, other.queue_s) == (known, waited)
+        # Only the first sequence counts.
+        assert (own.queue_s, other.queue_s) == (own_s, other_s)
 
 
 # --- a long step and the next request -------------------------------------------------
 
 
 class LongSteps(FakeRunner):
-    """Its steps go on until they are told to stop, or a test has seen enough of them."""
+    """Long steps run until `should_stop` or until the test sets `is_over`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1000,7 +1000,7 @@ class LongSteps(FakeRunner):
         return super().step(chunks, should_stop)
 
 
-async def test_a_long_step_of_one_request_is_given_up_when_another_comes() -> None:
+async def test_a_long_step_of_one_request_is_interrupted_when_another_arrives() -> None:
     runner = LongSteps()
     async with running(runner, max_rows=64) as engine:
         long = engine.submit([1] * 60, SamplingParams(max_tokens=1))
@@ -1011,7 +1011,7 @@ async def test_a_long_step_of_one_request_is_given_up_when_another_comes() -> No
         assert await tokens_of(long) == [100]
 
 
-async def test_a_step_that_was_given_up_is_not_given_up_again() -> None:
+async def test_an_interrupted_step_is_not_interrupted_again() -> None:
     runner = LongSteps()
     async with running(runner, max_rows=64) as engine:
         long = engine.submit([1] * 60, SamplingParams(max_tokens=1))
@@ -1029,7 +1029,7 @@ async def test_a_step_that_was_given_up_is_not_given_up_again() -> None:
         assert await tokens_of(other) == [100]
 
 
-async def test_more_of_the_same_request_ends_no_step() -> None:
+async def test_a_sequence_of_the_same_request_interrupts_no_step() -> None:
     runner, work = LongSteps(), Work()
     async with running(runner, max_rows=64) as engine:
         long = engine.submit([1] * 60, SamplingParams(max_tokens=1), work=work)

@@ -1,4 +1,4 @@
-"""What a GGUF says of its model, and files that cannot be served: one sentence each."""
+"""The metadata of a GGUF, and files that cannot be served: one sentence each."""
 
 import shutil
 import struct
@@ -27,7 +27,7 @@ def whole(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def truncate(num_bytes: int) -> Callable[[Path], None]:
-    """num_bytes: that stay, or if negative that go."""
+    """num_bytes: to keep or, if negative, to drop."""
 
     def change(path: Path) -> None:
         path.write_bytes(path.read_bytes()[:num_bytes])
@@ -44,7 +44,7 @@ def set_version(version: int) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "reason"),
     [
         (truncate(4), "damaged or incomplete"),
         (truncate(60), "damaged or incomplete"),
@@ -56,11 +56,11 @@ def set_version(version: int) -> Callable[[Path], None]:
     ids=lambda value: str(value)[:40],
 )
 def test_a_damaged_file_is_one_clear_sentence(
-    whole: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+    whole: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     path = Path(shutil.copy(whole, tmp_path))
     damage(path)
-    assert says in refusal(path)
+    assert reason in refusal(path)
 
 
 def test_a_big_endian_file_is_one_clear_sentence(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ Change = Callable[[gguf.GGUFWriter], Any]
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "reason"),
     [
         (lambda w: w.add_string("general.architecture", "llama"), "holds a 'llama' model"),
         (lambda w: w.add_string("general.architecture", "qwen2moe"), "holds a 'qwen2moe' model"),
@@ -95,8 +95,8 @@ Change = Callable[[gguf.GGUFWriter], Any]
         (lambda w: w.add_eos_token_id(999_999), "is none of the model's"),
     ],
 )  # fmt: skip
-def test_what_a_file_says_and_cannot_be_served_is_one_clear_sentence(
-    tiny_checkpoint: Path, tmp_path: Path, change: Change, says: str
+def test_metadata_that_cannot_be_served_are_one_clear_sentence(
+    tiny_checkpoint: Path, tmp_path: Path, change: Change, reason: str
 ) -> None:
     path = tmp_path / "tiny.gguf"
 
@@ -106,11 +106,11 @@ def test_what_a_file_says_and_cannot_be_served_is_one_clear_sentence(
         writer.kv_data[0] |= other.kv_data[0]
 
     write_gguf(path, tiny_checkpoint, change=replace)
-    assert says in refusal(path)
+    assert reason in refusal(path)
 
 
 @pytest.mark.parametrize(
-    ("key", "says"),
+    ("key", "reason"),
     [
         ("general.architecture", "the metadata lack 'general.architecture'"),
         ("qwen2.block_count", "the metadata lack 'qwen2.block_count'"),
@@ -121,16 +121,16 @@ def test_what_a_file_says_and_cannot_be_served_is_one_clear_sentence(
         ("blk.1.ffn_up.weight", "the weights lack 'blk.1.ffn_up.weight'"),
     ],
 )
-def test_what_a_file_lacks_is_named(
-    tiny_checkpoint: Path, tmp_path: Path, key: str, says: str
+def test_a_missing_key_or_tensor_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, key: str, reason: str
 ) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_checkpoint, without=(key,))
-    assert says in refusal(path)
+    assert reason in refusal(path)
 
 
 def refusal(path: Path) -> str:
-    """What is said of a model that cannot be served."""
+    """The error of a model that cannot be served."""
     with pytest.raises(CheckpointError) as error:
         load_services(Settings(model=str(path)))
     message = str(error.value)
@@ -138,23 +138,23 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_a_file_is_known_by_its_name_and_has_the_folders_shape(
+def test_the_id_is_the_name_of_the_file_and_the_shape_is_that_of_the_folder(
     whole: Path, tiny_checkpoint: Path
 ) -> None:
     found = find_checkpoint(str(whole))
     assert (found.model_id, found.path) == ("tiny", whole)
-    # It holds numbers in float32.
-    of_folder = pytest.approx(asdict(read_model_config(tiny_checkpoint)))
-    assert asdict(read_model_config(read_gguf(whole))) == of_folder
+    # The file has its numbers in float32.
+    expected = pytest.approx(asdict(read_model_config(tiny_checkpoint)))
+    assert asdict(read_model_config(read_gguf(whole))) == expected
 
 
-def test_a_reply_ends_at_the_stop_token_named_and_at_both_markers_of_qwen(whole: Path) -> None:
+def test_a_reply_ends_at_the_named_stop_token_and_at_both_markers_of_qwen(whole: Path) -> None:
     defaults = read_generation_defaults(read_gguf(whole))
     assert defaults.eos_token_ids == {0, 2}
     assert defaults.temperature == 0
 
 
-def test_sampling_that_a_file_recommends_is_the_default(
+def test_sampling_parameters_of_a_file_are_the_defaults(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     def recommend(writer: gguf.GGUFWriter) -> None:
@@ -165,8 +165,8 @@ def test_sampling_that_a_file_recommends_is_the_default(
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny_checkpoint, change=recommend)
     defaults = read_generation_defaults(read_gguf(path))
-    said = (defaults.temperature, defaults.top_k, defaults.repetition_penalty, defaults.top_p)
-    assert said == (0.5, 7, 1.25, 1.0)
+    found = (defaults.temperature, defaults.top_k, defaults.repetition_penalty, defaults.top_p)
+    assert found == (0.5, 7, 1.25, 1.0)
 
 
 def test_a_file_without_any_stop_token_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory that nothing is in goes back to the system, whichever thread had it."""
+"""Free memory is returned to the system, whichever thread allocated it."""
 
 import platform
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 
 from server.core.engine.heap import use_huge_pages
 
-# A thread takes 100 MiB in small blocks and keeps every fourth. Prints how much of it was on the
-# process's first heap and how much went back to the system, in MiB.
+# A thread allocates 100 MiB in small blocks and keeps every fourth. Prints how much of it was on
+# the process's main heap and how much was returned to the system, in MiB.
 SCRIPT = """
 import re, threading, torch
 from pathlib import Path
@@ -24,10 +24,10 @@ def resident_mib(of=".*"):
 def work():
     before = resident_mib("heap.")
     blocks = [torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(1600)]
-    on_first, full = resident_mib("heap.") - before, resident_mib()
+    on_main, full = resident_mib("heap.") - before, resident_mib()
     kept, blocks = blocks[::4], None
     trim_heap()
-    print(on_first, full - resident_mib(), len(kept))
+    print(on_main, full - resident_mib(), len(kept))
 
 share_one_heap()
 thread = threading.Thread(target=work)
@@ -39,12 +39,12 @@ thread.join()
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
 def test_all_threads_have_one_heap_and_trimming_it_leaves_no_gaps() -> None:
     output = subprocess.check_output([sys.executable, "-c", SCRIPT], text=True)
-    on_first_mib, given_back_mib, _ = map(float, output.split())
-    assert on_first_mib > 95
-    assert given_back_mib > 70
+    on_main_mib, returned_mib, _ = map(float, output.split())
+    assert on_main_mib > 95
+    assert returned_mib > 70
 
 
-def test_memory_on_huge_pages_holds_what_it_held() -> None:
+def test_memory_on_huge_pages_keeps_its_content() -> None:
     numbers = np.arange(2**20)  # 8 MiB
     use_huge_pages(numbers.ctypes.data, numbers.nbytes)
     assert np.array_equal(numbers, np.arange(2**20))

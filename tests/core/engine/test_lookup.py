@@ -1,9 +1,9 @@
-"""Drafts by what followed the same tokens earlier."""
+"""Drafts by prompt lookup."""
 
 from server.core.engine.lookup import MAX_MATCH, MIN_MATCH, PromptLookup
 
 
-def test_a_draft_is_what_followed_the_last_tokens_when_they_occurred_most_recently() -> None:
+def test_a_draft_is_what_followed_the_most_recent_occurrence_of_the_last_tokens() -> None:
     lookup = PromptLookup([1, 2, 3, 70, 71, 1, 2, 3, 80, 81, 82, 83, 1, 2, 3])
     assert lookup.draft(3) == [80, 81, 82]
     assert lookup.draft(1) == [80]
@@ -11,11 +11,11 @@ def test_a_draft_is_what_followed_the_last_tokens_when_they_occurred_most_recent
 
 def test_a_draft_ends_with_the_sequence() -> None:
     assert PromptLookup([1, 2, 3, 9, 1, 2, 3]).draft(8) == [9, 1, 2, 3]
-    # What is being repeated may overlap.
+    # Occurrences may overlap.
     assert PromptLookup([5, 5, 5, 5, 5]).draft(3) == [5]
 
 
-def test_there_is_no_draft_of_what_never_occurred() -> None:
+def test_there_is_no_draft_if_the_last_tokens_never_occurred() -> None:
     assert PromptLookup([1, 2, 3, 4, 5, 6]).draft(3) == []
     assert PromptLookup([1, 2, 3]).draft(3) == []
     assert PromptLookup([1]).draft(3) == []
@@ -35,7 +35,7 @@ def test_a_match_does_not_begin_within_an_id() -> None:
     assert PromptLookup([1, 2, 3, 7, *moved, 9, 1, 2, 3]).draft(1) == [7]
 
 
-def test_wrong_drafts_ask_for_longer_matches_until_one_is_right() -> None:
+def test_wrong_drafts_require_longer_matches_until_one_is_right() -> None:
     lookup = PromptLookup([4, 1, 2, 3, 9, 5, 1, 2, 3])
     assert lookup.draft(1) == [9]
     lookup.learn(was_right=False)

@@ -1,4 +1,4 @@
-"""Who runs in a step, told by token counts alone: nothing here computes anything."""
+"""Which sequences run in a step, by token counts alone: nothing is computed."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from server.core.engine.scheduler import POSITIONS_PER_ROW, ScheduledChunk, Sche
 from server.core.engine.sequence import SamplingParams, Sequence
 from server.core.engine.work import Work
 
-# The request that a sequence belongs to, unless a test says otherwise.
+# The request of a sequence, unless a test gives another.
 ONE = Work()
 
 
@@ -26,7 +26,7 @@ def scored(num_tokens: int, *label_lengths: int, work: Work = ONE) -> Sequence:
 
 
 class FakeMemory:
-    """Room for a number of tokens; remembers who holds how many."""
+    """Memory for a number of tokens; records how many each sequence holds."""
 
     def __init__(self, num_tokens: int = 10**9) -> None:
         self.num_tokens = num_tokens
@@ -104,7 +104,7 @@ def test_a_prompt_within_the_budget_is_computed_in_one_step() -> None:
     assert chunk.is_last
 
 
-def test_a_prompt_beyond_the_budget_is_computed_in_chunks_and_only_the_last_one_counts() -> None:
+def test_a_prompt_beyond_the_budget_is_computed_in_chunks_and_the_final_one_is_last() -> None:
     a = prompt(10)
     scheduler = make(a, max_rows=4)
     chunks = []
@@ -142,7 +142,7 @@ def test_decoding_sequences_never_use_up_all_rows_of_a_step() -> None:
     assert sizes(step(scheduler), *decoding, b)[-1] == 1
 
 
-def test_what_the_first_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
+def test_rows_that_the_first_prompt_leaves_go_to_the_next() -> None:
     a, b, c = prompt(3), prompt(8), prompt(5)
     scheduler = make(a, b, c, max_rows=5)
     assert sizes(step(scheduler), a, b, c) == [3, 2, 0]
@@ -153,7 +153,7 @@ def test_what_the_first_prompt_leaves_of_the_budget_goes_to_the_next() -> None:
 
 @pytest.mark.parametrize("max_rows", [2, 3, 7, 64])
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5])
-def test_no_step_exceeds_its_limits_and_every_prompt_gets_done(
+def test_no_step_exceeds_its_limits_and_every_prompt_is_completed(
     max_num_seqs: int, max_rows: int
 ) -> None:
     sequences = [prompt(num_tokens) for num_tokens in (1, 30, 2, 2, 17, 64, 5, 1, 9)]
@@ -195,7 +195,7 @@ def test_scheduling_alone_changes_no_sequence() -> None:
 # --- first come, first served ---------------------------------------------------------
 
 
-def test_prompts_are_finished_in_the_order_they_came() -> None:
+def test_prompts_are_finished_in_order_of_arrival() -> None:
     sequences = [prompt(num_tokens) for num_tokens in (9, 2, 30, 4)]
     scheduler = make(*sequences, max_rows=3)
     done: list[Sequence] = []
@@ -214,7 +214,7 @@ def test_no_more_than_max_num_seqs_run_together() -> None:
     assert list(scheduler.admission.waiting) == sequences[3:]
 
 
-def test_a_freed_slot_goes_to_who_waits_longest() -> None:
+def test_a_freed_slot_goes_to_the_sequence_that_waits_longest() -> None:
     a, b, c, d = (prompt(2) for _ in range(4))
     scheduler = make(a, b, c, d, max_num_seqs=2)
     step(scheduler)
@@ -224,7 +224,7 @@ def test_a_freed_slot_goes_to_who_waits_longest() -> None:
     assert sizes(step(scheduler), a, b, c, d) == [0, 1, 0, 2]
 
 
-def test_a_newcomer_joins_at_the_next_step() -> None:
+def test_a_new_sequence_joins_at_the_next_step() -> None:
     a, b = prompt(2), prompt(3)
     scheduler = make(a)
     step(scheduler)
@@ -252,7 +252,7 @@ def test_a_sequence_can_be_removed_in_the_middle_of_its_prefill() -> None:
     assert sizes(step(scheduler), a, b) == [0, 4]
 
 
-def test_removing_tells_whether_the_sequence_was_there() -> None:
+def test_remove_returns_whether_the_sequence_was_there() -> None:
     a, b = prompt(2), prompt(2)
     scheduler = make(a, max_num_seqs=1)
     assert not scheduler.admission.remove(b)
@@ -260,7 +260,7 @@ def test_removing_tells_whether_the_sequence_was_there() -> None:
     assert not scheduler.admission.remove(a)
 
 
-def test_of_two_equal_sequences_only_the_one_meant_is_removed() -> None:
+def test_of_two_equal_sequences_only_the_given_one_is_removed() -> None:
     a, b = prompt(2), prompt(2)
     scheduler = make(a, b)
     step(scheduler)
@@ -268,7 +268,7 @@ def test_of_two_equal_sequences_only_the_one_meant_is_removed() -> None:
     assert scheduler.admission.running == [a]
 
 
-def test_the_scheduler_is_idle_when_nobody_waits_or_runs() -> None:
+def test_the_scheduler_is_idle_when_no_sequence_waits_or_runs() -> None:
     a, b = prompt(2), prompt(2)
     scheduler = make(max_num_seqs=1)
     assert scheduler.admission.is_idle
@@ -284,9 +284,7 @@ def test_the_scheduler_is_idle_when_nobody_waits_or_runs() -> None:
 
 
 @pytest.mark.parametrize(("max_num_seqs", "max_rows"), [(0, 2), (1, 1), (-1, 2)])
-def test_limits_that_let_nothing_run_are_a_mistake_of_the_caller(
-    max_num_seqs: int, max_rows: int
-) -> None:
+def test_limits_that_let_nothing_run_fail_an_assertion(max_num_seqs: int, max_rows: int) -> None:
     with pytest.raises(AssertionError):
         Scheduler(max_num_seqs, max_rows, FakeMemory())
 
@@ -295,7 +293,7 @@ def test_limits_that_let_nothing_run_are_a_mistake_of_the_caller(
 
 
 def steps_to_first_token(scheduler: Scheduler, sequence: Sequence) -> int:
-    """Steps until the sequence, which joins now, has a token."""
+    """Adds the sequence; returns the number of steps until it has a token."""
     scheduler.admission.add(sequence)
     for number in range(1, 1000):
         step(scheduler)
@@ -316,7 +314,7 @@ def test_a_short_prompt_goes_before_one_that_has_had_many_rows() -> None:
     heavy, chat = prompt(10_000, Work()), prompt(64, Work())
     scheduler = make(heavy, max_rows=256)
     step(scheduler)
-    # Two steps of 32 rows; one in four goes to who waits longest.
+    # Two steps of 32 rows; one in four goes to the request that waits longest.
     assert steps_to_first_token(scheduler, chat) <= 3
 
 
@@ -355,7 +353,7 @@ def test_a_request_with_many_sequences_leaves_slots_to_others() -> None:
     assert all(chat.completion_ids for chat in chats)
 
 
-def test_of_more_than_can_decode_each_request_has_one_in_every_step() -> None:
+def test_if_not_all_can_decode_each_request_has_a_sequence_in_every_step() -> None:
     many, chat = [prompt(1, ONE) for _ in range(4)], prompt(1, Work())
     scheduler = make(*many, max_num_seqs=4)
     step(scheduler)
@@ -377,18 +375,17 @@ def test_no_more_than_max_num_seqs_requests_run_together() -> None:
     assert scheduler.admission.running == sequences[:3]
 
 
-def test_a_request_that_was_taken_up_does_not_queue_again() -> None:
-    judged = Work()
-    first, *others = prompt(2, judged), *(prompt(2, Work()) for _ in range(4))
+def test_an_admitted_request_does_not_queue_again() -> None:
+    work = Work()
+    first, *others = prompt(2, work), *(prompt(2, Work()) for _ in range(4))
     scheduler = make(first, *others, max_num_seqs=2)
     step(scheduler)
     scheduler.admission.remove(first)
-    step(scheduler)  # another has the place of the first
-    answer = prompt(2, judged)
-    assert steps_to_first_token(scheduler, answer) <= 2
+    step(scheduler)  # another request takes the place of the first
+    assert steps_to_first_token(scheduler, prompt(2, work)) <= 2
 
 
-def test_a_row_counts_for_more_the_more_positions_it_attends_to() -> None:
+def test_a_row_costs_more_the_more_positions_it_attends_to() -> None:
     far, other = prompt(10_000, Work()), prompt(2, Work())
     scheduler = make(far, other, max_rows=256)
     step(scheduler)
@@ -399,7 +396,7 @@ def test_a_row_counts_for_more_the_more_positions_it_attends_to() -> None:
 # --- continuations --------------------------------------------------------------------
 
 
-def test_continuations_are_computed_behind_the_prompt_as_far_as_the_rows_reach() -> None:
+def test_continuations_are_computed_after_the_prompt_as_far_as_the_rows_suffice() -> None:
     a = scored(6, 3, 1, 4, 2, 5)  # 2, 0, 3, 1 and 4 rows
     scheduler = make(a, max_rows=10)
     rows = []
@@ -409,7 +406,7 @@ def test_continuations_are_computed_behind_the_prompt_as_far_as_the_rows_reach()
     assert rows == [(6, 2), (0, 3)]
 
 
-def test_a_continuation_longer_than_a_step_is_computed_on_its_own() -> None:
+def test_a_continuation_longer_than_a_step_is_computed_alone() -> None:
     a = scored(6, 30, 2)
     scheduler = make(a, max_rows=8)
     chunks = []
@@ -433,7 +430,7 @@ def test_a_prompt_that_does_not_fit_waits_and_keeps_its_turn() -> None:
     assert sizes(step(scheduler), a, b, c) == [0, 6, 1]
 
 
-def test_who_came_last_gives_way_and_computes_all_of_it_again() -> None:
+def test_the_newest_sequence_is_suspended_and_computed_again() -> None:
     a, b = prompt(4), prompt(4)
     memory = FakeMemory(9)
     scheduler = make(a, b, memory=memory)
@@ -447,7 +444,7 @@ def test_who_came_last_gives_way_and_computes_all_of_it_again() -> None:
     assert len(b.completion_ids) == 2
 
 
-def test_who_has_to_give_way_itself_does_not_run() -> None:
+def test_a_sequence_that_is_suspended_for_itself_does_not_run() -> None:
     a, b = prompt(4), prompt(4)
     scheduler = make(a, b, memory=FakeMemory(8))
     assert sizes(step(scheduler), a, b) == [4, 4]
@@ -457,9 +454,9 @@ def test_who_has_to_give_way_itself_does_not_run() -> None:
 
 arrivals = st.lists(
     st.tuples(
-        st.integers(0, 30),  # the step before which it comes
+        st.integers(0, 30),  # the step before which it arrives
         st.integers(1, 40),  # tokens of its prompt
-        st.integers(1, 20),  # tokens it wants
+        st.integers(1, 20),  # its max_tokens
         st.none() | st.integers(0, 40),  # the step before which it is aborted
         st.integers(0, 3),  # its request
     ),
@@ -468,7 +465,7 @@ arrivals = st.lists(
 
 
 @given(arrivals, st.integers(1, 5), st.integers(2, 30), st.integers(60, 120))
-def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
+def test_every_sequence_gets_its_tokens_under_any_arrivals_and_aborts(
     arrivals: list[tuple[int, int, int, int | None, int]],
     max_num_seqs: int,
     max_rows: int,
@@ -483,14 +480,14 @@ def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
         )
         for _, size, wanted, _, i in arrivals
     ]
-    open_ones = set(sequences)
+    unfinished = set(sequences)
 
     def end(sequence: Sequence) -> None:
-        open_ones.discard(sequence)
+        unfinished.discard(sequence)
         memory.held.pop(sequence, None)
         scheduler.admission.remove(sequence)
 
-    # A sequence that had to give way computes its tokens again; the first one never does.
+    # A suspended sequence computes its tokens again; the oldest one is never suspended.
     bound = 40 + sum((size + wanted) * (wanted + 1) for _, size, wanted, _, _ in arrivals)
     for number in range(bound):
         for sequence, (arrives, _, _, aborted, _) in zip(sequences, arrivals, strict=True):
@@ -507,7 +504,7 @@ def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
             assert sum(c.num_rows for c in is_prefill) <= scheduler.max_shared_rows
         assert sum(memory.held.values()) <= room
         assert set(memory.held) == set(scheduler.admission.running), (
-            "memory held by who does not run"
+            "a sequence that does not run holds memory"
         )
         for sequence in list(scheduler.admission.running):
             assert sequence.params is not None
@@ -516,11 +513,11 @@ def test_every_sequence_gets_its_tokens_whatever_comes_and_goes(
         if number > 40 and scheduler.admission.is_idle:
             break
     assert scheduler.admission.is_idle
-    assert not open_ones
+    assert not unfinished
     assert not memory.held
 
 
-def test_a_request_with_many_sequences_gives_way_to_one_with_none() -> None:
+def test_a_request_with_many_sequences_frees_memory_for_one_with_none() -> None:
     many, chat = [prompt(4, ONE) for _ in range(4)], prompt(4, Work())
     scheduler = make(*many, memory=FakeMemory(16))
     step(scheduler)
@@ -531,7 +528,7 @@ def test_a_request_with_many_sequences_gives_way_to_one_with_none() -> None:
     assert len(scheduler.admission.running) < 5
 
 
-def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_for_ever(
+def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_forever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("server.core.engine.admission.MAX_STEPS_PASSED_BY", 5)
@@ -556,7 +553,7 @@ def test_a_smaller_sequence_passes_one_that_does_not_fit_but_not_for_ever(
     assert scheduler.admission.running == [large, late]
 
 
-def test_nobody_is_suspended_for_one_that_would_not_fit_all_the_same() -> None:
+def test_no_sequence_is_suspended_for_one_that_still_would_not_fit() -> None:
     many, large = [prompt(4, ONE) for _ in range(4)], prompt(20, Work())
     scheduler = make(*many, memory=FakeMemory(18))
     step(scheduler)
