@@ -1,6 +1,6 @@
-"""Gives tasks their judges: those they bring, those kept from an earlier start, or new ones.
+"""Loads the judges of tasks: from the task's judge file, from the cache, or by fitting new ones.
 
-Where the engine gives no hidden states, the scores of their labels judge all tasks.
+If the engine has no hidden states, all tasks are judged by the scores of their labels.
 """
 
 import asyncio
@@ -28,37 +28,37 @@ logger = logging.getLogger(__name__)
 
 
 class JudgeLoader:
-    """Finds the judges of tasks for one model, or fits them; those that are there are in `judges`.
+    """Finds or fits the judges of tasks for one model, and collects them in `judges`.
 
-    A task that a chat does not need is fitted when it is first used, so that a start does not
-    wait for it.
+    A task that chats do not need is fitted when it is first used, so that the start does not wait
+    for it.
     """
 
     def __init__(
         self, scorer: Scorer, tokenizer: ChatTokenizer, cache: JudgeCache, *,
         num_layers: int, max_context: int, adapters: Mapping[str, Adapter] = ONLY_BASE,
     ) -> None:  # fmt: skip
-        """num_layers, max_context: the model's. adapters: by their names, which tasks may have."""
+        """num_layers, max_context: the model's. adapters: by name; tasks may name them."""
         self._scorer, self._tokenizer, self._cache = scorer, tokenizer, cache
         self._num_layers, self._max_context = num_layers, max_context
         self._adapters = adapters
-        self.judges: dict[str, Judge] = {}  # by the version of their task
+        self.judges: dict[str, Judge] = {}  # by task version
 
     def find(self, tasks: Iterable[Task]) -> None:
-        """Takes over the judges that tasks bring, or that an earlier start has kept.
+        """Reads the judges of tasks that have a judge file or a cached judge.
 
         Raises:
-            TaskFileError: the judge that a task brings does not belong to the task or the model.
+            TaskFileError: a judge file is unreadable, or belongs to another task or model.
         """
         for task in tasks:
             if task.version not in self.judges and (judge := self._known(task)) is not None:
                 self.judges[task.version] = judge
 
     def load(self, tasks: Iterable[Task]) -> None:
-        """Finds the judges of the tasks, and fits those that are not there. Blocks.
+        """Finds the judges of the tasks, and fits the missing ones. Blocks.
 
         Raises:
-            CheckpointError: the model computes nothing that a judge can be fitted to.
+            CheckpointError: a judge cannot be fitted.
             TaskFileError: as `find`.
         """
         tasks = list(tasks)
@@ -68,11 +68,11 @@ class JudgeLoader:
             _run(self._fit_all(list(missing.values())))
 
     async def fit(self, task: Task, report: Callable[[], object] = lambda: None) -> Judge:
-        """Fits the judge of a task and keeps it. report: called after each example.
+        """Fits the judge of a task and caches it. report: called after each example.
 
         Raises:
             APIError: the engine is closing.
-            CheckpointError: the model computes nothing that a judge can be fitted to.
+            CheckpointError: the judge cannot be fitted.
         """
         logger.info("fitting a judge for %s; it is kept for later starts", task.name)
         prompts = self._prompts(task)
@@ -83,20 +83,20 @@ class JudgeLoader:
         except APIError:
             raise
         except Exception as error:
-            raise _unlearned(task, error) from error
+            raise _fit_error(task, error) from error
         self._cache.write(path, judge)
         self.judges[task.version] = judge
         return judge
 
     async def _fit_all(self, tasks: list[Task]) -> None:
         total = sum(len(self._prompts(task).examples[0]) for task in tasks)
-        # disable=None: on a terminal only, so that no log is full of it.
+        # disable=None: only on a terminal, so that it does not fill a log.
         with tqdm(total=total, desc="learning tasks", leave=False, disable=None) as bar:
             for task in tasks:
                 try:
                     await self.fit(task, bar.update)
                 except APIError as error:
-                    raise _unlearned(task, error) from error
+                    raise _fit_error(task, error) from error
 
     def _known(self, task: Task) -> Judge | None:
         prompts = self._prompts(task)
@@ -113,39 +113,39 @@ class JudgeLoader:
 
 
 class PriorLoader:
-    """Judges tasks by the scores of their labels' texts, the prior taken off.
+    """Judges tasks by the scores of their labels' texts, minus their prior.
 
-    For an engine without hidden states, to which no head can be fitted. Nothing is kept: the
-    priors are measured in a moment, and nobody knows the weights that they are of.
+    For an engine without hidden states, to which no head can be fitted. Nothing is cached: the
+    priors are measured quickly, and the engine's weights cannot be identified.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: ChatTokenizer, *, max_context: int) -> None:
         self._scorer, self._tokenizer, self._max_context = scorer, tokenizer, max_context
-        self.judges: dict[str, Judge] = {}  # by the version of their task
+        self.judges: dict[str, Judge] = {}  # by task version
 
     def load(self, tasks: Iterable[Task]) -> None:
-        """Measures the priors of these tasks' labels. Blocks.
+        """Measures the priors of the tasks' labels. Blocks.
 
         Raises:
-            CheckpointError: they cannot be measured.
+            CheckpointError: a prior cannot be measured.
         """
         for task in {task.version: task for task in tasks}.values():
             try:
                 _run(self.fit(task))
             except APIError as error:
-                raise _unscored(task, error) from error
+                raise _prior_error(task, error) from error
 
     async def fit(self, task: Task) -> Judge:
         """Measures the prior of a task's labels.
 
         Raises:
             APIError: the engine does not answer, or has no room.
-            CheckpointError: it cannot be measured.
+            CheckpointError: the prior cannot be measured.
         """
         if task.judge is not None:
             logger.warning(
-                "the task %s is judged by the scores of its labels in place of the judge it "
-                "brings: the engine gives no hidden states",
+                "the engine has no hidden states: the task %s is judged by the scores of its "
+                "labels, and its judge file is not used",
                 task.name,
             )
         prompts = TaskPrompts(task, self._tokenizer, self._max_context)
@@ -154,33 +154,33 @@ class PriorLoader:
         except APIError:
             raise
         except Exception as error:
-            raise _unscored(task, error) from error
+            raise _prior_error(task, error) from error
         self.judges[task.version] = judge
         return judge
 
 
-def _unlearned(task: Task, error: Exception) -> CheckpointError:
+def _fit_error(task: Task, error: Exception) -> CheckpointError:
     return CheckpointError(f"the task {task.name!r} cannot be learned: {first_line(error)}")
 
 
-def _unscored(task: Task, error: Exception) -> CheckpointError:
+def _prior_error(task: Task, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"the labels of the task {task.name!r} cannot be scored: {first_line(error)}"
     )
 
 
 def _run(work: Coroutine[Any, Any, object]) -> None:
-    # On a thread of its own, for a caller may have an event loop running.
+    # On a separate thread, for the caller may be running an event loop.
     thread = ThreadPoolExecutor(1)
     try:
         thread.submit(asyncio.run, work).result()
     finally:
-        # Not waiting: whoever interrupts this closes the engine, which ends the work.
+        # Without waiting: after an interrupt, the caller closes the engine, which ends the work.
         thread.shutdown(wait=False)
 
 
 def _key(prompts: TaskPrompts) -> object:
-    """All that a judge depends on but the model: adapter, prompts, answers, and which is right."""
+    """All that a judge depends on but the model: task, examples, labels, references, adapter."""
     examples, all_ids = prompts.examples
     return [
         prompts.task.version,

@@ -48,10 +48,10 @@ from server.remote.engine import RemoteEngine
 from server.remote.upstream import Address
 from server.services import Services
 
-# Tokens behind the prompt of a task that extracts: a sentence, and what is found in it.
+# Room after the prompt of an extract task, in tokens: for a sentence, and what is found in it.
 MIN_EXTRACT_ROOM = 32
-# Settings of the engine of this process.
-OF_ENGINE = (
+# Settings of an engine in this process, without effect on a remote one.
+LOCAL_ENGINE_SETTINGS = (
     "dtype", "num_threads", "max_num_batched_tokens", "max_draft_tokens", "max_kv_mib",
     "max_prefix_mib",
 )  # fmt: skip
@@ -59,7 +59,7 @@ OF_ENGINE = (
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint that fits together, and what the settings make of it. No weights yet."""
+    """A checked checkpoint, and what the settings make of it. Has no weights yet."""
 
     checkpoint: Checkpoint
     source: Source
@@ -74,19 +74,19 @@ class Model:
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        """By name; the base model is one of them."""
+        """The adapters by name, including the base model."""
         named = {loaded.adapter.name: loaded.adapter for loaded in self.loaded_adapters}
         return {**ONLY_BASE, **named}
 
     @property
     def chat_tasks(self) -> list[Task]:
-        """What is judged in every chat."""
+        """The tasks that chats need."""
         tasks = self.task_file.tasks
         return [tasks[SENTIMENT], tasks[self.task_file.reply.cue_task]]
 
 
 def load_services(settings: Settings) -> Services:
-    """Everything a server needs, the engine running. Blocks until the model is ready.
+    """Loads everything a server needs, and starts the engine. Blocks until the model is ready.
 
     Raises:
         CheckpointError: the model cannot be used.
@@ -94,9 +94,9 @@ def load_services(settings: Settings) -> Services:
         EngineUnusableError: --engine does not answer, or serves another model.
     """
     if settings.engine is not None:
-        return _load_front(settings, _address(settings, settings.engine))
+        return _load_remote(settings, _address(settings, settings.engine))
     if settings.engine_key is not None:
-        raise CheckpointError("--engine-key is the key of an --engine; give that, too")
+        raise CheckpointError("--engine-key has no effect without --engine; give --engine, too")
     model = find_model(settings)
     engine, cache = load_engine(model, settings)
     try:
@@ -116,13 +116,13 @@ def load_services(settings: Settings) -> Services:
     return assemble(model, settings, engine, judges)
 
 
-def _load_front(settings: Settings, address: Address) -> Services:
-    """Everything a server needs that stands in front of another one, which computes.
+def _load_remote(settings: Settings, address: Address) -> Services:
+    """As `load_services`, with another server as the engine.
 
     Raises:
         EngineUnusableError: the other server does not answer, or serves another model.
     """
-    _check_front(settings)
+    _check_remote_settings(settings)
     served = discover(address)
     model = find_model(settings, served)
     check_tokenizer(address, served, model.tokenizer)
@@ -143,18 +143,18 @@ def _address(settings: Settings, url: str) -> Address:
     )
 
 
-def _check_front(settings: Settings) -> None:
-    """Refuses what is the other server's to set: it would have no effect here.
+def _check_remote_settings(settings: Settings) -> None:
+    """Refuses settings that have no effect with --engine.
 
     Raises:
-        CheckpointError: names the setting.
+        CheckpointError: such a setting is given.
     """
     if settings.adapter:
         raise CheckpointError(
             "--adapter cannot be used with --engine, which computes the base model; leave it out, "
             "and tasks that name one"
         )
-    for name in OF_ENGINE:
+    for name in LOCAL_ENGINE_SETTINGS:
         if name in settings.model_fields_set:
             raise CheckpointError(
                 f"--{name.replace('_', '-')} has no effect with --engine; set it where the engine "
@@ -165,11 +165,11 @@ def _check_front(settings: Settings) -> None:
 def find_model(settings: Settings, served: ServedThere | None = None) -> Model:
     """Finds the checkpoint and checks all that can be checked without its weights.
 
-    served: by another server, so that no weights are needed.
+    served: the model of another server, which computes; then no weights are downloaded.
 
     Raises: as `load_services`.
     """
-    # Before a download: nobody should wait for a model to learn that a task file is wrong.
+    # Before a download, so that errors in the task file are reported at once.
     user_file = read_task_file(settings.tasks) if settings.tasks else TaskFile()
     checkpoint = find_checkpoint(settings.model, settings.revision, has_weights=served is None)
     task_file = read_task_file() | _task_file_of(checkpoint) | user_file
@@ -186,18 +186,18 @@ def find_model(settings: Settings, served: ServedThere | None = None) -> Model:
     max_kv_tokens = settings.max_kv_mib * 2**20 // kv_bytes_per_token(config, dtype)
     max_context = min(
         config.max_position_embeddings,
-        _context_here(settings, config, max_kv_tokens)
+        _local_context(settings, config, max_kv_tokens)
         if served is None
-        else _context_there(settings, served),
+        else _remote_context(settings, served),
     )
     if (cue_task := task_file.reply.cue_task) not in task_file.tasks:
         raise TaskFileError(
-            f"the cue_task {cue_task!r} in the table [{REPLY}] is no task; there are "
+            f"the cue_task {cue_task!r} in the table [{REPLY}] is not a task; use one of "
             f"{', '.join(sorted(task_file.tasks))}"
         )
     if max(defaults.eos_token_ids) >= config.vocab_size:
         raise CheckpointError(
-            f"{source}: an eos_token_id of {sorted(defaults.eos_token_ids)} is none of "
+            f"{source}: an eos_token_id of {sorted(defaults.eos_token_ids)} is not one of "
             f"the model's {config.vocab_size} tokens"
         )
     adapters = tuple(
@@ -216,8 +216,8 @@ def find_model(settings: Settings, served: ServedThere | None = None) -> Model:
     return model
 
 
-def _context_here(settings: Settings, config: ModelConfig, max_kv_tokens: int) -> int:
-    # Not set: as long as the model allows and leaves a quarter of the memory to other requests.
+def _local_context(settings: Settings, config: ModelConfig, max_kv_tokens: int) -> int:
+    # By default as long as the model allows, leaving a quarter of the memory to other requests.
     max_context = settings.max_context or max_kv_tokens * 3 // 4
     max_context = min(max_context, config.max_position_embeddings)
     if max_context > max_kv_tokens:
@@ -228,24 +228,25 @@ def _context_here(settings: Settings, config: ModelConfig, max_kv_tokens: int) -
     return max_context
 
 
-def _context_there(settings: Settings, served: ServedThere) -> int:
-    if (wanted := settings.max_context or served.max_context) > served.max_context:
+def _remote_context(settings: Settings, served: ServedThere) -> int:
+    max_context = settings.max_context or served.max_context
+    if max_context > served.max_context:
         raise CheckpointError(
-            f"--max-context {wanted} is more than the {served.max_context} tokens of the engine "
-            f"at {settings.engine}; lower it, or raise that"
+            f"--max-context {max_context} is more than the {served.max_context} tokens of the "
+            f"engine at {settings.engine}; lower it, or raise the engine's"
         )
-    return wanted
+    return max_context
 
 
 def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
-    """Reads the weights and starts the engine; with it come the judges that are kept of them.
+    """Loads the weights and starts the engine; also returns the cache of the weights' judges.
 
     Raises:
         CheckpointError: the weights cannot be used.
     """
-    # On a thread that then ends, and OpenMP's helpers with it: were there more helpers than
-    # cores, those of the engine would sleep between any two operations, and a step of
-    # 48 tokens would take 130 instead of 76 ms (libgomp's throttled spinning).
+    # On a thread that then ends, and with it OpenMP's worker threads: with more workers than
+    # cores, those of the engine would sleep between any two operations, and a step of 48 tokens
+    # would take 130 instead of 76 ms (libgomp's throttled spinning).
     with ThreadPoolExecutor(1) as loader, ThreadPoolExecutor(1) as reader:
         digest = reader.submit(weights_digest, model.source)
         runner = loader.submit(
@@ -271,18 +272,18 @@ def load_engine(model: Model, settings: Settings) -> tuple[Engine, JudgeCache]:
 def assemble(
     model: Model, settings: Settings, engine: Engine, loader: JudgeLoader | PriorLoader
 ) -> Services:
-    """The services around an engine that runs, and judges for what a chat needs."""
+    """The services for a running engine. loader: has loaded the judges of the chat's tasks."""
     tasks, tokenizer, max_context = model.task_file.tasks, model.tokenizer, model.max_context
     grammars = GrammarCompiler(tokenizer, sorted(model.defaults.eos_token_ids))
     metrics = Metrics()
-    engine.observe(metrics)  # from now on, and not what judges were fitted to
+    engine.observe(metrics)  # from now on, so that the fitting of judges is not counted
     classifier = Classifier(
         engine,
         tokenizer,
         max_context=max_context,
         cache_size=settings.sentiment_cache_size,
         judges=loader.judges,
-        unfitted={task.version: partial(loader.fit, task) for task in tasks.values()},
+        fitters={task.version: partial(loader.fit, task) for task in tasks.values()},
         adapters=model.adapters,
     )
     extractor = Extractor(
@@ -332,18 +333,18 @@ def _finder(extractor: Extractor, task: ExtractTask) -> Extract:
 
 
 def _task_file_of(checkpoint: Checkpoint) -> TaskFile:
-    """What the checkpoint brings beside its weights."""
+    """The task file beside the checkpoint's weights; empty if there is none."""
     path = checkpoint.path / TASK_FILE_NAME
     return read_task_file(path) if path.is_file() else TaskFile()
 
 
 def _style_of(task_file: TaskFile, persona: str | None) -> ReplyStyle:
-    own = ReplyStyle() if persona is None else ReplyStyle(persona={DEFAULT_LANGUAGE: persona})
-    return task_file.reply | own
+    style = ReplyStyle() if persona is None else ReplyStyle(persona={DEFAULT_LANGUAGE: persona})
+    return task_file.reply | style
 
 
 def _check_room(adapter: Adapter, max_context: int) -> None:
-    # A prompt of one token and an answer of one.
+    # At least a prompt of one token and an answer of one.
     if adapter.num_virtual_tokens + 2 > max_context:
         raise CheckpointError(
             f"the {adapter.num_virtual_tokens} virtual tokens of the adapter {adapter.name!r} "
@@ -352,7 +353,7 @@ def _check_room(adapter: Adapter, max_context: int) -> None:
 
 
 def prompts_of(task: Task, model: Model) -> TaskPrompts:
-    """The prompts of the task, which is judged with the adapter that it names.
+    """The prompts of the task, with the adapter that it names.
 
     Raises:
         CheckpointError: there is no such adapter.
@@ -366,10 +367,10 @@ def prompts_of(task: Task, model: Model) -> TaskPrompts:
 
 
 def check_task(prompts: TaskPrompts) -> None:
-    """Finds out now what would otherwise fail with the first text.
+    """Checks that the task fits the model, which would otherwise fail with the first text.
 
     Raises:
-        CheckpointError: the model cannot be asked this task.
+        CheckpointError: the task cannot be used with the model.
     """
     task = prompts.task
     try:
@@ -386,7 +387,7 @@ def check_task(prompts: TaskPrompts) -> None:
 
 
 def _check_extract_task(task: ExtractTask, model: Model) -> None:
-    """As `check_task`, in each language: its prompts differ."""
+    """As `check_task`, for each language, whose prompts differ."""
     try:
         prompts = [model.tokenizer.encode_chat(task.messages(text)) for text in ("a", "我")]
     except ChatTemplateError as error:

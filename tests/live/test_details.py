@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.core.roles.details import MAX_JUDGED, MAX_WORDS
+from server.core.roles.details import MAX_JUDGEMENTS, MAX_WORDS
 from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
 
@@ -99,7 +99,7 @@ def test_too_many_pieces_are_refused(tiny: LiveServer) -> None:
     message = assert_error(
         post(tiny, input=texts, explain=True), 400, "invalid_request_error", "input"
     )
-    assert f"of {MAX_JUDGED} at most" in message
+    assert f"one request may take {MAX_JUDGEMENTS}" in message
 
 
 @pytest.mark.parametrize("name", ["sentences", "explain"])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from server.config import Settings
-from server.loading import OF_ENGINE
+from server.loading import LOCAL_ENGINE_SETTINGS
 from server.remote import engine
 from tests.conftest import LiveServer, run_app, run_live
 from tests.remote.standin import StandIn
@@ -15,7 +15,7 @@ from tests.remote.standin import StandIn
 def no_settings_of_an_engine() -> Iterator[None]:
     """In the environment: a server in front would refuse them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in OF_ENGINE:
+        for name in LOCAL_ENGINE_SETTINGS:
             patch.delenv(f"QWEN_{name.upper()}", raising=False)
         yield
 

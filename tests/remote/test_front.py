@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from server.config import Settings, read_settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER, CheckpointError
-from server.loading import OF_ENGINE, load_services
+from server.loading import LOCAL_ENGINE_SETTINGS, load_services
 from tests.conftest import LiveServer, run_live
 from tests.faults.conftest import endless, text_of
 from tests.live.test_clients_at_once import is_idle, until
@@ -166,7 +166,7 @@ def test_the_context_is_the_smaller_one(mini: LiveServer, front: LiveServer) -> 
         load_services(settings)
 
 
-@pytest.mark.parametrize("name", OF_ENGINE)
+@pytest.mark.parametrize("name", LOCAL_ENGINE_SETTINGS)
 def test_a_setting_of_the_engine_is_refused_in_front_of_another(name: str) -> None:
     values: dict[str, Any] = {"dtype": "int8", "max_draft_tokens": 2}
     settings = Settings(engine="http://127.0.0.1:1", **{name: values.get(name, 8)})
@@ -181,7 +181,7 @@ def test_an_adapter_is_refused_in_front_of_another_engine() -> None:
 
 
 def test_a_key_without_an_engine_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="--engine-key is the key of an --engine"):
+    with pytest.raises(CheckpointError, match="--engine-key has no effect without --engine"):
         load_services(Settings(model="mini", engine_key=SecretStr("secret")))
 
 

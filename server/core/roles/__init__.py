@@ -1,1 +1,1 @@
-"""The two roles: the analyst, who labels texts, and the reply that knows the label."""
+"""The model's two roles: the analyst, which labels texts, and the reply, which gets the label."""

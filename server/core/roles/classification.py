@@ -1,4 +1,4 @@
-"""The label that a task gives one text, decided from what the model scored."""
+"""Decides the label of a text from the model's scores."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from server.core.roles.tasks import Label, Task
 
 @dataclass(frozen=True)
 class Classification:
-    """The label of one text. `probabilities` follow the task's labels and add up to 1.
+    """The label of one text. `probabilities` are in the order of the task's labels, with sum 1.
 
-    score: the probability of the task's one pole minus that of the other, if it has poles.
-    Of the prompt's tokens, `num_cached_tokens` needed no computing, and `num_kept_tokens` were
-    computed for later prompts to begin with; both are 0 where the engine does not report them.
+    num_cached_tokens: prompt tokens that needed no computing.
+    num_kept_tokens: prompt tokens that were computed and that later prompts can reuse. Both are 0
+    if the engine does not report them.
+    score: probability of the task's first pole minus that of the second; None without poles.
     """
 
     label: Label
@@ -28,10 +29,10 @@ class Classification:
 
 
 def decide(task: Task, judge: Judge, scores: Scores, num_prompt_tokens: int) -> Classification:
-    """The likeliest label; the fallback answers where the model is unsure.
+    """The likeliest label, or the task's fallback if the model is unsure.
 
-    A label's log-probability is summed over its tokens, so their exponentials add up to
-    the share of all possible answers that are labels at all (`min_label_mass`).
+    A label's log-probability is the sum over its tokens. The exponentials of all labels add up
+    to the probability that an answer is one of the labels (compared with `min_label_mass`).
     """
     probabilities = judge.probabilities(scores)
     best = max(range(len(probabilities)), key=probabilities.__getitem__)

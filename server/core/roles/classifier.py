@@ -1,6 +1,6 @@
-"""The analyst: the probability of each label of a text, and an LRU of results.
+"""The analyst: the probability of each label of a text, and an LRU cache of results.
 
-Labels are judged from what the model computed of the prompt, never generated and parsed: there
+Labels are judged from what the model computes for the prompt, never generated and parsed, so there
 is always a valid one.
 """
 
@@ -25,7 +25,8 @@ from server.core.roles.tasks import Task
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer, Message
 from server.errors import ContextLengthError, InvalidRequestError
 
-# Tasks that clients describe in their requests; the labels' prior of so many is kept.
+# Limit on the tasks whose prompts are kept, and on the judges fitted on first use: clients may
+# describe any number of tasks.
 MAX_CLIENT_TASKS = 256
 
 
@@ -34,11 +35,11 @@ _Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class PreparedTexts:
-    """Texts that a task is to judge, encoded.
+    """Encoded texts for a task to judge.
 
-    keys: of the results, one for each text. prompt_ids: of the prompts, by key; a text whose
-    result was known has none. label_ids: what is scored behind each prompt.
-    num_shared: first tokens that all prompts of the task have in common.
+    keys: of the results, one for each text. prompt_ids: of the prompts, by key; none for a text
+    whose result was cached. label_ids: scored after each prompt.
+    num_shared: number of first tokens that all prompts of the task share.
     """
 
     task: Task
@@ -49,10 +50,10 @@ class PreparedTexts:
 
 
 class Classifier:
-    """Labels texts with the one model. Belongs to one event loop.
+    """Labels texts. Belongs to one event loop.
 
-    Equal texts in flight are computed once; the computation stops when the last of those
-    who wait for it has gone.
+    Concurrent calls with the same text share one computation, which is cancelled when no caller
+    waits for it any more.
     """
 
     def __init__(
@@ -63,71 +64,71 @@ class Classifier:
         max_context: int,
         cache_size: int,
         judges: Mapping[str, Judge],
-        unfitted: Mapping[str, Callable[[], Coroutine[Any, Any, Judge]]] | None = None,
+        fitters: Mapping[str, Callable[[], Coroutine[Any, Any, Judge]]] | None = None,
         adapters: Mapping[str, Adapter] = ONLY_BASE,
     ) -> None:
         """cache_size: number of results kept, 0 for none.
 
-        judges: of the server's tasks, by their version; the engine keeps the instructions of
-        these computed for good. unfitted: what fits the judges of those tasks that have none
-        yet, and adds it to `judges`; called when a task is first used. Clients' own tasks get
-        a judge of their own then.
-        adapters: by their names, which tasks may have.
+        judges: of the server's tasks, by task version; the engine keeps the computed
+        instructions of these tasks.
+        fitters: by task version. On the first use of a task without a judge, its fitter fits one
+        and adds it to `judges`. For a task that a client describes, the prior is measured.
+        adapters: by name; tasks may name them.
         """
         self._scorer, self._tokenizer = scorer, tokenizer
         self._max_context, self._adapters = max_context, adapters
-        # Not by names: what a client calls its own task must not make it one of these.
-        self._judges, self._unfitted = judges, unfitted or {}
-        # The model is not part of the key: a classifier lives and dies with one model.
+        # By version, not by name: a client's own task may have the name of the server's.
+        self._judges, self._fitters = judges, fitters or {}
+        # The model is not part of the key: a classifier has one model.
         self._results: SingleFlight[_Key, Classification] = SingleFlight(cache_size)
         self._late_judges: SingleFlight[str, Judge] = SingleFlight(MAX_CLIENT_TASKS)
-        # What tasks have encoded, by their version; asked for on several threads.
+        # By task version; used by several threads.
         self._prompts: LRUCache[str, TaskPrompts] = LRUCache(MAX_CLIENT_TASKS)
         self._prompts_lock = threading.Lock()
-        # Of tasks of the server; what clients bring along has too many names.
+        # Only of the server's tasks: the labels in clients' tasks are too many.
         self.label_counts: Counter[tuple[str, str]] = Counter()
 
     @property
     def num_hits(self) -> int:
-        """Results that needed no computing of their own."""
+        """The number of results that were cached, or shared with another call."""
         return self._results.num_hits
 
     @property
     def num_misses(self) -> int:
-        """Results that were computed."""
+        """The number of results that were computed."""
         return self._results.num_misses
 
     def prepare(
         self, task: Task, texts: Sequence[str], param: Callable[[int], str] = lambda index: "input"
     ) -> PreparedTexts:
-        """Encodes what `judge` needs of texts whose labels are not known. Any thread.
+        """Encodes the texts for `judge`, except those whose labels are cached. Any thread.
 
-        param: where the request has the text of an index.
+        param: the request's field with the text of an index, for errors.
 
         Raises:
             ContextLengthError: a text is too long for the model.
             InvalidRequestError: the chat template refuses the task, or its labels are too long.
         """
         keys = [(task.name, task.version, normalise(text)) for text in texts]
-        unknown = {key: i for i, key in enumerate(keys) if key not in self._results}
+        missing = {key: i for i, key in enumerate(keys) if key not in self._results}
         prompts = self._prompts_of(task)
         prompt_ids = {}
         try:
-            for key, i in unknown.items():
+            for key, i in missing.items():
                 ids = prompt_ids[key] = prompts.encode(key[-1])
-                # Before the next: an instruction of megabytes is encoded once for each text.
+                # Before the next text is encoded: the instruction may have megabytes.
                 if len(ids) >= prompts.max_context:
                     raise ContextLengthError(len(ids), prompts.max_context, param(i))
-            num_shared = prompts.num_shared if unknown else 0
+            num_shared = prompts.num_shared if missing else 0
         except ChatTemplateError as error:
             raise _refused(error) from error
-        longest = max(unknown, key=lambda key: len(prompt_ids[key]), default=None)
+        longest = max(missing, key=lambda key: len(prompt_ids[key]), default=None)
         label_ids: list[list[int]] = []
         if longest is not None:
             judge = self._judges.get(task.version)
             if judge is None or judge.kind == "label_scores":
-                where = param(unknown[longest])
-                label_ids = prompts.labels(len(prompt_ids[longest]), input_param=where)
+                input_param = param(missing[longest])
+                label_ids = prompts.labels(len(prompt_ids[longest]), input_param=input_param)
         return PreparedTexts(task, keys, prompt_ids, label_ids, num_shared)
 
     async def judge(
@@ -135,15 +136,15 @@ class Classifier:
     ) -> list[Classification]:
         """The labels of the texts, which are computed as a batch.
 
-        num_texts: the first ones, which `label_counts` counts; the others are parts of these.
-        None: all are counted.
+        num_texts: `label_counts` counts only so many of the first texts; the rest are parts of
+        these. None: it counts all.
 
-        Raises: as `prepare`, for a text whose result was known then, and is no longer.
+        Raises: as `prepare`, for a text whose result has been dropped from the cache since.
         """
         task = prepared.task
         passes = [self._classify_one(prepared, key, work) for key in prepared.keys]
-        # One alone needs no task: a chat counts on it that its pass reaches the engine in the same
-        # turn of the event loop as the conversation.
+        # No task for a single pass: a chat relies on it to reach the engine in the same turn of
+        # the event loop as the conversation.
         results = [await passes[0]] if len(passes) == 1 else await all_of(passes)
         if task.version in self._judges:
             for result in results[:num_texts]:
@@ -153,7 +154,7 @@ class Classifier:
     async def classify(
         self, task: Task, text: str, work: Work | None = None
     ) -> Classification:  # fmt: skip
-        """The label of one short text, which is encoded on the event loop. Raises as `prepare`."""
+        """The label of one short text. Encodes it on the event loop. Raises as `prepare`."""
         [result] = await self.judge(self.prepare(task, [text]), work or Work())
         return result
 
@@ -163,7 +164,7 @@ class Classifier:
         async def compute() -> Classification:
             own = prepared
             if key not in own.prompt_ids:
-                # Its result was dropped from the cache since.
+                # The result has been dropped from the cache since.
                 own = await asyncio.to_thread(self.prepare, prepared.task, [key[-1]])
             return await self._compute(own, key, work)
 
@@ -174,21 +175,21 @@ class Classifier:
         judge = await self.judge_of(task, work)
         return await self._score(
             task, judge, prepared.prompt_ids[key],
-            # They were encoded before it was known how the task is judged.
+            # The labels were encoded before the judge was known.
             prepared.label_ids if judge.kind == "label_scores" else [],
             prepared.num_shared, work, is_pinned=task.version in self._judges,
             adapter=self._adapters[task.adapter],
         )  # fmt: skip
 
     async def judge_of(self, task: Task, work: Work | None = None) -> Judge:
-        """The judge of a task, which is fitted if it is not there; a request waits for it.
+        """The judge of a task. If there is none yet, the caller waits until it is fitted.
 
         Raises:
             CheckpointError: the model computes nothing that a judge can be fitted to.
         """
         if (judge := self._judges.get(task.version)) is not None:
             return judge
-        fit = self._unfitted.get(task.version) or (
+        fit = self._fitters.get(task.version) or (
             lambda: measure_prior(self._scorer, self._prompts_of(task), work)
         )
         judge, _ = await self._late_judges.get(task.version, fit)
@@ -209,10 +210,9 @@ class Classifier:
         conversation: Sequence[Message],
         work: Work | None = None,
     ) -> list[Classification]:
-        """The labels of the questions, each asked behind the same conversation.
+        """The labels of the questions, each asked after the same conversation.
 
-        One is computed before the others, which then begin with what it computed of the
-        conversation.
+        The first question that is not cached computes the conversation, which the rest reuse.
 
         Raises:
             ContextLengthError: the conversation and a question are too long for the model.
@@ -220,7 +220,7 @@ class Classifier:
         """
         work = work or Work()
         try:
-            about, shared_ids, endings = await asyncio.to_thread(
+            conversation_key, shared_ids, endings = await asyncio.to_thread(
                 self._encode_questions, questions, conversation
             )
         except ChatTemplateError as error:
@@ -230,7 +230,7 @@ class Classifier:
             question, (ending_ids, label_ids) = questions[i], endings[i]
             prompt_ids = shared_ids + ending_ids
             return self._once(
-                (question.name, question.version, about),
+                (question.name, question.version, conversation_key),
                 lambda: self._score(
                     question, LabelJudge(), prompt_ids, label_ids, len(shared_ids), work
                 ),
@@ -246,9 +246,9 @@ class Classifier:
     def _encode_questions(
         self, questions: Sequence[Task], conversation: Sequence[Message]
     ) -> tuple[str, list[int], list[tuple[list[int], list[list[int]]]]]:
-        """The conversation as a key and as ids; the rest of each question's prompt, its labels."""
+        """A key and the ids of the conversation; for each question, its own ids and its labels'."""
         endings = [{"role": "user", "content": question.instructions} for question in questions]
-        # Before the conversation is rendered once for each ending.
+        # Before the conversation is rendered for each question.
         shortest = self._tokenizer.encode_chat([*conversation, {**endings[0], "content": ""}])
         if len(shortest) >= self._max_context:
             raise ContextLengthError(len(shortest), self._max_context, "input")
@@ -261,7 +261,7 @@ class Classifier:
         return json.dumps(conversation), shared_ids, encoded
 
     async def warm_up(self, tasks: Iterable[Task]) -> None:
-        """Computes the instructions of tasks that have a judge, before anybody waits for them."""
+        """Computes the instructions of tasks that have a judge, before the first request."""
         for task in tasks:
             if task.version not in self._judges:
                 continue
@@ -279,7 +279,7 @@ class Classifier:
         self, task: Task, judge: Judge, prompt_ids: list[int], label_ids: list[list[int]],
         num_shared: int, work: Work, *, is_pinned: bool = False, adapter: Adapter = BASE,
     ) -> Classification:  # fmt: skip
-        """num_shared: first tokens that later prompts will have too."""
+        """num_shared: number of first tokens that later prompts share."""
         scores = await self._scorer.score(
             prompt_ids,
             label_ids,

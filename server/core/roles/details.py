@@ -1,4 +1,4 @@
-"""What a judgement rests on: the label of each sentence, and what each word adds to the text's."""
+"""Explains the label of a text by the labels of its sentences and the weights of its words."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +14,21 @@ from server.core.text import spans
 from server.core.text.spans import Span
 from server.errors import InvalidRequestError
 
-# A sentence counts for a pole if its label is at least as likely.
+# Minimum confidence at which a sentence's label counts as a pole.
 MIN_POLE_CONFIDENCE = 0.7
-# A text of more words is explained by runs of several.
+# In a text with more words, runs of several words are weighted together.
 MAX_WORDS = 64
-# Texts, their sentences and their versions without a word, of one request.
-MAX_JUDGED = 1024
+# Limit on what one request judges: texts, their sentences, and their versions without a word.
+MAX_JUDGEMENTS = 1024
 
 
 @dataclass(frozen=True)
 class Details:
-    """The label of a text; that of each sentence, and the weight of each word, if asked for.
+    """The label of a text and, on request, the labels of its sentences and weights of its words.
 
     is_mixed: whether there are sentences of both poles; None if the task has no poles.
-    words: a weight is what the probability of the text's label loses without the word.
-    computed: all results behind this that needed computing.
+    words: a weight is how much the probability of the text's label drops without the word.
+    computed: the results that did not come from the cache.
     """
 
     whole: Classification
@@ -40,7 +40,7 @@ class Details:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A text, and the pieces of it to look at."""
+    """A text, and its pieces to judge."""
 
     text: str
     sentences: Sequence[Span]
@@ -48,7 +48,7 @@ class _Plan:
 
     @property
     def parts(self) -> list[str]:
-        """What is judged beside the text."""
+        """The texts that are judged besides the whole text."""
         return [
             *(span.of(self.text) for span in self.sentences),
             *(self.text[: span.offset] + self.text[span.end :] for span in self.words),
@@ -60,9 +60,9 @@ async def judge_details(
     with_sentences: bool = False, with_words: bool = False,
     param: Callable[[int], str] = lambda index: "input",
 ) -> list[Details]:  # fmt: skip
-    """Judges the texts with their pieces, all as one batch.
+    """Judges the texts and their pieces as one batch.
 
-    param: where the request has the text of an index.
+    param: the request's field with the text of an index, for errors.
 
     Raises:
         ContextLengthError: a text is too long for the model.
@@ -74,8 +74,8 @@ async def judge_details(
         _check_number(plans)
         parts = [(i, part) for i, plan in enumerate(plans) for part in plan.parts]
         owners = [*range(len(texts)), *(i for i, _ in parts)]
-        judged = [*texts, *(part for _, part in parts)]
-        return plans, classifier.prepare(task, judged, lambda i: param(owners[i]))
+        all_texts = [*texts, *(part for _, part in parts)]
+        return plans, classifier.prepare(task, all_texts, lambda i: param(owners[i]))
 
     plans, prepared = await asyncio.to_thread(prepare)
     results = await classifier.judge(prepared, work, num_texts=len(texts))
@@ -84,11 +84,11 @@ async def judge_details(
 
 
 def _check_number(plans: Sequence[_Plan]) -> None:
-    num_judged = sum(1 + len(plan.sentences) + len(plan.words) for plan in plans)
-    if num_judged > MAX_JUDGED:
+    num_judgements = sum(1 + len(plan.sentences) + len(plan.words) for plan in plans)
+    if num_judgements > MAX_JUDGEMENTS:
         raise InvalidRequestError(
-            f"'input': the texts with their sentences and words take {num_judged} judgements, of "
-            f"{MAX_JUDGED} at most in one request; send fewer or shorter texts.",
+            f"'input': the texts with their sentences and words take {num_judgements} judgements; "
+            f"one request may take {MAX_JUDGEMENTS}. Send fewer or shorter texts.",
             param="input",
         )
 
@@ -102,7 +102,7 @@ def _plan(text: str, with_sentences: bool, with_words: bool) -> _Plan:
 
 
 def _runs(words: Sequence[Span]) -> list[Span]:
-    """The words, or as few of them together as make MAX_WORDS at most."""
+    """The words, joined to at most MAX_WORDS runs."""
     size = max(1, -(-len(words) // MAX_WORDS))
     runs = [words[start : start + size] for start in range(0, len(words), size)]
     return [Span(run[0].offset, run[-1].end - run[0].offset) for run in runs]
@@ -132,5 +132,5 @@ def _details(
 def _is_mixed(task: Task, sentences: Sequence[Classification]) -> bool | None:
     if task.poles is None:
         return None
-    sure = {each.label.value for each in sentences if each.confidence >= MIN_POLE_CONFIDENCE}
-    return set(task.poles) <= sure
+    labels = {each.label.value for each in sentences if each.confidence >= MIN_POLE_CONFIDENCE}
+    return set(task.poles) <= labels

@@ -1,4 +1,4 @@
-"""Finds pieces of a text, such as its keywords; they are generated, but only what stands in it."""
+"""Extracts pieces of a text, such as keywords, by generation under a grammar of its pieces."""
 
 import asyncio
 from dataclasses import dataclass, replace
@@ -17,10 +17,9 @@ DEFAULT_MAX_ITEMS = 5
 
 @dataclass(frozen=True)
 class Extraction:
-    """What was found in a text, in the model's order: pieces of the text, none twice.
+    """Pieces of a text in the model's order, without duplicates; case is ignored.
 
-    Upper and lower case are the same. Of the prompt's tokens, `num_cached_tokens` needed no
-    computing.
+    num_cached_tokens: prompt tokens that needed no computing.
     """
 
     items: tuple[str, ...]
@@ -31,10 +30,10 @@ class Extraction:
 
 
 class Extractor:
-    """Extracts from texts with the one model. Belongs to one event loop.
+    """Extracts pieces of texts. Belongs to one event loop.
 
-    Equal texts in flight are computed once; the computation stops when the last of those
-    who wait for it has gone.
+    Concurrent calls with the same text share one computation, which is cancelled when no caller
+    waits for it any more.
     """
 
     def __init__(
@@ -50,9 +49,9 @@ class Extractor:
         self, task: ExtractTask, text: str, max_items: int = DEFAULT_MAX_ITEMS,
         work: Work | None = None, *, param: str = "input",
     ) -> Extraction:  # fmt: skip
-        """What the task finds in the text; nothing where the text has no letter and no digit.
+        """The pieces that the task finds; none if the text has no letter and no digit.
 
-        param: where the request has the text.
+        param: the request's field with the text, for errors.
 
         Raises:
             ContextLengthError: the text is too long for the model.
@@ -82,13 +81,13 @@ class Extractor:
         finally:
             tokens.abort()
         return Extraction(
-            self._read(ids), len(prompt_ids), len(ids), num_cached_tokens=tokens.num_cached or 0
+            self._items(ids), len(prompt_ids), len(ids), num_cached_tokens=tokens.num_cached or 0
         )
 
     def _prepare(
         self, task: ExtractTask, text: str, max_items: int, param: str
     ) -> tuple[list[int], Grammar | None]:
-        """Ids of the prompt about the text, and what may be found."""
+        """Ids of the prompt, and the grammar of the answer; None: there is nothing to find."""
         try:
             prompt_ids = self._tokenizer.encode_chat(task.messages(text))
         except ChatTemplateError as error:
@@ -99,12 +98,12 @@ class Extractor:
             raise ContextLengthError(len(prompt_ids), self._max_context, param)
         return prompt_ids, self._grammars.pieces(text, max_items)
 
-    def _read(self, ids: list[int]) -> tuple[str, ...]:
-        """The lines; what the context's end has cut is none."""
+    def _items(self, ids: list[int]) -> tuple[str, ...]:
+        """The complete lines; a line cut off by the end of the context is dropped."""
         data = b"".join(self._tokenizer.token_bytes[token_id] for token_id in ids)
         lines = data[: data.rfind(b"\n") + 1].decode().split("\n")[:-1]
-        # The grammar allows repeats: without them it had to be compiled again after every line.
-        kept: dict[str, str] = {}
+        # The grammar allows duplicates: to forbid them, it would be compiled after every line.
+        items: dict[str, str] = {}
         for line in lines:
-            kept.setdefault(line.casefold(), line)
-        return tuple(kept.values())
+            items.setdefault(line.casefold(), line)
+        return tuple(items.values())

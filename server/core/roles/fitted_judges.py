@@ -1,6 +1,7 @@
-"""Judges beside their task file: written by `fit`, used with the model and task they belong to.
+"""Reads and writes the judges of `fit`, which are files beside their task file.
 
-Knows files and prompts, not what a judge was fitted to.
+A judge is accepted only for the task and the model it was fitted to. Knows files and prompts, not
+the texts that a judge was fitted to.
 """
 
 import hashlib
@@ -14,24 +15,24 @@ from server.core.roles.prompts import TaskPrompts
 from server.core.roles.task_files import TaskFileError
 from server.reasons import first_line
 
-# Stands in the chat template where a text would.
+# The text of the prompt whose digest identifies the chat template.
 _TEXT = "a"
 
 
 def write_fitted_judge(path: Path, judge: Judge, prompts: TaskPrompts, model: str) -> None:
-    """model: the digest of the weights and their type, with a space between.
+    """Writes the judge. model: digest of the weights, a space, and their type.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
     """
-    write_judge(path, judge, _about(prompts, model))
+    write_judge(path, judge, _identity(prompts, model))
 
 
 def read_fitted_judge(path: Path, prompts: TaskPrompts, model: str) -> Judge:
-    """The judge, if it belongs to the task and to the model. model: as for writing.
+    """Reads the judge. model: as in `write_fitted_judge`.
 
     Raises:
-        TaskFileError: it does not, or the file cannot be read.
+        TaskFileError: the file cannot be read, or belongs to another task or model.
     """
     try:
         judge, about = read_judge(path)
@@ -39,12 +40,13 @@ def read_fitted_judge(path: Path, prompts: TaskPrompts, model: str) -> Judge:
         raise TaskFileError(f"cannot read the judge {path}: {first_line(error)}") from error
     except DamagedJudgeError as error:
         raise TaskFileError(f"the judge {path} is damaged; copy it again, or fit again") from error
-    if reason := _mismatch(about, _about(prompts, model)):
+    if reason := _mismatch(about, _identity(prompts, model)):
         raise TaskFileError(f"the judge {path} was fitted to {reason}")
     return judge
 
 
-def _about(prompts: TaskPrompts, model: str) -> dict[str, Any]:
+def _identity(prompts: TaskPrompts, model: str) -> dict[str, Any]:
+    """What the judge belongs to: task, model and chat template."""
     weights, _, dtype = model.partition(" ")
     task = prompts.task
     return {
@@ -58,7 +60,7 @@ def _about(prompts: TaskPrompts, model: str) -> dict[str, Any]:
 
 
 def _mismatch(written: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """What the judge was fitted to that is not so here, and what to do; None if all is so."""
+    """The first difference between the two, with its remedy; None if there is none."""
     task = expected["task"]
     remedies = {
         "weights": "another model; serve that one, or fit the task to this one",
@@ -68,4 +70,4 @@ def _mismatch(written: dict[str, Any], expected: dict[str, Any]) -> str | None:
         "labels": f"other labels than the task {task!r} has now; fit again",
         "prompt": "another chat template than the model has now; fit again",
     }
-    return next((why for key, why in remedies.items() if written.get(key) != expected[key]), None)
+    return next((text for key, text in remedies.items() if written.get(key) != expected[key]), None)

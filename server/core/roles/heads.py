@@ -1,6 +1,6 @@
-"""Linear heads: from a vector to labels, fitted in closed form. Knows arrays, not texts.
+"""Linear heads from hidden states to labels, fitted in closed form. Knows arrays, not texts.
 
-N examples, C numbers of a hidden state, K labels.
+N examples, C hidden size, K labels.
 """
 
 from collections.abc import Sequence
@@ -32,21 +32,21 @@ class LinearHead:
     biases: Floats
 
     def scores(self, states: Floats) -> Floats:
-        """(..., C) -> (..., K), natural logarithms up to a constant."""
-        # Centered first: some numbers of a hidden state are large and nearly constant.
+        """(..., C) -> (..., K), log-probabilities (nats) up to a constant."""
+        # Centered first: some dimensions of a hidden state are large and nearly constant.
         centered = np.asarray(states - self.center, dtype=np.float32)
         scores: Floats = centered @ self.weights + self.biases
         return scores
 
-    def cooled(self, temperature: float) -> "LinearHead":
-        """The same head, its scores divided by the temperature."""
+    def with_temperature(self, temperature: float) -> "LinearHead":
+        """The same head with its scores divided by the temperature."""
         scale = np.float32(1 / temperature)
         return LinearHead(self.center, self.weights * scale, self.biases * scale)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well scores fit labels that they were not fitted to, at the best temperature.
+    """The best temperature for held-out scores, and how well they fit the labels there.
 
     log_loss: mean over the examples, in nats.
     """
@@ -69,9 +69,9 @@ def fit_heads(
     the covariance within the labels, shrunk towards a multiple of the identity with the same
     trace (Friedman: Regularized Discriminant Analysis, 1989, eq. 18).
 
-    states: (N, C). labels: (N,), from 0, each with an example at least.
-    shrinkages: between 0, the covariance as it is, and 1, the identity alone.
-    weights: (N,), how much each example counts in means and covariance; None: all the same.
+    states: (N, C). labels: (N,), from 0, each with at least one example.
+    shrinkages: between 0 (the covariance itself) and 1 (only the identity).
+    weights: (N,), of the examples in means and covariance; None: all equal.
     """
     center = states.mean(0, dtype=np.float64).astype(np.float32)
     states = states - center
@@ -100,11 +100,11 @@ def _mean(states: Floats, weights: Floats | None, chosen: NDArray[np.bool_]) -> 
 
 
 def folds_of(labels: Indices, kinds: Sequence[str]) -> Indices:
-    """The number of the fold that each example is left out with: (N,).
+    """The fold in which each example is held out: (N,).
 
-    Kinds stay together, because texts of a kind that was left out are as different from the
-    others as those of real users are. Where there are fewer kinds than folds, or a label would
-    have no example of another kind, every label is dealt out evenly.
+    Examples of a kind share a fold, so that held-out texts differ from the rest as much as real
+    users' texts do. If there are fewer kinds than folds, or a fold would hold all examples of a
+    label, the examples of every label are spread evenly over the folds instead.
     """
     sizes = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     loads = [0] * NUM_FOLDS
@@ -125,19 +125,19 @@ def folds_of(labels: Indices, kinds: Sequence[str]) -> Indices:
 
 
 def cross_validated(states: Floats, labels: Indices, folds: Indices) -> list[Floats]:
-    """Scores of every example by heads that were fitted without its fold: (N, K) a shrinkage."""
+    """For each shrinkage, the scores (N, K) of every example by a head fitted without its fold."""
     num_labels = int(labels.max()) + 1
     scores = [np.zeros((len(states), num_labels), np.float32) for _ in SHRINKAGES]
     for fold in sorted(set(folds.tolist())):
-        is_left_out = folds == fold
-        heads = fit_heads(states[~is_left_out], labels[~is_left_out])
+        is_held_out = folds == fold
+        heads = fit_heads(states[~is_held_out], labels[~is_held_out])
         for out, head in zip(scores, heads, strict=True):
-            out[is_left_out] = head.scores(states[is_left_out])
+            out[is_held_out] = head.scores(states[is_held_out])
     return scores
 
 
 def calibrate(scores: Floats, labels: Indices) -> Calibration:
-    """The temperature with the least log-loss; scores: (N, K), labels: (N,)."""
+    """The temperature with the lowest log-loss. scores: (N, K), labels: (N,)."""
     losses = [log_loss(scores / t, labels) for t in TEMPERATURES]
     best = int(np.argmin(losses))
     accuracy = float((scores.argmax(1) == labels).mean())

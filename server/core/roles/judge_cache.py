@@ -1,4 +1,4 @@
-"""Fitted judges in a folder, so that a later start with the same model need not fit them again."""
+"""Keeps fitted judges in a folder, so that later starts with the same model need not fit them."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from server.reasons import first_line
 
 logger = logging.getLogger(__name__)
 
-# Raise this number when the fitting of judges changes, or the arithmetic of quantized models does.
+# Increment when the fitting of judges or the arithmetic of quantized models changes.
 FORMAT = 2
 
 
 class JudgeCache:
-    """Judges of one model in a folder. What cannot be read or written is one warning in all."""
+    """The judges of one model in a folder. Logs only the first failure to read or write."""
 
     def __init__(self, folder: Path, model: str) -> None:
         """model: identifies the weights and their type."""
@@ -26,12 +26,12 @@ class JudgeCache:
         self._has_warned = False
 
     def path(self, key: object) -> Path:
-        """The file for a key: everything except the model that a judge depends on, as JSON."""
+        """The file for a key. key: all that the judge depends on but the model, as JSON values."""
         digest = hashlib.sha256(json.dumps([FORMAT, self.model, key]).encode()).hexdigest()
         return self._folder / f"judge-{digest[:32]}.safetensors"
 
     def read(self, path: Path) -> Judge | None:
-        """The judge, or None if it is not there or is damaged."""
+        """The judge; None if it is missing, unreadable or damaged."""
         try:
             judge, _ = read_judge(path)
             return judge
@@ -44,13 +44,13 @@ class JudgeCache:
         return None
 
     def write(self, path: Path, judge: Judge) -> None:
-        """Keeps the judge, whole or not at all."""
+        """Writes the judge, whole or not at all."""
         try:
             write_judge(path, judge)
         except (OSError, SafetensorError) as error:
             self._warn("fitted judges cannot be kept", error)
 
-    def _warn(self, what: str, error: Exception) -> None:
+    def _warn(self, message: str, error: Exception) -> None:
         if not self._has_warned:
-            logger.warning("%s (--cache-dir %s): %s", what, self._folder, first_line(error))
+            logger.warning("%s (--cache-dir %s): %s", message, self._folder, first_line(error))
         self._has_warned = True

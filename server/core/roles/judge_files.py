@@ -1,7 +1,7 @@
 """Judges as safetensors files. Knows neither tasks nor models.
 
 A file holds a head's `center` (C,), `weights` (C, K) and `biases` (K,), or the labels' `prior`
-(K,). The rest is JSON in its metadata, with a digest of it all.
+(K,). All else is JSON in the metadata, with a digest of the whole file.
 """
 
 import contextlib
@@ -22,34 +22,34 @@ from server.core.roles.judges import CrossValidation, HeadJudge, Judge, LabelJud
 
 
 class DamagedJudgeError(Exception):
-    """The contents of a file are not those that were written."""
+    """The file is damaged, or holds no judge."""
 
 
 def read_judge(path: Path) -> tuple[Judge, dict[str, Any]]:
-    """The judge, and what was written about it.
+    """Reads a judge, and the `about` that was written with it.
 
     Raises:
         OSError: the file cannot be read.
-        DamagedJudgeError: it can, and is no judge.
+        DamagedJudgeError: the file is damaged, or holds no judge.
     """
     try:
         with safe_open(path, framework="np") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = json.loads(opened.metadata()["judge"])
         if metadata.pop("digest") != _digest(tensors, metadata):
-            raise ValueError("the contents are not those that were written")
+            raise ValueError("the digest does not match the contents")
         return _judge(tensors, metadata), metadata.get("about", {})
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedJudgeError(str(error)) from error
 
 
 def write_judge(path: Path, judge: Judge, about: Mapping[str, Any] | None = None) -> None:
-    """Writes the file whole or not at all. Its folder is made.
+    """Writes the file, whole or not at all, and creates its folder.
 
-    about: what else a reader is to know, as JSON.
+    about: further JSON for the reader.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
+        OSError, SafetensorError: the file cannot be written.
     """
     tensors, metadata = _parts(judge)
     if about:
@@ -67,7 +67,7 @@ def write_judge(path: Path, judge: Judge, about: Mapping[str, Any] | None = None
 
 
 def _digest(tensors: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """Of everything in a file but the digest itself."""
+    """The digest of the file's contents, except the digest itself."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
@@ -84,7 +84,7 @@ def _parts(judge: Judge) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         tensors = {"prior": np.array(judge.prior, dtype=np.float64)}
         metadata = {"temperature": judge.temperature, "validation": validation}
-    # safetensors writes the memory as it lies.
+    # safetensors writes an array's memory as it is, whatever its strides.
     return {name: np.ascontiguousarray(each) for name, each in tensors.items()}, metadata
 
 

@@ -1,4 +1,4 @@
-"""How labels are judged: by scores of their texts, or by a linear head."""
+"""Judges: label probabilities from the scores of the labels' texts, or from a linear head."""
 
 import math
 from collections.abc import Awaitable, Sequence
@@ -14,7 +14,7 @@ from server.core.roles.heads import LinearHead
 
 
 class Scorer(Protocol):
-    """What judging needs of the engine."""
+    """The part of the engine that judges need."""
 
     def score(
         self,
@@ -27,12 +27,12 @@ class Scorer(Protocol):
         work: Work | None = None,
         adapter: Adapter = BASE,
     ) -> Awaitable[Scores]:
-        """Log-probabilities (nats) of the continuations, hidden states after the layers."""
+        """Log-probabilities (nats) of the continuations, and hidden states after the layers."""
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """Accuracy and log-loss (nats) on examples that were left out of the fit."""
+    """Accuracy and log-loss (nats) on held-out examples."""
 
     num_examples: int
     accuracy: float
@@ -43,8 +43,8 @@ class CrossValidation:
 class LabelJudge:
     """Scores the labels' texts after the prompt.
 
-    prior: (K,) log-probabilities of the labels whatever the text is, in nats; they are taken off.
-    Empty: none are.
+    prior: (K,) log-probabilities of the labels averaged over texts, in nats, which are subtracted
+    from the scores. Empty: nothing is subtracted.
     """
 
     prior: tuple[float, ...] = ()
@@ -54,11 +54,11 @@ class LabelJudge:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers whose hidden states it judges by."""
+        """The layers whose hidden states the judge needs."""
         return ()
 
     def probabilities(self, scores: Scores) -> list[float]:
-        """Of the labels, in the task's order; they add up to 1."""
+        """Probabilities of the labels, in the task's order; they add up to 1."""
         logprobs = np.array(scores.logprobs)
         if self.prior:
             logprobs -= self.prior
@@ -76,11 +76,11 @@ class HeadJudge:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers whose hidden states it judges by."""
+        """The layers whose hidden states the judge needs."""
         return (self.layer,)
 
     def probabilities(self, scores: Scores) -> list[float]:
-        """Of the labels, in the task's order; they add up to 1."""
+        """Probabilities of the labels, in the task's order; they add up to 1."""
         assert scores.hidden_states is not None
         return _softmax(self.head.scores(scores.hidden_states[0]).tolist())
 

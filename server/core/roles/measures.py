@@ -1,4 +1,4 @@
-"""How good judgements are: figures of given labels against true ones. Knows arrays, not texts.
+"""Metrics of predicted labels against true ones. Knows arrays, not texts.
 
 N texts, K labels.
 """
@@ -19,7 +19,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LabelQuality:
-    """How well one label is told. recall_interval: 95 %, lower and upper end."""
+    """Metrics of one label. recall_interval: 95 %, lower and upper end."""
 
     num_texts: int
     precision: float
@@ -30,10 +30,10 @@ class LabelQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """How good judgements are. confusion: (K, K) numbers of texts, a row for each true label.
+    """Metrics of all predictions. confusion: (K, K) numbers of texts, a row for each true label.
 
-    accuracy_interval: 95 %, lower and upper end. per_label: (K,), None for a label that no text
-    has. macro_f1: the mean over the labels that texts have.
+    accuracy_interval: 95 %, lower and upper end. per_label: (K,), None for a label without texts.
+    macro_f1: the mean over the labels with texts.
     """
 
     accuracy: float
@@ -45,7 +45,7 @@ class Quality:
 
 
 def quality(given: Sequence[int], true: Sequence[int], probabilities: Doubles) -> Quality:
-    """The figures of N judgements. given, true: indices of labels. probabilities: (N, K)."""
+    """The metrics of N predictions. given, true: indices of labels. probabilities: (N, K)."""
     num_labels = probabilities.shape[1]
     confusion = np.zeros((num_labels, num_labels), dtype=np.intp)
     np.add.at(confusion, (np.asarray(true), np.asarray(given)), 1)
@@ -77,7 +77,7 @@ def _label_quality(confusion: Counts, k: int) -> LabelQuality | None:
 
 
 def wilson(num_right: int, num_all: int, z: float = Z_95) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
+    """The confidence interval of a share (Wilson, 1927), 95 % by default."""
     share, n = num_right / num_all, num_all
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -85,7 +85,7 @@ def wilson(num_right: int, num_all: int, z: float = Z_95) -> tuple[float, float]
 
 
 def reliability(probabilities: Doubles, is_right: Sequence[bool]) -> list[tuple[int, float, float]]:
-    """For each bin of confidence with texts in it: how many, mean confidence, accuracy."""
+    """For each confidence bin with texts: their number, mean confidence, accuracy."""
     confidences, right = probabilities.max(1), np.array(is_right)
     bins = np.minimum((confidences * NUM_BINS).astype(int), NUM_BINS - 1)
     return [
@@ -96,29 +96,28 @@ def reliability(probabilities: Doubles, is_right: Sequence[bool]) -> list[tuple[
 
 
 def calibration_error(probabilities: Doubles, is_right: Sequence[bool]) -> float:
-    """Expected calibration error: |confidence - accuracy|, the mean over bins by their size."""
+    """Expected calibration error: mean of |confidence - accuracy| over bins, weighted by size."""
     bins = reliability(probabilities, is_right)
     return sum(n * abs(confidence - accuracy) for n, confidence, accuracy in bins) / len(is_right)
 
 
 def chance_of(num_better: int, num_worse: int) -> float:
-    """The chance to be better on that many texts or more, were better and worse equally likely.
+    """The probability of `num_better` or more wins if wins and losses were equally likely.
 
-    The exact sign test, which for two judges of the same texts is McNemar's test, one-sided.
+    This is the one-sided exact sign test; for two judges of the same texts, McNemar's test.
     """
     n = num_better + num_worse
     return float(sum(math.comb(n, k) for k in range(num_better, n + 1)) / 2**n)
 
 
 def expected_accuracy(num_rows: Sequence[int], accuracies: Sequence[float], of: int) -> float:
-    """The accuracy to expect of so many rows, from what fewer gave.
+    """The expected accuracy with `of` rows, extrapolated from the accuracies with fewer rows.
 
-    The share of wrong labels is taken to fall as a power of the number of rows (arXiv
-    1712.00409), fitted by least squares to their logarithms; it is never taken to rise.
+    Assumes that the error falls as a power of the number of rows (arXiv 1712.00409), which is
+    fitted to the logarithms by least squares; a rising fit is replaced by a constant.
     """
-    wrong = np.log(np.maximum(1 - np.asarray(accuracies), 1e-3))
-    logs = np.log(num_rows)
-    slope, start = np.polyfit(logs, wrong, 1)
+    log_errors = np.log(np.maximum(1 - np.asarray(accuracies), 1e-3))
+    slope, intercept = np.polyfit(np.log(num_rows), log_errors, 1)
     if slope > 0:
-        slope, start = 0.0, wrong.mean()
-    return float(1 - math.exp(start + slope * math.log(of)))
+        slope, intercept = 0.0, log_errors.mean()
+    return float(1 - math.exp(intercept + slope * math.log(of)))

@@ -12,9 +12,9 @@ from server.errors import ContextLengthError, InvalidRequestError
 
 # Limits on the tokens of all labels together, and of one label, which is scored in one step.
 MAX_LABEL_TOKENS, MAX_TOKENS_PER_LABEL = 1024, 64
-# Everyday sentences of both languages and every mood, to learn what a model says of the labels
-# whatever the text is. An empty text would not do: it is truly neutral, so a neutral label would
-# lose what is its due (arXiv 2102.09690 and 2309.17249).
+# Everyday sentences in both languages and every mood, to measure the labels' prior: how likely the
+# model finds each label regardless of the text. An empty text would not do: it really is neutral,
+# so its prior would penalise a neutral label (arXiv 2102.09690 and 2309.17249).
 REFERENCE_TEXTS = (
     "今天玩得真开心", "这家店的服务太差了", "会议改到周三下午三点", "帮我写一封请假的邮件",
     "谢谢你，帮了我大忙", "快递怎么还没到", "北京到上海坐高铁要多久", "我有点担心明天的考试",
@@ -30,13 +30,13 @@ class TaskPrompts:
     def __init__(
         self, task: Task, tokenizer: ChatTokenizer, max_context: int, adapter: Adapter = BASE
     ) -> None:
-        """max_context: of the model. adapter: the one that the task names."""
+        """max_context: the model's. adapter: the one that the task names."""
         self.task, self._tokenizer, self.adapter = task, tokenizer, adapter
         self.max_context = max_context - adapter.num_virtual_tokens
 
     @cached_property
     def num_shared(self) -> int:
-        """How many tokens every prompt of the task begins with: its instruction."""
+        """The number of first tokens that all prompts of the task share: its instruction."""
         one, other = self.encode("a"), self.encode("我")
         return next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
@@ -50,7 +50,7 @@ class TaskPrompts:
 
     @cached_property
     def examples(self) -> tuple[list[Example], list[list[int]]]:
-        """The task's examples that fit the context with the labels, and the ids of their prompts.
+        """The task's examples that fit the context with the labels, and their prompts' ids.
 
         Both lists are empty if fewer than MIN_EXAMPLES of a label fit.
         """
@@ -62,14 +62,14 @@ class TaskPrompts:
         return [each for each, _ in short_enough], [ids for _, ids in short_enough]
 
     def has_room_for(self, prompt_ids: list[int]) -> bool:
-        """Whether a prompt fits the context with the labels' texts behind it."""
-        return len(prompt_ids) + self._num_tokens_behind < self.max_context
+        """Whether the prompt and the labels' texts fit the context together."""
+        return len(prompt_ids) + self._num_forward_label_tokens < self.max_context
 
     @cached_property
     def references(self) -> list[tuple[list[int], list[list[int]]]]:
-        """Ids of the prompts about the reference texts, each with those of the labels' texts.
+        """The reference texts' prompts as ids, each with the ids of the labels' texts.
 
-        Those that do not fit the context are left out.
+        Prompts that do not fit the context are left out.
         """
         references = []
         for text in REFERENCE_TEXTS:
@@ -81,29 +81,29 @@ class TaskPrompts:
     def labels(
         self, num_prompt_tokens: int, *, input_param: str = "input", labels_param: str = "labels"
     ) -> list[list[int]]:
-        """Ids of the labels' texts, to be laid behind a prompt.
+        """Ids of the labels' texts, which are scored after a prompt.
 
-        input_param, labels_param: where a request has its text and its labels.
+        input_param, labels_param: the request's fields with the text and the labels, for errors.
 
         Raises:
-            InvalidRequestError: the labels are too long together.
+            InvalidRequestError: a label is too long, or all together are.
             ContextLengthError: prompt and labels are too long for the model.
         """
         num_label_tokens = sum(map(len, self._label_ids))
         if num_label_tokens > MAX_LABEL_TOKENS:
             raise InvalidRequestError(
                 f"'{labels_param}': the labels to choose from have {num_label_tokens} tokens "
-                f"together, of {MAX_LABEL_TOKENS} at most; use fewer or shorter ones.",
+                f"together; at most {MAX_LABEL_TOKENS} are allowed. Use fewer or shorter labels.",
                 param=labels_param,
             )
         longest = max(map(len, self._label_ids))
         if longest > MAX_TOKENS_PER_LABEL:
             raise InvalidRequestError(
-                f"'{labels_param}': a label to choose from has {longest} tokens, of "
-                f"{MAX_TOKENS_PER_LABEL} at most; use a shorter one.",
+                f"'{labels_param}': a label to choose from has {longest} tokens; at most "
+                f"{MAX_TOKENS_PER_LABEL} are allowed. Use a shorter label.",
                 param=labels_param,
             )
-        num_tokens = num_prompt_tokens + self._num_tokens_behind
+        num_tokens = num_prompt_tokens + self._num_forward_label_tokens
         if num_tokens >= self.max_context:
             raise ContextLengthError(num_tokens, self.max_context, input_param)
         return self._label_ids
@@ -113,11 +113,11 @@ class TaskPrompts:
         return [self._tokenizer.encode_text(label.text) for label in self.task.labels]
 
     @cached_property
-    def _num_tokens_behind(self) -> int:
-        """All labels but their last tokens, which may lie behind a prompt in one forward."""
+    def _num_forward_label_tokens(self) -> int:
+        """The label tokens that one forward may have after a prompt: all but each label's last."""
         return sum(len(ids) - 1 for ids in self._label_ids)
 
 
 def normalise(text: str) -> str:
-    """The form in which texts are judged and compared: NFC, runs of white space as one space."""
+    """The text as it is judged and cached: in NFC, each run of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())

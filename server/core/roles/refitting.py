@@ -1,6 +1,6 @@
-"""Fits a head again: to rows of a user's own, with the task's examples or in place of them.
+"""Fits a head to a user's own rows, with the task's examples or without them.
 
-Knows hidden states and labels, not texts. N texts, L layers, C numbers of a hidden state, K labels.
+Knows hidden states and labels, not texts. N texts, L layers, C hidden size, K labels.
 """
 
 from collections.abc import Iterator
@@ -18,32 +18,32 @@ from server.core.roles.heads import (
     folds_of,
 )
 
-# How much an example counts beside a row: not at all, a little, as much.
+# The weights of an example that are tried; a row has weight 1.
 EXAMPLE_WEIGHTS = (0.0, 0.1, 1.0)
-# Rows are of the kind that is judged later, so that less shrinkage is tried than with examples
-# alone (server/core/roles/heads.py).
+# Rows come from the same source as the texts judged later, so less shrinkage is tried than with
+# examples alone (server/core/roles/heads.py).
 SHRINKAGES = (0.3, 0.6, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Texts as the model sees them. states: (N, L, C), after the layers. labels: (N,)."""
+    """Hidden states of labelled texts. states: (N, L, C), after the layers. labels: (N,)."""
 
     states: Floats
     labels: Indices
 
     def __getitem__(self, chosen: Indices) -> "Measured":
-        """The texts of these indices."""
+        """The texts at these indices."""
         return Measured(self.states[chosen], self.labels[chosen])
 
     def __len__(self) -> int:
-        """How many texts there are."""
+        """The number of texts."""
         return len(self.labels)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a head is fitted, and how well heads that are fitted so judge rows left out."""
+    """The hyperparameters of a head, and their calibration on held-out rows."""
 
     layer_index: int
     shrinkage: float
@@ -51,50 +51,50 @@ class Recipe:
     calibration: Calibration
 
     def fit(self, rows: Measured, examples: Measured) -> LinearHead:
-        """A head whose probabilities are as sure as those of rows left out were right."""
+        """A head at the temperature that fits held-out rows best."""
         [head] = _fit(self.layer_index, (self.shrinkage,), self.example_weight, rows, examples)
-        return head.cooled(self.calibration.temperature)
+        return head.with_temperature(self.calibration.temperature)
 
 
 def choose_recipe(rows: Measured, examples: Measured, num_labels: int) -> Recipe:
-    """The recipe with the least log-loss on rows that were left out, by cross-validation.
+    """The recipe with the lowest log-loss on held-out rows, by cross-validation.
 
-    rows: at least two of each label that they have. examples: of the task, may be none; a label
-    without rows needs some.
+    rows: at least two of every label that occurs. examples: the task's; needed only for labels
+    without rows.
     """
     folds = folds_of(_renumbered(rows.labels), [""] * len(rows))
     recipes = [
         Recipe(layer_index, shrinkage, weight, calibrate(scores, rows.labels))
         for layer_index in range(rows.states.shape[1])
         for weight in _weights(rows, examples, num_labels)
-        for shrinkage, scores in _left_out_scores(layer_index, weight, rows, examples, folds)
+        for shrinkage, scores in _held_out_scores(layer_index, weight, rows, examples, folds)
     ]
     return min(recipes, key=lambda recipe: recipe.calibration.log_loss)
 
 
 def _renumbered(labels: Indices) -> Indices:
-    """The labels without gaps between their numbers."""
+    """The labels, numbered from 0 without gaps."""
     return np.unique(labels, return_inverse=True)[1]
 
 
 def _weights(rows: Measured, examples: Measured, num_labels: int) -> tuple[float, ...]:
     if not len(examples):
         return EXAMPLE_WEIGHTS[:1]
-    # What a label without rows looks like is known of the examples alone.
+    # A label without rows can be learned from the examples only.
     return EXAMPLE_WEIGHTS if len(set(rows.labels.tolist())) == num_labels else EXAMPLE_WEIGHTS[1:]
 
 
-def _left_out_scores(
+def _held_out_scores(
     layer_index: int, weight: float, rows: Measured, examples: Measured, folds: Indices
 ) -> Iterator[tuple[float, Floats]]:
-    """For each shrinkage: the scores of every row by a head that was fitted without its fold."""
+    """For each shrinkage, the scores of every row by a head fitted without its fold."""
     num_labels = int(max([rows.labels.max(), *examples.labels])) + 1
     scores = np.zeros((len(SHRINKAGES), len(rows), num_labels), np.float32)
     for fold in sorted(set(folds.tolist())):
-        left_out, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        heads = _fit(layer_index, SHRINKAGES, weight, rows[others], examples)
+        held_out, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
+        heads = _fit(layer_index, SHRINKAGES, weight, rows[rest], examples)
         for i, head in enumerate(heads):
-            scores[i, left_out] = head.scores(rows.states[left_out, layer_index])
+            scores[i, held_out] = head.scores(rows.states[held_out, layer_index])
     return zip(SHRINKAGES, scores, strict=True)
 
 

@@ -26,7 +26,7 @@ from server.errors import ContextLengthError, InvalidRequestError
 logger = logging.getLogger(__name__)
 
 
-# What a task finds in a text: its label, or pieces of it.
+# What a task returns: the text's label, or pieces of the text.
 Analysis = Classification | list[str]
 Extract = Callable[[str, Work], Coroutine[Any, Any, list[str]]]
 
@@ -37,7 +37,7 @@ SENTIMENT = "sentiment"
 class Reply(Choices):
     """The mood, and one answer or several to the same prompt.
 
-    analyses: what the tasks asked for found, by name; None: the task failed, or there was no text.
+    analyses: results of the requested tasks, by name; None: the task failed, or there was no text.
     """
 
     sentiment: Classification | None
@@ -45,16 +45,16 @@ class Reply(Choices):
 
 
 class Replier:
-    """Answers conversations, knowing the mood of their last user message."""
+    """Judges the mood of the last user message, then answers the conversation."""
 
     def __init__(
         self, engine: Engine, classifier: Classifier, tokenizer: ChatTokenizer, *,
         tasks: Mapping[str, Task], style: ReplyStyle, max_context: int,
         extractors: Mapping[str, Extract] | None = None,
     ) -> None:  # fmt: skip
-        """tasks: what may be judged, by name; `sentiment` and the one of the cue are among them.
+        """tasks: those that label a text, by name; includes `sentiment` and the style's `cue_task`.
 
-        extractors: tasks of another kind, by name, which find pieces of a text.
+        extractors: those that find pieces of a text, by name.
         """
         self._engine, self._classifier, self._tokenizer = engine, classifier, tokenizer
         self._tasks, self._extractors = tasks, extractors or {}
@@ -62,7 +62,7 @@ class Replier:
 
     @property
     def task_names(self) -> list[str]:
-        """What `reply` may be asked for."""
+        """The names that `reply` accepts as `tasks`."""
         return [*self._tasks, *self._extractors]
 
     async def reply(
@@ -71,16 +71,16 @@ class Replier:
         call_opening: regex.Pattern[str] | None = None, num_choices: int = 1,
         work: Work | None = None, adapter: Adapter = BASE,
     ) -> Reply:  # fmt: skip
-        """Judges the last user message, then starts the answer, or several.
+        """Judges the last user message, then starts one answer or several.
 
-        tasks: names of what else is wanted to be known of the message.
-        call_opening: what a call of a tool begins with; stop strings cut none.
-        work: of the request; None: a new one.
-        adapter: what the answer is computed with. The mood is judged as its task says.
+        tasks: names of further tasks to run on the message.
+        call_opening: pattern of the start of a tool call; stop strings are ignored from there on.
+        work: the request's; None: a new one.
+        adapter: for the answer. The mood is judged with the adapter that its task names.
 
-        Without sentiment the conversation goes to the model as it is: no cue and no persona,
-        and no pass but those of `tasks`. A pass that fails is logged, and the answer comes
-        without its result. The seed of each further answer is one higher.
+        Without sentiment, the conversation reaches the model unchanged: no cue, no persona, and
+        no pass but those of `tasks`. A pass that fails is logged, and its result is None.
+        The seed of each further answer is one higher.
 
         Raises:
             ContextLengthError: the conversation leaves no room for an answer.
@@ -89,13 +89,13 @@ class Replier:
         work = work or Work()
         text = _last_user_text(messages)
         language = language_of(text) if with_sentiment else ""
-        # Beside a persona a small model answers from memory where it should call a tool.
+        # With a persona, a small model answers from memory where it should call a tool.
         has_persona = with_sentiment and not tools
         conversation = self._with_persona(messages, language) if has_persona else messages
-        # Before the pass: a conversation that cannot be answered needs no sentiment.
+        # Before the passes: a conversation that cannot be answered needs none.
         prompt_ids = await asyncio.to_thread(self._encode, conversation, tools, adapter)
         moods = [SENTIMENT, self.style.cue_task] if with_sentiment else []
-        # In this order, and each once.
+        # Each task once, in this order.
         results: dict[str, Analysis | None] = dict.fromkeys([*moods, *tasks])
         num_cached = None
         if results and text.strip():
@@ -109,9 +109,9 @@ class Replier:
             cued_ids = await self._encode_cued(conversation, cue, tools, adapter)
             prompt_ids = cued_ids or prompt_ids
         if num_choices > 1:
-            # The answers copy what is computed here once, if it can be kept for them.
-            known = await self._engine.prefill(prompt_ids, work=work, adapter=adapter) or 0
-            num_cached = known if num_cached is None else num_cached
+            # Computes the prompt once for all answers, if the engine has room to keep it.
+            num_known = await self._engine.prefill(prompt_ids, work=work, adapter=adapter) or 0
+            num_cached = num_known if num_cached is None else num_cached
         choices = begin_choices(
             self._engine, prompt_ids, params, num_choices, self._tokenizer.token_bytes,
             stop, stop_until=call_opening, max_context=self._max_context, work=work,
@@ -126,13 +126,13 @@ class Replier:
         )
 
     def _with_persona(self, messages: Sequence[Message], language: str) -> list[Message]:
-        """The conversation behind the persona, unless it brings a system message of its own."""
+        """Puts the persona first, unless the conversation has a system message of its own."""
         if any(message["role"] == "system" for message in messages):
             return list(messages)
         return [{"role": "system", "content": text_in(self.style.persona, language)}, *messages]
 
     def _cue(self, mood: Classification | None, language: str) -> str | None:
-        """What the answer is told of the mood; None: nothing."""
+        """The text that reports the mood to the model; None: nothing is reported."""
         if mood is None or mood.label.cue is None:
             return None
         if mood.confidence < self.style.cue_min_confidence:
@@ -143,20 +143,22 @@ class Replier:
         self, text: str, results: dict[str, Analysis | None], plain_ids: list[int], work: Work,
         adapter: Adapter, *, is_prefilled: bool,
     ) -> int | None:  # fmt: skip
-        """Puts into `results` what its tasks find in the text; what fails stays None.
+        """Runs the tasks in `results` on the text and stores what they find; a failed one is None.
 
-        While labels are computed, so is the conversation, in the same steps, unless nothing of it
-        can be used afterwards: what is left to do are the cue and the answer's header. Returns how
-        many tokens of the conversation were known before; None: it was not computed.
+        If labels are computed, the same steps compute the conversation, so that only the cue and
+        the answer's header remain to be computed. Returns how many tokens of the conversation
+        were cached before; None: it was not computed, or the engine does not report them.
+
         plain_ids: the conversation without a cue.
+        is_prefilled: False if the cue comes first, so that the conversation cannot be reused.
         """
         prepared = await asyncio.to_thread(self._prepare, results, text)
         running = [
             asyncio.create_task(self._judge(name, each, results, work))
             for name, each in prepared.items()
         ]
-        # Lets the labels be queued, so that all reach the engine in one turn of the event loop:
-        # it then finds them and the conversation before its next step, which they share.
+        # Lets the label tasks run up to the engine, so that it receives them and the conversation
+        # before its next step, which they share.
         await asyncio.sleep(0)
         running += [
             asyncio.create_task(self._extract(name, text, results, work))
@@ -172,7 +174,7 @@ class Replier:
             await asyncio.gather(*running)
             if prefill is None:
                 return None
-            # If it fails, the engine has logged it, and the reply computes everything itself.
+            # If it fails, the engine has logged it, and the answer computes the whole prompt.
             await asyncio.wait([prefill])
             return None if prefill.exception() else prefill.result()
         finally:
@@ -185,28 +187,29 @@ class Replier:
         prepared = {}
         for name in names:
             if name in self._tasks:
-                with _unless_it_fails(name):
+                with _failure_logged(name):
                     prepared[name] = self._classifier.prepare(self._tasks[name], [text])
         return prepared
 
     async def _judge(
         self, name: str, prepared: PreparedTexts, results: dict[str, Analysis | None], work: Work
     ) -> None:
-        with _unless_it_fails(name):
+        with _failure_logged(name):
             [results[name]] = await self._classifier.judge(prepared, work)
 
     async def _extract(
         self, name: str, text: str, results: dict[str, Analysis | None], work: Work
     ) -> None:
-        with _unless_it_fails(name):
+        with _failure_logged(name):
             results[name] = await self._extractors[name](text, work)
 
     async def _encode_cued(
         self, conversation: Sequence[Message], cue: str, tools: Sequence[Tool], adapter: Adapter
     ) -> list[int] | None:
-        """Ids of the conversation with the cue; None if it has no place for one, or is refused.
+        """Ids of the conversation with the cue.
 
-        Some templates refuse a system message that is not the first.
+        None if the conversation has no place for a cue, or if the chat template refuses it: some
+        allow a system message only at the beginning.
         """
         cued = with_cue(conversation, cue, self.style.cue_position)
         if cued == conversation:
@@ -233,7 +236,7 @@ class Replier:
 
 
 def with_cue(conversation: Sequence[Message], cue: str, position: str) -> list[Message]:
-    """The conversation with the cue in its place; as it is if its last turn is not the user's.
+    """Adds the cue to the conversation, if its last turn is the user's.
 
     position: as `ReplyStyle.cue_position`. An answer that the client has begun stays last, to be
     continued.
@@ -241,7 +244,7 @@ def with_cue(conversation: Sequence[Message], cue: str, position: str) -> list[M
     cued = list(conversation)
     end = len(cued) - (cued[-1]["role"] == "assistant")
     if not end or cued[end - 1]["role"] != "user":
-        return cued  # a tool's result is last: the user's message was answered before
+        return cued  # a tool's result is last: the user's message is already being answered
     if position == "behind":
         cued.insert(end, {"role": "system", "content": cue})
         return cued
@@ -257,12 +260,12 @@ def _last_user_text(messages: Sequence[Message]) -> str:
 
 
 @contextmanager
-def _unless_it_fails(name: str) -> Iterator[None]:
-    """Logs what goes wrong in the pass of a task, for which no chat fails."""
+def _failure_logged(name: str) -> Iterator[None]:
+    """Logs the failure of a task's pass, so that the chat goes on without its result."""
     try:
         yield
     except EngineClosedError:
-        raise  # there will be no answer either
+        raise  # the answer would fail, too
     except InvalidRequestError as error:
         logger.warning("no %s pass for this message: %s", name, error)
     except Exception:

@@ -14,7 +14,7 @@ from server.core.roles.tasks import Example, ExtractTask, ReplyStyle, Task
 
 BUILTIN_FOLDER = Path(__file__).parents[2] / "tasks"
 TASK_FILE_NAME = "tasks.toml"
-# The table of a task file that is no task.
+# The table of a task file that is not a task.
 REPLY = "reply"
 # The values of a task's `kind`.
 LABELS, EXTRACT = "labels", "extract"
@@ -28,9 +28,9 @@ class TaskFileError(Exception):
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a task file holds, or several: tasks by name, and the reply's style.
+    """The contents of one or more task files: tasks by name, and the reply's style.
 
-    A name is either that of a task that gives labels or that of one that extracts.
+    No name is in both `tasks` and `extract_tasks`.
     """
 
     tasks: Mapping[str, Task] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class TaskFile:
     reply: ReplyStyle = field(default_factory=ReplyStyle)
 
     def __or__(self, other: "TaskFile") -> "TaskFile":
-        """Both, the other's in place of those of the same name."""
+        """Both files' contents; where names are equal, the other file's."""
         return TaskFile(
             {**_without(self.tasks, other.extract_tasks), **other.tasks},
             {**_without(self.extract_tasks, other.tasks), **other.extract_tasks},
@@ -47,11 +47,11 @@ class TaskFile:
 
 
 def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
-    """The tasks and the reply's style that a task file holds; without a path, the built-in ones.
+    """Reads a task file; without a path, the built-in one.
 
-    path: of the file, or of a folder with a `tasks.toml`.
-    A task's examples are read from the file it names, which lies beside the task file or is one
-    of the built-in ones. A judge that it names lies beside the task file, and is not read yet.
+    path: the file, or a folder with a `tasks.toml`.
+    A task's examples are read from the file it names, which lies beside the task file or is
+    built in. A judge file that it names lies beside the task file, and is not read yet.
 
     Raises:
         TaskFileError: a file cannot be read, or a task in it is not valid.
@@ -76,7 +76,9 @@ def read_task_file(path: Path = BUILTIN_FOLDER / TASK_FILE_NAME) -> TaskFile:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        reason = "must be a table" if first["type"] == "model_type" else first["msg"]
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type":
+            reason = "must be a table"
         raise TaskFileError(f"task file {path}: {where}: {reason}") from error
 
 
@@ -88,7 +90,7 @@ def _kind_of(path: Path, name: str, table: Any) -> str:
 
 
 def _completed(path: Path, name: str, kind: str, table: Any) -> Any:
-    """The table as a task is made from it; what is no table is refused there."""
+    """The table with all fields of a task. Anything else is returned for validation to refuse."""
     if not isinstance(table, dict):
         return table
     given = {key: value for key, value in table.items() if key != "kind"}
@@ -100,13 +102,13 @@ def _without(tasks: Mapping[str, T], names: Container[str]) -> dict[str, T]:
 
 
 def _with_files(path: Path, table: dict[str, Any]) -> dict[str, Any]:
-    """The table with the examples themselves, and with the path of the judge."""
-    found: dict[str, Any] = {}
+    """The table with the examples read, and with the path of the judge."""
+    fields: dict[str, Any] = {}
     if isinstance(name := table.get("examples"), str):
-        found["examples"] = _examples_of(path, name)
+        fields["examples"] = _examples_of(path, name)
     if isinstance(name := table.get("judge"), str):
-        found["judge"] = _beside(path, "judge", name)
-    return {**table, **found}
+        fields["judge"] = _beside(path, "judge", name)
+    return {**table, **fields}
 
 
 def _examples_of(path: Path, name: str) -> list[Example]:
@@ -134,7 +136,7 @@ def _beside(path: Path, key: str, name: str) -> Path:
 
 def _read_examples(path: Path) -> list[Example]:
     examples = []
-    # Not splitlines: JSON strings may hold other line separators as they are.
+    # Not splitlines: JSON strings may contain other line separators.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue

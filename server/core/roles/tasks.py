@@ -1,4 +1,4 @@
-"""Prompts as data: what the analyst is asked, which labels it may answer, how the reply speaks.
+"""Tasks and the reply's style as data: instructions, labels, examples, persona.
 
 Knows neither files nor tokens.
 """
@@ -21,9 +21,9 @@ from pydantic import (
 
 from server.core.roles.language import ENGLISH, LANGUAGES, language_of
 
-# With fewer examples of a label cross-validation says little.
+# With fewer examples of a label, cross-validation is unreliable.
 MIN_EXAMPLES = 10
-# Where a text is missing in the user's language.
+# Used if a text is missing in the user's language.
 DEFAULT_LANGUAGE = ENGLISH
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
@@ -33,7 +33,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 def _by_language(value: Any) -> Any:
     if isinstance(value, dict) and (unknown := sorted(set(value) - set(LANGUAGES))):
         raise ValueError(
-            f"the language {unknown[0]!r} is never chosen; the languages are {', '.join(LANGUAGES)}"
+            f"the language {unknown[0]!r} is not supported; use {' or '.join(LANGUAGES)}"
         )
     return {DEFAULT_LANGUAGE: value} if isinstance(value, str) else value
 
@@ -43,7 +43,7 @@ Texts = Annotated[dict[str, NonEmpty], Field(min_length=1), BeforeValidator(_by_
 
 
 def text_in(texts: Mapping[str, str], language: str) -> str:
-    """The text in the language, or in English, or in the first language there is."""
+    """The text in the language; else in English; else in its first language."""
     if language in texts:
         return texts[language]
     return texts.get(DEFAULT_LANGUAGE) or next(iter(texts.values()))
@@ -56,7 +56,7 @@ class _Frozen(BaseModel):
 class Label(_Frozen):
     """One possible answer: `value` for clients, `text` for the model, `emoji` for people.
 
-    cue: what the reply role is told when this is the user's mood; None: nothing.
+    cue: the text added to the conversation when this is the user's mood; None: nothing is added.
     """
 
     value: NonEmpty
@@ -66,7 +66,7 @@ class Label(_Frozen):
 
 
 class Example(BaseModel):
-    """A text and the value of its label. `kind` groups texts of one sort, such as reviews."""
+    """A text and the value of its label. `kind` groups similar texts, such as reviews."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -79,9 +79,9 @@ class Task(_Frozen):
     """An instruction, the labels that may answer it, and when to fall back.
 
     poles: the values of the labels that count +1 and -1 in a result's `score`.
-    examples: what the judgement is fitted to when a model is loaded.
-    judge: the file of a judge that was fitted before, which is used instead.
-    adapter: the name of one that the task is judged with; "" is the base model alone.
+    examples: labelled texts that the task's judge is fitted to.
+    judge: the file of an already fitted judge, used instead of the examples.
+    adapter: the name of the adapter that the task is judged with; "" for the base model.
     """
 
     name: NonEmpty
@@ -91,7 +91,7 @@ class Task(_Frozen):
     min_confidence: Probability = 0.0
     min_label_mass: Probability = 0.0
     poles: tuple[str, str] | None = None
-    # Part of the version only where there is one, so that judges fitted earlier still hold.
+    # Left out of the version if empty, so that judges fitted by earlier releases stay valid.
     adapter: str = Field(default="", exclude_if=lambda name: not name)
     examples: tuple[Example, ...] = Field(default=(), exclude=True, repr=False)
     judge: Path | None = Field(default=None, exclude=True)
@@ -103,40 +103,40 @@ class Task(_Frozen):
             if len(set(seen)) != len(seen):
                 raise ValueError(f"label {name}s must differ from each other")
         if self.fallback is not None and self.fallback not in self.values:
-            raise ValueError(f"fallback {self.fallback!r} is none of the labels")
+            raise ValueError(f"fallback {self.fallback!r} is not one of the labels")
         for pole in self.poles or ():
             if pole not in self.values:
-                raise ValueError(f"pole {pole!r} is none of the labels")
+                raise ValueError(f"pole {pole!r} is not one of the labels")
         if self.poles is not None and self.poles[0] == self.poles[1]:
-            raise ValueError("the poles must be two labels")
+            raise ValueError("the poles must be two different labels")
         return self
 
     @model_validator(mode="after")
     def _examples_are_enough(self) -> "Task":
         counts = Counter(example.label for example in self.examples)
         if unknown := sorted(counts.keys() - set(self.values)):
-            raise ValueError(f"the label {unknown[0]!r} of an example is none of the labels")
+            raise ValueError(f"the label {unknown[0]!r} of an example is not one of the labels")
         for value in self.values if self.examples else ():
             if counts[value] < MIN_EXAMPLES:
                 raise ValueError(
-                    f"the label {value!r} has {counts[value]} examples; every label needs "
-                    f"{MIN_EXAMPLES}, or leave examples out"
+                    f"the label {value!r} has {counts[value]} examples; give at least "
+                    f"{MIN_EXAMPLES} for every label, or leave 'examples' out"
                 )
         return self
 
     @property
     def values(self) -> list[str]:
-        """The labels as clients read them."""
+        """The labels' values, in order."""
         return [label.value for label in self.labels]
 
     @cached_property
     def version(self) -> str:
-        """Changes whenever anything that can change a result changes, except the examples."""
+        """A digest of all that can change a result, except the examples."""
         dumped = self.model_dump_json(exclude={"labels": {"__all__": {"cue"}}})
         return hashlib.sha256(dumped.encode()).hexdigest()[:16]
 
     def messages(self, text: str) -> list[dict[str, str]]:
-        """The analyst's conversation about `text`: fixed instruction first, so it can be cached."""
+        """The analyst's conversation about `text`. The instruction is first, to be cached."""
         return [
             {"role": "system", "content": self.instructions},
             {"role": "user", "content": text},
@@ -144,7 +144,7 @@ class Task(_Frozen):
 
 
 class ExtractExample(_Frozen):
-    """A text and what is to be found in it, as it stands there."""
+    """A text and the pieces to find in it, copied exactly."""
 
     text: NonEmpty
     items: Annotated[tuple[NonEmpty, ...], Field(min_length=1)]
@@ -153,14 +153,14 @@ class ExtractExample(_Frozen):
     def _items_are_in_the_text(self) -> "ExtractExample":
         for item in self.items:
             if item not in self.text:
-                raise ValueError(f"the item {item!r} does not stand in the example's text")
+                raise ValueError(f"the item {item!r} does not occur in the example's text")
         return self
 
 
 class ExtractTask(_Frozen):
-    """A task that finds pieces of a text: an instruction, and examples that are part of the prompt.
+    """A task that finds pieces of a text: an instruction, and examples for the prompt.
 
-    An example is shown with texts of its own language.
+    The prompt contains only examples in the text's language.
     """
 
     name: NonEmpty
@@ -169,11 +169,11 @@ class ExtractTask(_Frozen):
 
     @cached_property
     def version(self) -> str:
-        """Changes whenever anything that can change a result changes."""
+        """A digest of all that can change a result."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def messages(self, text: str) -> list[dict[str, str]]:
-        """The conversation about `text`; an answer holds an item a line."""
+        """The conversation about `text`; an answer has one item per line."""
         language = language_of(text)
         messages = [{"role": "system", "content": text_in(self.instructions, language)}]
         for example in self.examples:
@@ -187,13 +187,13 @@ class ExtractTask(_Frozen):
 
 
 class ReplyStyle(_Frozen):
-    """How the second role speaks. A file may give some of this; the rest stays as it was.
+    """The reply's persona and cue. A task file may set some fields; the others keep their values.
 
-    persona: the system prompt of a chat that brings none of its own.
-    cue_task: the task whose label gives the cue.
-    cue_position: where a label's cue stands: in the first system message, at the end of the last
-    user message, or in a system message behind the conversation.
-    cue_min_confidence: a label less likely than this has no cue.
+    persona: the system prompt of a chat without one of its own.
+    cue_task: the task whose label determines the cue.
+    cue_position: where the cue is added: to the first system message, to the last user message,
+    or in a system message after the conversation.
+    cue_min_confidence: a label less likely than this adds no cue.
     """
 
     persona: Texts = Field(default_factory=dict)
@@ -202,13 +202,13 @@ class ReplyStyle(_Frozen):
     cue_min_confidence: Probability = 0.0
 
     def __or__(self, other: "ReplyStyle") -> "ReplyStyle":
-        """This style with what the other one was given."""
-        given = {name: getattr(other, name) for name in other.model_fields_set}
-        return self.model_copy(update=given)
+        """This style, updated with the fields that are set in the other one."""
+        update = {name: getattr(other, name) for name in other.model_fields_set}
+        return self.model_copy(update=update)
 
 
 def inline_task(instructions: str, labels: Sequence[str]) -> Task:
-    """A task a client describes in its request: each label is its own text, no fallback.
+    """A task from a client's request: each label is its own text, and there is no fallback.
 
     Raises:
         ValidationError: the labels repeat, or are too few or too many.

@@ -92,7 +92,7 @@ Change = Callable[[gguf.GGUFWriter], Any]
         (lambda w: w.add_token_list(["a", "a"]), "two tokens have the same text"),
         (lambda w: w.add_chat_template("{% for %}"), "the chat template is broken"),
         (lambda w: w.add_sampling_top_p(1.5), "the metadata: top_p"),
-        (lambda w: w.add_eos_token_id(999_999), "is none of the model's"),
+        (lambda w: w.add_eos_token_id(999_999), "is not one of the model's"),
     ],
 )  # fmt: skip
 def test_metadata_that_cannot_be_served_are_one_clear_sentence(

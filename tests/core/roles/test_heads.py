@@ -170,9 +170,9 @@ def test_scores_of_many_states_are_those_of_each() -> None:
 def test_a_cooled_head_divides_its_scores() -> None:
     states, labels = gaussian()
     [head] = fit_heads(states, labels, [0.9])
-    cooled = head.cooled(4.0)
-    assert isinstance(cooled, LinearHead) and cooled.weights.dtype == np.float32
-    np.testing.assert_allclose(cooled.scores(states), head.scores(states) / 4, rtol=1e-4, atol=1e-5)
+    scaled = head.with_temperature(4.0)
+    assert isinstance(scaled, LinearHead) and scaled.weights.dtype == np.float32
+    np.testing.assert_allclose(scaled.scores(states), head.scores(states) / 4, rtol=1e-4, atol=1e-5)
 
 
 # --- folds ----------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_what_is_read_is_what_was_written(
 def test_a_fitted_head_is_read_as_it_was_written(cache: JudgeCache) -> None:
     states = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
     for head in fit_heads(states, np.arange(60) % 4):
-        judge = HeadJudge(2, head.cooled(1.3))
+        judge = HeadJudge(2, head.with_temperature(1.3))
         assert_same(cache.read(kept(cache, judge)), judge)
 
 

@@ -403,7 +403,7 @@ async def test_label_scores_are_chosen_even_where_their_examples_are_of_one_kind
 async def test_labels_that_are_too_long_are_an_error() -> None:
     labels = tuple(Label(value=value, text=value * MAX_LABEL_TOKENS) for value in VALUES)
     long = task().model_copy(update={"labels": labels})
-    with pytest.raises(InvalidRequestError, match=f"of {MAX_LABEL_TOKENS} at most"):
+    with pytest.raises(InvalidRequestError, match=f"at most {MAX_LABEL_TOKENS} are"):
         await fit(FakeModel(), prompts_of(long, 10**6))
 
 

@@ -232,7 +232,7 @@ def test_a_name_is_that_of_one_task_whatever_its_kind(write: Callable[[str], Pat
     [
         ('"extract"', '"summary"', "topics.kind: must be 'labels' or 'extract'"),
         ('"extract"', "3", "topics.kind"),
-        ('["bus"]', '["train"]', "the item 'train' does not stand in the example's text"),
+        ('["bus"]', '["train"]', "the item 'train' does not occur in the example's text"),
         ('["bus"]', "[]", "topics.examples.0.items"),
         ("instructions", "labels", "topics.instructions"),
     ],
@@ -468,7 +468,7 @@ def test_a_label_with_too_few_examples_is_refused_with_both_numbers(
     path = write(LEARNED)
     message = error_of(path)
     assert str(path) in message and "mood" in message
-    assert f"'{label}' has {count} examples" in message and f"needs {MIN_EXAMPLES}" in message
+    assert f"'{label}' has {count} examples" in message and f"at least {MIN_EXAMPLES}" in message
     assert "\n" not in message
 
 

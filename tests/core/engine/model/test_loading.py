@@ -180,7 +180,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (change_generation(top_k="a"), "generation_config.json"),
     (change_generation(eos_token_id="x"), "eos_token_id"),
     (change_generation(eos_token_id=[[2]]), "eos_token_id"),
-    (change_generation(eos_token_id=999_999), "an eos_token_id of [999999] is none of"),
+    (change_generation(eos_token_id=999_999), "an eos_token_id of [999999] is not one of"),
     (refuse_answers, "template refuses the prompt of the task 'keywords': no answers"),
     (drop_all_eos, "neither generation_config.json nor config.json names an eos_token_id"),
 ]
@@ -239,7 +239,7 @@ def test_labels_of_a_task_file_that_are_too_long_are_one_clear_sentence(
     file = tmp_path / "tasks.toml"
     labels = ", ".join(f'{{value = "{i}", text = "{i}{"长" * 700}"}}' for i in range(2))
     file.write_text(f'[long]\ninstructions = "Which?"\nlabels = [{labels}]\n', encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"the task 'long' .* of 1024 at most"):
+    with pytest.raises(CheckpointError, match=r"the task 'long' .* at most 1024"):
         load_services(Settings(model=str(tiny_checkpoint), tasks=file))
 
 
