@@ -1,1 +1,1 @@
-"""The server's inside, from what it is for to how it computes. No HTTP in here."""
+"""The server without HTTP: the model's roles, text, and the engine."""

@@ -1,4 +1,4 @@
-"""Work done once for several callers, and several works done together. Knows only coroutines."""
+"""Shares computations among callers, and runs several at once. Knows only coroutines."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Hashable, Iterable
@@ -13,7 +13,7 @@ V = TypeVar("V")
 
 @dataclass
 class _Flight(Generic[V]):
-    """A running computation and how many callers wait for it."""
+    """A running computation, and the number of callers that wait for it."""
 
     task: asyncio.Task[V]
     num_waiters: int = 0
@@ -22,8 +22,8 @@ class _Flight(Generic[V]):
 class SingleFlight(Generic[K, V]):
     """An LRU cache whose misses are computed once. Belongs to one event loop.
 
-    Equal keys in flight share a computation; it is cancelled when the last caller that waits
-    for it has gone. A computation that fails is not kept.
+    Concurrent calls with the same key share one computation, which is cancelled when no caller
+    waits for it any more. Failures are not cached.
     """
 
     def __init__(self, max_size: int) -> None:
@@ -34,7 +34,7 @@ class SingleFlight(Generic[K, V]):
         self.num_misses = 0
 
     def __contains__(self, key: K) -> bool:
-        """Whether the result is known. Does not count as a use."""
+        """Whether the result is cached. Does not count as a use."""
         return key in self._results
 
     async def get(
@@ -66,13 +66,13 @@ class SingleFlight(Generic[K, V]):
     def _finish(self, key: K, done: asyncio.Task[V]) -> None:
         if (flight := self._flights.get(key)) is not None and flight.task is done:
             del self._flights[key]
-        # exception() also marks it as seen, for a computation that nobody waits for any more.
+        # exception() also marks the error as retrieved, even if no caller waits for it any more.
         if not done.cancelled() and done.exception() is None and self._results.maxsize:
             self._results[key] = done.result()
 
 
 async def all_of(coroutines: Iterable[Coroutine[Any, Any, V]]) -> list[V]:
-    """Their results, computed together. The first error ends the others and is raised itself."""
+    """Runs the coroutines concurrently. The first error cancels the rest and is raised itself."""
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(coroutine) for coroutine in coroutines]

@@ -1,1 +1,1 @@
-"""Between text and token ids: chat templates, tools, grammars, choices under way."""
+"""Between text and token ids: chat templates, tools, grammars, choices in progress."""

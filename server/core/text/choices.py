@@ -1,6 +1,6 @@
-"""Continuations of prompts under way: from the engine's tokens to pieces of text.
+"""Choices in progress: from the engine's tokens to pieces of text.
 
-Knows nothing of what the prompts say.
+Knows nothing of the prompts' contents.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from server.core.text.detokenizer import Detokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that became certain; if log-probabilities are asked for, the tokens it came from.
+    """Text that is final and, if log-probabilities are requested, its tokens.
 
-    The text may be empty at the end of a choice, where tokens without text came last.
+    The text is empty at the end of a choice whose last tokens have no text.
     """
 
     text: str
@@ -30,7 +30,7 @@ class Piece:
 
 @dataclass
 class Choice:
-    """One answer under way. `pieces` may be read once; the count grows as it is read."""
+    """One answer in progress. `pieces` may be iterated once, and updates the fields."""
 
     tokens: TokenStream
     detokenizer: Detokenizer
@@ -38,37 +38,37 @@ class Choice:
     finish_reason: str | None = None
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The answer as it becomes certain. However this ends, the sequence ends with it."""
-        unsaid: list[TokenEvent] = []
+        """The answer's pieces. However the iteration ends, the sequence ends with it."""
+        pending_tokens: list[TokenEvent] = []
         try:
             async for token in self.tokens:
                 self.num_completion_tokens += 1
                 if token.logprob is not None:
-                    unsaid.append(token)
+                    pending_tokens.append(token)
                 text = self.detokenizer.push(token.token_id)
                 if self.detokenizer.is_stopped:
                     break
                 if text:
-                    yield Piece(text, tuple(unsaid))
-                    unsaid = []
+                    yield Piece(text, tuple(pending_tokens))
+                    pending_tokens = []
             else:
                 assert self.tokens.finish_reason is not None
                 self.finish_reason = self.tokens.finish_reason.value
                 text = self.detokenizer.flush()
             if self.detokenizer.is_stopped:
                 self.finish_reason = "stop"
-                unsaid = self._tokens_within(text, unsaid)
-            if text or unsaid:
-                yield Piece(text, tuple(unsaid))
+                pending_tokens = self._tokens_within(text, pending_tokens)
+            if text or pending_tokens:
+                yield Piece(text, tuple(pending_tokens))
         finally:
             self.abort()
 
     def abort(self) -> None:
-        """Ends the sequence if it still runs. Any number of times."""
+        """Ends the sequence if it still runs. Idempotent."""
         self.tokens.abort()
 
     def _tokens_within(self, text: str, tokens: Sequence[TokenEvent]) -> list[TokenEvent]:
-        """Those that begin before the end of `text`: a stop string's own are not told."""
+        """The tokens that begin before the end of `text`, which excludes those of a stop string."""
         num_bytes, within = len(text.encode()), []
         for token in tokens:
             if num_bytes <= 0:
@@ -80,17 +80,17 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """All that one request asked for: choices of one prompt, or of several."""
+    """All choices of a request, which has one prompt or several."""
 
     num_prompt_tokens: int
     choices: tuple[Choice, ...]
-    # Prompt tokens that an earlier request had computed, where this one computed its prompts
-    # before its choices began; else each choice, alone with its prompt, knows.
+    # Cached prompt tokens, if the prompts were computed before the choices began; None: each
+    # choice, which then is the only one of its prompt, counts them.
     num_prefilled_cached: int | None = None
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens that needed no computing; known once every choice has a token."""
+        """Prompt tokens that needed no computing; final once every choice has a token."""
         if self.num_prefilled_cached is not None:
             return self.num_prefilled_cached
         return sum(choice.tokens.num_cached or 0 for choice in self.choices)
@@ -107,14 +107,14 @@ class Choices:
 
     @property
     def num_completion_tokens(self) -> int:
-        """Of all choices together, so far."""
+        """Completion tokens of all choices so far."""
         return sum(choice.num_completion_tokens for choice in self.choices)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece | None], None]:
-        """Pieces of all choices as they come, each with its index; None: that one is done."""
+        """Pieces of all choices as they come, with the choice's index; None ends a choice."""
         try:
             if len(self.choices) == 1:
-                # Without a task for each piece.
+                # Faster, without a task for each piece.
                 async for piece in self.choices[0].pieces():
                     yield 0, piece
                 yield 0, None
@@ -142,7 +142,7 @@ class Choices:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def read(self) -> list[list[Piece]]:
-        """All pieces of each choice, once all have ended."""
+        """All pieces of each choice, once all choices have ended."""
         pieces: list[list[Piece]] = [[] for _ in self.choices]
         async for index, piece in self.pieces():
             if piece is not None:
@@ -150,7 +150,7 @@ class Choices:
         return pieces
 
     def abort(self) -> None:
-        """Ends all choices that still run. Any number of times."""
+        """Ends all choices that still run. Idempotent."""
         for choice in self.choices:
             choice.abort()
 
@@ -168,12 +168,12 @@ def begin_choices(
     stop_until: regex.Pattern[str] | None = None,
     adapter: Adapter = BASE,
 ) -> tuple[Choice, ...]:
-    """Starts to continue the prompt in several ways; the seed of each further one is one higher.
+    """Starts several choices of the prompt. The seed of each further one is one higher.
 
-    max_context: tokens of the prompt and a choice together, which end it.
-    work: of the request; None: each choice is one of its own.
-    stop_until: what no stop string cuts, and what none counts behind.
-    adapter: what the choices are computed with.
+    max_context: limit on the tokens of the prompt and a choice together.
+    work: the request's; None: a new one for each choice.
+    stop_until: pattern; stop strings are ignored from its match on.
+    adapter: that the choices are computed with.
 
     Raises:
         EngineClosedError: the engine is closing.

@@ -28,24 +28,24 @@ class Completer:
         self, prompts: Mapping[str, Prompt], params: SamplingParams, stop: Sequence[str], *,
         num_choices: int = 1, work: Work | None = None, adapter: Adapter = BASE,
     ) -> Choices:  # fmt: skip
-        """Starts to continue every prompt; its choices stand side by side.
+        """Starts to continue every prompt. The choices of a prompt are adjacent.
 
-        prompts: by their place in the request, which errors name.
-        work: of the request; None: each prompt is one of its own.
-        adapter: what the prompts are continued with.
+        prompts: by their field in the request, for errors.
+        work: the request's; None: a new one for each choice.
+        adapter: that the prompts are continued with.
         num_choices: of each prompt. The seed of each further one is one higher.
 
         Raises:
             ContextLengthError: a prompt leaves no room for a continuation.
-            InvalidRequestError: the model has no such token.
+            InvalidRequestError: a token id is not in the vocabulary.
         """
-        # Not on the event loop: megabytes take a second.
+        # Off the event loop: megabytes take a second.
         all_ids = await asyncio.to_thread(
-            lambda: [self._encode(place, prompt, adapter) for place, prompt in prompts.items()]
+            lambda: [self._encode(param, prompt, adapter) for param, prompt in prompts.items()]
         )
         num_cached = None
         if num_choices > 1:
-            # The choices copy what is computed here once, if it can be kept for them.
+            # Computes each prompt once for all its choices, if the engine has room to keep it.
             known = await all_of(
                 self._engine.prefill(ids, work=work, adapter=adapter) for ids in all_ids
             )
@@ -63,13 +63,13 @@ class Completer:
             num_prefilled_cached=num_cached,
         )  # fmt: skip
 
-    def _encode(self, place: str, prompt: Prompt, adapter: Adapter) -> list[int]:
+    def _encode(self, param: str, prompt: Prompt, adapter: Adapter) -> list[int]:
         if isinstance(prompt, str):
             ids = self._tokenizer.encode_text(prompt)
         else:
             ids = list(prompt)
-            self._tokenizer.check_ids(ids, lambda i: f"{place}[{i}]")
+            self._tokenizer.check_ids(ids, lambda i: f"{param}[{i}]")
         max_context = self._max_context - adapter.num_virtual_tokens
         if len(ids) >= max_context:
-            raise ContextLengthError(len(ids), max_context, place)
+            raise ContextLengthError(len(ids), max_context, param)
         return ids

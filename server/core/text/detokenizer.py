@@ -1,4 +1,4 @@
-"""Token ids -> text pieces: never half a character, never the start of a stop string."""
+"""From token ids to pieces of text, without broken characters or parts of stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from server.core.text.markers import find_marker
 
 
 class Detokenizer:
-    """Joins token bytes to text and holds back what might become a stop string.
+    """Joins token bytes to text, and holds back what may become a stop string.
 
-    Bytes that are no UTF-8 are left out, so a piece never contains a broken character.
+    Bytes that are not UTF-8 are left out, so a piece never contains a broken character.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Detokenizer:
     ) -> None:
         """token_bytes: by token id; stop: non-empty strings that end the text.
 
-        stop_until: what no stop string cuts, and what none counts behind.
+        stop_until: pattern; stop strings are ignored from its match on.
         """
         assert all(stop)
         self.token_bytes = token_bytes
@@ -34,13 +34,13 @@ class Detokenizer:
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that became certain. Once `is_stopped`, nothing more comes."""
+        """Adds a token and returns the text that is final; "" once `is_stopped`."""
         if self.is_stopped:
             return ""
         self._held += self._decoder.decode(self.token_bytes[token_id])
         pattern = self._stop_until
         until = pattern.search(self._held, partial=True) if pattern else None
-        # The stop string that is complete first, so that token borders do not matter.
+        # The stop string that is complete first, so that token boundaries do not matter.
         begin, marker = find_marker(self._held, self._stop)
         if until is None:
             return self._stop_at(begin) if marker else self._release(begin)
@@ -49,11 +49,11 @@ class Detokenizer:
             return self._release(len(self._held))
         if marker and begin < until.start():
             return self._stop_at(begin)
-        # A stop string that is part of it waits.
+        # A stop string within a partial match waits until the match is complete or fails.
         return self._release(min(begin, until.start()))
 
     def flush(self) -> str:
-        """The text held back, for a sequence that has ended. It may still hold a stop string."""
+        """Ends the text and returns what was held back, up to a stop string."""
         begin, marker = find_marker(self._held, self._stop)
         return self._stop_at(begin) if marker else self._release(len(self._held))
 

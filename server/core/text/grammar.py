@@ -1,8 +1,8 @@
-"""What a completion must look like: JSON of a schema, calls of given tools, pieces of a text.
+"""Constrains completions to JSON of a schema, calls of given tools, or pieces of a text.
 
-Built on llguidance, which tells for every state which tokens keep the text within a grammar
+Built on llguidance, which computes the tokens that a grammar allows next
 (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). White space in JSON is
-fixed, so that a model cannot fill its tokens with blanks.
+fixed, so that a model cannot spend its tokens on blanks.
 """
 
 import json
@@ -31,18 +31,19 @@ from server.core.text.tools import (
 )
 from server.errors import InvalidRequestError
 
-# As json.dumps writes it, and as the models have read it most often.
+# As json.dumps writes it, and as models have seen it most often.
 _WHITE_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# How long a piece of a text may be: in words where spaces stand between them, else in characters.
+# The maximum length of a piece of a text: in words if spaces separate them, else in characters.
 MAX_PIECE_WORDS, MAX_PIECE_CHARS = 3, 8
 
-# Compiled grammars that are kept, and the length of their texts; a character takes 70 bytes.
+# Limits of the cache of compiled grammars: their number, and the length of their texts together; a
+# character takes 70 bytes.
 MAX_KEPT, MAX_KEPT_CHARS = 64, 2**20
 
 
 class GrammarError(Exception):
-    """The grammar cannot be used; says why, and if it is for a tool's sake, which."""
+    """The grammar cannot be used. tool: the one whose parameters are the reason, if any."""
 
     def __init__(self, reason: str, tool: Tool | None = None) -> None:
         super().__init__(reason if tool is None else f"the parameters of {tool.name!r}: {reason}")
@@ -50,26 +51,26 @@ class GrammarError(Exception):
 
 
 class FormatTooComplexError(InvalidRequestError):
-    """A schema could be compiled, but not followed."""
+    """A schema could be compiled, but is too complex for generation."""
 
 
 class GrammarState:
-    """Where one completion stands in its grammar.
+    """The state of one completion in its grammar.
 
-    Both methods raise a FormatTooComplexError if the parser needs more steps than it is allowed.
+    Both methods raise a FormatTooComplexError if the parser exceeds its limits.
     """
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> bytes:
-        """A bit for each token id, the lowest first: whether it may come next."""
+        """A bit for each token id, the lowest first: 1 if the token may come next."""
         mask = self._matcher.compute_bitmask()
         self._check()
         return mask
 
     def accept(self, token_id: int) -> None:
-        """Goes on by a token that is allowed."""
+        """Advances by an allowed token."""
         self._matcher.consume_token(token_id)
         self._check()
 
@@ -84,20 +85,20 @@ class GrammarState:
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """What an answer must look like. By default any text.
+    """The format of an answer; by default any text.
 
-    schema: of the JSON it must be, where it is no call.
-    tools: what it may call, or must.
+    schema: of the JSON that the answer must be, unless it is a call.
+    tools: those that the answer may call, or must call (`is_call_required`).
     """
 
     schema: Mapping[str, Any] | None = None
     tools: Sequence[Tool] = ()
     is_call_required: bool = False
-    is_parallel: bool = True  # whether it may hold several calls
+    is_parallel: bool = True  # whether several calls are allowed
 
     @property
     def call_opening(self) -> regex.Pattern[str] | None:
-        """What a call begins with, as `tools.call_opening` gives it; None: there are no calls."""
+        """The pattern of the start of a call (`tools.call_opening`); None: there are no tools."""
         if not self.tools:
             return None
         may_be_any_text = self.schema is None and not self.is_call_required
@@ -106,10 +107,10 @@ class OutputFormat:
 
 @dataclass(frozen=True)
 class Grammar:
-    """A compiled grammar; any number of completions may follow it at once."""
+    """A compiled grammar; any number of completions may use it at once."""
 
     matcher: LLMatcher
-    text: str  # as llguidance reads it
+    text: str  # in llguidance's format
 
     def begin(self) -> GrammarState:
         """The state before the first token."""
@@ -119,23 +120,23 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for the tokens of one checkpoint, on any thread.
 
-    Those used last are kept: an agent sends the same tools with every turn.
+    The most recently used ones are cached: an agent sends the same tools with every turn.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, eos_token_ids: Sequence[int]) -> None:
-        """eos_token_ids: what may end a complete text."""
+        """eos_token_ids: the tokens that may end a complete text."""
         self._chat_tokenizer = tokenizer
         self._eos_token_ids = list(eos_token_ids)
-        self._kept: LRUCache[str, Grammar] = LRUCache(
+        self._cache: LRUCache[str, Grammar] = LRUCache(
             MAX_KEPT_CHARS, lambda grammar: max(len(grammar.text), MAX_KEPT_CHARS // MAX_KEPT)
         )
         self._lock = Lock()
 
     def compile(self, output: OutputFormat) -> Grammar | None:
-        """The grammar of the format; None where any text will do. May take a second.
+        """The grammar of the format; None if any text is allowed. May take a second.
 
         Raises:
-            GrammarError: a schema is wrong, or says what cannot be guaranteed.
+            GrammarError: a schema is invalid, or has a rule that cannot be guaranteed.
         """
         if output.tools:
             return self.tool_calls(
@@ -147,10 +148,10 @@ class GrammarCompiler:
         return None if output.schema is None else self.json_schema(output.schema)
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
-        """JSON that the schema describes.
+        """The grammar of JSON that fits the schema.
 
         Raises:
-            GrammarError: the schema is wrong, or says what cannot be guaranteed.
+            GrammarError: the schema is invalid, or has a rule that cannot be guaranteed.
         """
         try:
             grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=_WHITE_SPACE)  # type: ignore[arg-type]
@@ -159,10 +160,10 @@ class GrammarCompiler:
         return self._compile(grammar)
 
     def lark(self, text: str) -> Grammar:
-        """What a grammar in llguidance's own language describes.
+        """The grammar that is written in llguidance's own language.
 
         Raises:
-            GrammarError: the grammar is wrong.
+            GrammarError: the grammar is invalid.
         """
         return self._compile(LLMatcher.grammar_from_lark(text))
 
@@ -170,19 +171,19 @@ class GrammarCompiler:
         self, tools: Sequence[Tool], *, is_required: bool, is_parallel: bool,
         answer: Mapping[str, Any] | None = None,
     ) -> Grammar:  # fmt: skip
-        """Calls of the tools: one, or several if they may be parallel.
+        """The grammar of calls of the tools: one call, or several if `is_parallel`.
 
-        Where none is required, any text may stand before them or in their place; if `answer`,
-        a schema, is given, JSON of it in their place.
+        If no call is required, any text may come before the calls or in their place. With
+        `answer`, a schema, only JSON of this schema may come in their place.
 
         Raises:
-            GrammarError: a schema is wrong, or says what cannot be guaranteed.
+            GrammarError: a schema is invalid, or has a rule that cannot be guaranteed.
         """
         text = _calls_in_lark(tools, is_required, is_parallel, answer)
         try:
             return self._compile(LLMatcher.grammar_from_lark(text))
         except GrammarError:
-            # Each alone, so that the message says whose schema is wrong.
+            # Each schema alone, so that the message names the invalid one.
             for tool in tools:
                 try:
                     self.json_schema(tool.parameters)
@@ -193,9 +194,9 @@ class GrammarCompiler:
             raise
 
     def pieces(self, text: str, max_pieces: int) -> Grammar | None:
-        """One to `max_pieces` lines, each a few words of the text as they stand in it.
+        """The grammar of 1 to `max_pieces` lines, each a few consecutive words of the text.
 
-        None if there is no letter and no digit in the text. May take a second for a long one.
+        None if the text has no letter and no digit. May take a second for a long text.
         """
         chunks = _chunks(text)
         if not chunks:
@@ -204,12 +205,12 @@ class GrammarCompiler:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        # Takes two seconds for Qwen's vocabulary, so only those who need it wait.
+        # Built on first use: it takes two seconds for Qwen's vocabulary.
         vocabulary = _Vocabulary(self._chat_tokenizer, self._eos_token_ids[0])
         return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
 
-    # One that fails, or is too long, is not kept.
-    @cachedmethod(lambda self: self._kept, lock=lambda self: self._lock)
+    # A grammar that fails, or is too long, is not cached.
+    @cachedmethod(lambda self: self._cache, lock=lambda self: self._lock)
     def _compile(self, text: str) -> Grammar:
         return self._build(text)
 
@@ -221,10 +222,10 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """The tokens as llguidance wants to see them.
+    """The tokens in the form that llguidance reads.
 
-    Reading a tokenizer itself, it would take every added token for a special one, which no
-    text can hold; to Qwen2.5 the text `<tool_call>` is such a token.
+    From the tokenizer itself, llguidance would take every added token for a special one, which
+    no text can contain. Qwen2.5's `<tool_call>` is an added token.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, eos_token_id: int) -> None:
@@ -236,7 +237,7 @@ class _Vocabulary:
         self._byte_ids = {data[0]: i for i, data in enumerate(token_bytes) if len(data) == 1}
 
     def __call__(self, text: str) -> list[int]:
-        """Ids of exactly this text: Qwen's tokenizer would put it in Unicode's form NFC."""
+        """Ids of exactly this text, which Qwen's tokenizer may change to Unicode's form NFC."""
         ids, data = self._encode(text), text.encode()
         if b"".join(self._token_bytes[i] for i in ids) == data:
             return ids
@@ -262,7 +263,7 @@ def _calls_in_lark(
     elif answer is not None:
         rules += [f"start: answer | call {more}", f"answer: {_json(answer)}"]
     else:
-        # Lazy: the text is over where the first call begins.
+        # Lazy: the text ends where the first call begins.
         rules += [
             f"start: TEXT | opening body {more} | untagged",
             f"opening[lazy]: TEXT {json.dumps(CALL_BEGIN)}",
@@ -275,11 +276,11 @@ def _calls_in_lark(
 def _untagged_in_lark(tools: Sequence[Tool], is_parallel: bool) -> list[str]:
     """Rules of text that ends in calls without tags: bare, in code fences, or in an array."""
     first = (f'opening_{i} " "? arguments_{i}' for i in range(len(tools)))
-    others = (
+    following = (
         f"{json.dumps(json.dumps(tool.name))} MIDDLE arguments_{i}" for i, tool in enumerate(tools)
     )
     end = json.dumps(UNTAGGED_END)
-    more = f"(NEXT ({' | '.join(others)}) {end})*" if is_parallel else ""
+    more = f"(NEXT ({' | '.join(following)}) {end})*" if is_parallel else ""
     return [
         f'untagged: ({" | ".join(first)}) {end} {more} "\\n]"? "\\n```"?',
         *(f"opening_{i}[lazy]: TEXT /{untagged_head(t.name)}/" for i, t in enumerate(tools)),
@@ -289,12 +290,12 @@ def _untagged_in_lark(tools: Sequence[Tool], is_parallel: bool) -> list[str]:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    """JSON of the schema, inside a grammar."""
+    """JSON of the schema, as part of a Lark grammar."""
     return f"%json {json.dumps({**schema, 'x-guidance': _WHITE_SPACE})}"
 
 
 def _chunks(text: str) -> list[str]:
-    """The words of the text, and what stands between: a single space, or a line's end for more."""
+    """The words of the text and their separators: a space for a space, a line break otherwise."""
     chunks: list[str] = []
     end = 0
     for word in words(text):
@@ -304,7 +305,7 @@ def _chunks(text: str) -> list[str]:
         gap = text[end : word.offset]
         is_joined = not gap and (_is_unspaced(piece) or (chunks and _is_unspaced(chunks[-1])))
         if chunks and not is_joined:
-            # Without a gap it is a word that was cut.
+            # An empty gap lies within a long word that was cut.
             chunks.append(" " if gap == " " else "\n")
         chunks.append(piece)
         end = word.end

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 
 def find_marker(text: str, markers: Sequence[str]) -> tuple[int, str]:
-    """Where a marker begins, and which: of several the one that is complete first.
+    """The position and the text of the marker that is complete first.
 
-    If there is none, "" and the length of the text before what may become one.
+    If there is none: the position where one may begin, or else the end of the text, and "".
     """
-    found = [(at + len(one), at, one) for one in markers if (at := text.find(one)) >= 0]
+    found = [(at + len(each), at, each) for each in markers if (at := text.find(each)) >= 0]
     if found:
         _, begin, marker = min(found)
         return begin, marker

@@ -1,4 +1,4 @@
-"""Words and sentences of a text: where they stand. Knows neither models nor tasks."""
+"""Finds the words and sentences of a text. Knows neither models nor tasks."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from sentencex import get_sentence_boundaries
 
 # Scripts that put no space between words: Han and Kana.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-# A longer run of letters is cut.
+# Longer runs of letters are cut.
 MAX_WORD_CHARS = 32
 
 _EMOJI = "\u20e3\u2190-\u2bff\ufe0f\U0001f000-\U0001faff"
@@ -27,7 +27,7 @@ _RUNS = re.compile(
     rf"(?P<unspaced>[{UNSPACED}]+)|[{_EMOJI}]+(?:\u200d[{_EMOJI}]+)*"
     rf"|{_LETTERS}(?:['’.&+-]{_LETTERS}){{0,3}}"
 )
-# Behind a sentence they belong to it, not to the next one.
+# Emoji after a sentence belong to it, not to the next one.
 _TRAILING_EMOJI = re.compile(rf"(?:[ \t\u3000]*[{_EMOJI}\u200d]+)*")
 _LINES = re.compile("[^\r\n\u2028\u2029]+")
 
@@ -41,18 +41,18 @@ class Span:
 
     @property
     def end(self) -> int:
-        """Where the text goes on."""
+        """The offset of the character after the piece."""
         return self.offset + self.length
 
     def of(self, text: str) -> str:
-        """The piece itself."""
+        """The piece of the text."""
         return text[self.offset : self.end]
 
 
 def words(text: str) -> list[Span]:
-    """The words of the text, and its emoji; no white space and no punctuation.
+    """The words and emoji of the text, without white space and punctuation.
 
-    Chinese words are told apart by jieba's dictionary and its model for words it does not have.
+    Chinese is split by jieba, with its dictionary and its model for unknown words.
     """
     spans = []
     for run in _RUNS.finditer(text):
@@ -63,9 +63,9 @@ def words(text: str) -> list[Span]:
 
 
 def sentences(text: str, language: str) -> list[Span]:
-    """The sentences of the text: all of it but white space around them. A line ends one.
+    """The sentences of the text, without white space around them. A line break ends a sentence.
 
-    language: an ISO 639-1 code, whose abbreviations end no sentence.
+    language: ISO 639-1 code; abbreviations of this language do not end a sentence.
     """
     return list(_sentences(text, language))
 
@@ -90,5 +90,5 @@ def _cut(text: str) -> Sequence[str]:
 
 @cache
 def _dictionary() -> ModuleType:
-    # Only when it is needed: reading the dictionary takes 0.2 s, and 35 MB from then on.
+    # Imported on first use: the dictionary takes 0.2 s to read, and 35 MB.
     return import_module("rjieba")

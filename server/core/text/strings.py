@@ -1,11 +1,11 @@
-"""The strings in what JSON may hold, wherever they stand."""
+"""Functions on all strings in a JSON value, at any depth."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 
 def map_strings(value: Any, function: Callable[[str], Any]) -> Any:
-    """The value with the function's result in place of every string and key."""
+    """The value with the function applied to every string and key."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Mapping):
@@ -16,7 +16,7 @@ def map_strings(value: Any, function: Callable[[str], Any]) -> Any:
 
 
 def unused_char(value: Any) -> str | None:
-    """A private-use character that occurs nowhere in the value; None: all of them do."""
+    """A private-use character that does not occur in the value; None: all of them do."""
     used: set[str] = set()
     map_strings(value, used.update)
     return next((char for char in map(chr, range(0xE000, 0xF900)) if char not in used), None)

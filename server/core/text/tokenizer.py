@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplateError(Exception):
-    """The checkpoint's chat template refuses this conversation; says why."""
+    """The checkpoint's chat template refuses this conversation."""
 
 
 class ChatTokenizer:
@@ -37,10 +37,10 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTokenizer":
-        """Loads the tokenizer of a checkpoint.
+        """Loads the tokenizer of a checkpoint folder.
 
         Raises:
-            CheckpointError: it is missing, damaged or of a kind Qwen does not use.
+            CheckpointError: the tokenizer is missing, damaged or of a kind that Qwen does not use.
         """
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             raise CheckpointError(f"{folder} has no tokenizer: tokenizer.json is missing")
@@ -55,10 +55,10 @@ class ChatTokenizer:
 
     @classmethod
     def of(cls, source: Source) -> "ChatTokenizer":
-        """Loads the tokenizer of a checkpoint, wherever that is.
+        """Loads the tokenizer of a checkpoint folder or GGUF file.
 
         Raises:
-            CheckpointError: as `from_folder` has it.
+            CheckpointError: as `from_folder`.
         """
         if isinstance(source, GGUF):
             return cls._checked(source, read_gguf_tokenizer(source))
@@ -104,10 +104,12 @@ class ChatTokenizer:
         return self._marker_ids[marker]
 
     def check_ids(self, token_ids: Iterable[int], param: Callable[[int], str]) -> None:
-        """param: where the request has the token id of an index.
+        """Checks that the ids are in the vocabulary.
+
+        param: the request's field with the token id of an index, for errors.
 
         Raises:
-            InvalidRequestError: there is no such token.
+            InvalidRequestError: a token id is not.
         """
         vocab_size = self.vocab_size
         for i, token_id in enumerate(token_ids):
@@ -122,9 +124,9 @@ class ChatTokenizer:
         return _encode(self._plain, text)
 
     def encode_own_text(self, text: str) -> list[int]:
-        """Ids of `text` as the model itself writes it: with added tokens that are not special.
+        """Ids of `text` as the model generates it, with added tokens that are not special.
 
-        To Qwen2.5 `<tool_call>` is one; `<|im_end|>` stays plain text.
+        Qwen2.5's `<tool_call>` is such a token; `<|im_end|>` stays plain text.
         """
         return _encode(self._own, text)
 
@@ -134,11 +136,11 @@ class ChatTokenizer:
     ) -> list[int]:  # fmt: skip
         """Ids of the conversation in the checkpoint's chat template, ready to be answered.
 
-        If the last message is the assistant's, it is left open, to be continued. Calls of tools
-        and their results may be among the messages even where no tools are offered any more.
+        If the last message is the assistant's, it is left open, to be continued. Messages may
+        have tool calls and their results even if no tools are offered any more.
 
-        add_generation_prompt, continue_final_message: give one to end otherwise: with an answer
-        begun, the last message open, or neither. At most one may be true.
+        add_generation_prompt, continue_final_message: whether the prompt ends with the header of
+        an answer, or with the last message left open. At most one may be true.
 
         Raises:
             ChatTemplateError: the template refuses this order of roles or this content.
@@ -158,10 +160,10 @@ class ChatTokenizer:
     def encode_chats(
         self, messages: Sequence[Message], endings: Sequence[Message]
     ) -> tuple[list[int], list[list[int]]]:
-        """Ids of the conversation with each of several last messages, what is common told apart.
+        """Ids of the conversation with each of several last messages, split after their prefix.
 
-        Returns the ids they all begin with, encoded once, and the rest of each. Together they
-        are what `encode_chat` gives.
+        Returns the ids of the common prefix, encoded once, and the rest for each last message.
+        Joined, they equal those of `encode_chat`.
 
         Raises:
             ChatTemplateError: the template refuses this order of roles or this content.
@@ -171,13 +173,13 @@ class ChatTokenizer:
         break_char = _break_char([*messages, *endings])
         begin, ends = (self._break_markers(part, break_char) for part in (messages, endings))
         rendered = [self._render([*begin, end], []) for end in ends]
-        # One ending more, so that a lone one does not count as common.
+        # An additional empty ending, so that a single ending does not count as common.
         empty = self._render([*begin, {**ends[0], "content": ""}], [])
         first, last = min(empty, *rendered), max(empty, *rendered)
-        # What the first and the last in order have in common, all have.
+        # What the first and the last in sorted order have in common, all have in common.
         pairs = enumerate(zip(first, last, strict=False))
         common = first[: next((i for i, (a, b) in pairs if a != b), len(first))]
-        # Markers are encoded apart from what stands around them, so behind one it may be cut.
+        # Markers are encoded separately from the text around them, so the ids may be split there.
         cut = max((marker.end() for marker in self._markers.finditer(common)), default=0)
         return (
             self._encode_rendered(common[:cut], break_char),
@@ -185,7 +187,7 @@ class ChatTokenizer:
         )
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Their text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        """The tokens' text, special tokens included; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(token_ids, skip_special_tokens=False)
 
     def token_strs(self, token_ids: Sequence[int]) -> list[str | None]:
@@ -194,7 +196,7 @@ class ChatTokenizer:
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
-        """UTF-8 bytes of every token id; empty for special tokens, which are no text."""
+        """UTF-8 bytes of every token id; empty for special tokens, which have no text."""
         byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
         added = self._backend.get_added_tokens_decoder()
         table = []
@@ -209,7 +211,7 @@ class ChatTokenizer:
 
     @cached_property
     def _knows_tools(self) -> bool:
-        """Whether the template tells the model of tools."""
+        """Whether the chat template renders tools."""
         probe = Tool("probe_of_this_template", {"type": "object"})
         try:
             rendered = self._render([{"role": "user", "content": "a"}], [probe.for_template()])
@@ -218,7 +220,7 @@ class ChatTokenizer:
         return probe.name in rendered
 
     def _encode_rendered(self, rendered: str, break_char: str) -> list[int]:
-        """Ids of what the template wrote; markers in it are the template's own."""
+        """Ids of the chat template's output, in which all markers are the template's own."""
         ids: list[int] = []
         for i, piece in enumerate(self._markers.split(rendered)):
             if i % 2:
@@ -243,31 +245,31 @@ class ChatTokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                # Qwen3 thinks aloud by default, which a small CPU model has no time for.
+                # Qwen3 reasons before it answers by default, which takes too long on a CPU.
                 enable_thinking=False,
             )
-        # ValueError: the template drops the final message that was to be continued. The others:
-        # it calculates with what is no number, or counts further than the sandbox lets it.
+        # ValueError: the template drops the final message, which is to be continued. The last
+        # three: it calculates with values of a wrong type, or exceeds the sandbox's limits.
         except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise ChatTemplateError(first_line(error)) from error
         return str(rendered)
 
     def _break_markers(self, value: Any, break_char: str) -> Any:
-        """Puts `break_char` behind the first character of every marker in the value's strings."""
+        """Puts `break_char` after the first character of every marker in the value's strings."""
         return map_strings(
             value, lambda s: self._markers.sub(lambda m: m[0][0] + break_char + m[0][1:], s)
         )
 
 
 def _encode(backend: Tokenizer, text: str) -> list[int]:
-    # `encode` holds the GIL all the time: a second for a megabyte.
+    # Not `encode`, which holds the GIL all the time: a second for a megabyte.
     [encoding] = backend.encode_batch_fast([text], add_special_tokens=False)
     ids: list[int] = encoding.ids
     return ids
 
 
 def _without_added_tokens(backend: Tokenizer) -> Tokenizer:
-    """The same byte-pair encoding, blind to every special or added token."""
+    """The same byte-pair encoding without special and added tokens."""
     config = json.loads(backend.to_str())
     config["added_tokens"] = []
     return Tokenizer.from_str(json.dumps(config))

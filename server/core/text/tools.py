@@ -1,11 +1,11 @@
-"""Tools a model may call: how they are described to it, and how its calls are read.
+"""Describes tools to the model, and parses its calls of them.
 
-The format is the one of Qwen2.5's and Qwen3's chat templates, for every checkpoint alike: a
-call is the text `<tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>`. Where a checkpoint's
-own template knows no tools, messages are put into that form before they are rendered.
+The format is that of Qwen2.5's and Qwen3's chat templates, for every checkpoint: a call is the
+text `<tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>`. If a checkpoint's own template
+does not render tools, messages are converted to this format before they are rendered.
 
-Some models, among them Qwen2.5-Coder, write calls as JSON without the tags, most of them in a
-code fence. In an answer that may be any text, JSON that names a tool is a call, too.
+Some models, such as Qwen2.5-Coder, write calls as JSON without the tags, usually in a code fence.
+In an answer that may be any text, JSON that names a tool is a call, too.
 """
 
 import json
@@ -19,15 +19,15 @@ import regex
 from server.core.text.markers import find_marker
 
 CALL_BEGIN = "<tool_call>"
-# A line break cannot stand in JSON, so this ends a call wherever it is seen.
+# JSON as it is generated has no line break, so this text always ends a call.
 CALL_END = "}\n</tool_call>"
 
-# The same of a call without tags. Models write `}}`; the grammar makes it `}\n}`.
+# The end of a call without tags. Models write `}}`; the grammar makes it `}\n}`.
 UNTAGGED_END = "\n}"
 # White space within the head of a call without tags.
 BLANKS = r"[ \t\n]{0,20}"
 
-# The line break cannot stand in an answer in JSON, unlike the tag alone.
+# With a line break: unlike the tag alone, it cannot occur in an answer in JSON.
 _TAGGED_HEAD = rf'{CALL_BEGIN}\n\{{"name": "(?P<tagged>[\w-]+)", "arguments": '
 
 _INSTRUCTIONS = """# Tools
@@ -55,7 +55,7 @@ class Tool:
     description: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The tool as chat templates know it."""
+        """The tool in the form that chat templates read."""
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
@@ -63,35 +63,35 @@ class Tool:
 
 
 def call_head(name: str) -> str:
-    """A call of the tool of this name, up to its arguments."""
+    """The text of a call up to its arguments. name: the tool's."""
     return f'{CALL_BEGIN}\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
 
 
 def untagged_head(name: str) -> str:
-    """A regular expression of a call without tags, up to its arguments. name: one, too."""
+    """A regular expression of a call without tags, up to its arguments. name: also one."""
     return rf'\{{{BLANKS}"name": ?"{name}",{BLANKS}"arguments":'
 
 
 def call_opening(untagged: Sequence[Tool]) -> regex.Pattern[str]:
-    """What a call begins with, up to its arguments; its one group is the tool's name.
+    """The pattern of a call up to its arguments; the matching group is the tool's name.
 
-    A code fence or a bracket before a call without tags belongs to it.
-    untagged: the tools whose calls may stand without tags.
+    A code fence or bracket before a call without tags belongs to the match.
+    untagged: the tools that may be called without tags.
     """
     if not untagged:
         return regex.compile(_TAGGED_HEAD)
     names = "|".join(regex.escape(tool.name) for tool in untagged)
     head = untagged_head(rf"(?P<untagged>{names})")
-    # The blank behind the head is no part of the arguments.
+    # The blank after the head is not part of the arguments.
     untagged_call = rf"(?:```(?:json)?{BLANKS})?(?:\[{BLANKS})?{head} ?(?=[^ ])"
     return regex.compile(rf"{_TAGGED_HEAD}|{untagged_call}")
 
 
 def without_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> list[Any]:
-    """The conversation as a template reads it that knows system, user and assistant only.
+    """The conversation for a template that knows only system, user and assistant.
 
     Tools are described at the end of the first system message, calls become text of the
-    assistant, and results what the user says.
+    assistant, and results become messages of the user.
     """
     plain: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
@@ -116,7 +116,7 @@ def without_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) 
 
 
 def _call_text(function: Mapping[str, Any]) -> str:
-    # Arguments travel as JSON in a string, and stand in the text as JSON.
+    # In messages, arguments are JSON in a string; in the text, they are JSON.
     arguments = function["arguments"]
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
@@ -132,7 +132,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """More of a call's arguments, which are JSON; the first delta of a call has its name."""
+    """More of a call's arguments, which are JSON. The first delta of a call has its name."""
 
     index: int
     name: str | None
@@ -152,22 +152,21 @@ class ToolCall:
 
 
 class Answer:
-    """An answer that comes in pieces: its text, and its calls if it may have some.
+    """Splits an answer that comes in pieces into its text and its calls.
 
-    Expects what the grammar for tool calls lets through: where a call has begun, nothing but
-    calls follows.
+    Expects what the grammar of tool calls allows: after a call, nothing but calls.
     """
 
     def __init__(self, opening: regex.Pattern[str] | None) -> None:
-        """opening: as `call_opening` gives it; None: the answer is text, whatever it looks like."""
+        """opening: as `call_opening` returns it; None: the whole answer is text."""
         self.text = ""
-        self.calls: list[ToolCall] = []  # that have begun
+        self.calls: list[ToolCall] = []  # the last one may be incomplete
         self._opening = opening
         self._unread = ""
-        self._call_end = ""  # what ends the arguments that are being read; "" outside
+        self._call_end = ""  # the end of the call that is being read; "" outside a call
 
     def add(self, text: str) -> list[Delta]:
-        """Reads on; returns what became certain."""
+        """Reads more of the answer; returns what is final."""
         self._unread += text
         deltas: list[Delta] = []
         while True:
@@ -187,18 +186,18 @@ class Answer:
                 deltas.append(self._begin_call(opening))
 
     def end(self) -> list[Delta]:
-        """What was still uncertain, when nothing more comes. A call cut before its name is none."""
+        """Ends the answer; returns what was held back. A call cut off in its head is dropped."""
         rest = self._read()
-        # What may be the end of a call is dropped, so that arguments never go beyond their JSON.
+        # A partial end of a call is dropped, so that arguments never extend beyond their JSON.
         is_part_of_call = self._call_end or rest.startswith(CALL_BEGIN)
         return [] if is_part_of_call else self._append(rest)
 
     def _find_opening(self) -> regex.Match[str] | None:
-        """Where a call begins, or may begin once more has come."""
+        """The start of a call; a partial match if more text may complete it."""
         return self._opening.search(self._unread, partial=True) if self._opening else None
 
     def _read(self, length: int | None = None) -> str:
-        """The next characters; None: all there are."""
+        """Removes and returns the next characters; None: all."""
         text = self._unread[:length]
         self._unread = self._unread[len(text) :]
         return text
@@ -216,6 +215,6 @@ class Answer:
             self.calls[-1].arguments += text
             return [CallDelta(len(self.calls) - 1, None, text)]
         if self.calls:
-            return []  # between calls or behind them: line breaks, fences, a comma, a bracket
+            return []  # between or after calls: line breaks, fences, a comma, a bracket
         self.text += text
         return [TextDelta(text)]

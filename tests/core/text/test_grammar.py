@@ -449,14 +449,14 @@ def test_a_grammar_that_fails_is_not_kept(forgetful: GrammarCompiler, compiled: 
         with pytest.raises(GrammarError):
             forgetful.json_schema({"not": {}})
     assert len(compiled) == 2
-    assert not forgetful._kept
+    assert not forgetful._cache
 
 
 def test_threads_may_compile_at_once(forgetful: GrammarCompiler) -> None:
     with ThreadPoolExecutor(8) as pool:
         schemas = [{"const": number % 5} for number in range(200)]
         grammars = list(pool.map(forgetful.json_schema, schemas))
-    assert len(forgetful._kept) == 5
+    assert len(forgetful._cache) == 5
     assert len({id(grammar) for grammar in grammars[100:]}) == 5
 
 
