@@ -1,1 +1,1 @@
-"""OpenAI's wire types, with their rules: a module for each route."""
+"""OpenAI's wire types and their validation: a module for each route."""

@@ -1,6 +1,6 @@
-"""What all wire types share: how a request is read, and what every response repeats.
+"""Shared by all wire types: the parsing of requests, and common parts of responses.
 
-Knows JSON and its rules, nothing of HTTP or the model. Response fields beyond OpenAI's
+Knows JSON and its validation, but neither HTTP nor the model. Response fields beyond OpenAI's
 (`sentiment`, `context_length`) are top-level, where the openai client keeps them.
 """
 
@@ -29,7 +29,7 @@ from server.protocol.json_body import path_to_not_finite, read_json
 logger = logging.getLogger(__name__)
 
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-# What pydantic says in terms of Python.
+# In place of pydantic's messages, which use the terms of Python.
 _REASONS = {
     "missing": "is required",
     "model_type": "must be an object",
@@ -39,10 +39,10 @@ _REASONS = {
 }
 
 
-# For lists of any length: a message per item, for a million items, takes seconds and gigabytes.
+# For lists of any length: an error for each of a million items would take seconds and gigabytes.
 FIRST_ERROR = Field(fail_fast=True)
 
-# What else is wanted to be known of the last user message.
+# Further tasks to run on the last user message.
 MAX_TASKS = 16
 TaskNames = Annotated[
     list[StrictStr], FIRST_ERROR, Field(max_length=MAX_TASKS, default_factory=list)
@@ -50,7 +50,7 @@ TaskNames = Annotated[
 
 
 def at_most(number: int) -> BeforeValidator:
-    """Refuses a larger dict before any of its items is looked at."""
+    """Refuses a larger dict before its items are validated."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > number:
@@ -61,7 +61,7 @@ def at_most(number: int) -> BeforeValidator:
 
 
 class WithoutNulls(BaseModel):
-    """Base of objects inside a request in which explicit null counts as absent."""
+    """Base of objects inside a request where explicit null counts as absent."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,15 +78,15 @@ class RequestBody(WithoutNulls):
 
     model: StrictStr | None = None
 
-    # Parameters that are no fields, but known: refused, or without effect.
+    # Known parameters that are not fields: refused, or without effect.
     known: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Reads a JSON body. May take a tenth of a second for one of megabytes.
+        """Parses a JSON body. May take a tenth of a second for a body of megabytes.
 
         Raises:
-            InvalidRequestError: it is no JSON, or a field is wrong; names the field.
+            InvalidRequestError: the body is not JSON, or a field is invalid.
         """
         data = read_json(body)
         if not isinstance(data, dict):
@@ -118,7 +118,7 @@ def usage(
 def input_usage(
     num_input: int, *, num_cached: int, num_kept: int, num_output: int
 ) -> dict[str, Any]:
-    """The usage object of the newer routes. num_kept: what was computed and kept for others."""
+    """The usage object of newer routes. num_kept: computed tokens that later prompts can reuse."""
     return {
         "input_tokens": num_input,
         "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": num_kept},
@@ -129,7 +129,7 @@ def input_usage(
 
 
 def classification(result: Classification | None) -> dict[str, Any] | None:
-    """The result object, the same in chats, streams and /v1/classify."""
+    """The result object of chats, streams and /v1/classify."""
     if result is None:
         return None
     return {
@@ -150,23 +150,23 @@ def findings(
     sentiment: Classification | None,
     analyses: Mapping[str, Classification | list[str] | None],
 ) -> dict[str, Any]:
-    """What a reply tells of the last user message. analyses: of the tasks asked for, by name."""
-    told: dict[str, Any] = {"sentiment": classification(sentiment)}
+    """The response's fields about the last user message. analyses: results by task name."""
+    fields: dict[str, Any] = {"sentiment": classification(sentiment)}
     if analyses:
-        told["analyses"] = {
+        fields["analyses"] = {
             name: result if isinstance(result, list) else classification(result)
             for name, result in analyses.items()
         }
-    return told
+    return fields
 
 
 def sentiment_headers(result: Classification | None) -> dict[str, str]:
-    """The label's value as a header; what a header cannot hold is percent-encoded UTF-8."""
+    """The label's value as a header; all but printable ASCII is percent-encoded UTF-8."""
     return {"x-sentiment": quote(result.label.value, safe=_PRINTABLE)} if result else {}
 
 
 def new_id(prefix: str) -> str:
-    """A fresh response id such as `chatcmpl-1f…`."""
+    """A new response id such as `chatcmpl-1f…`."""
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
@@ -176,20 +176,20 @@ def now() -> int:
 
 
 def branch(name: str) -> str:
-    """A tag for one branch of a union, which is then not taken for a field in errors."""
+    """A tag for one branch of a union, in a form that errors do not show as a field."""
     return f"({name})"
 
 
 def of_type(
     *expected: str, words: tuple[str, ...] = (), default: str | None = None, hint: str = ""
 ) -> Discriminator:
-    """Chooses among objects by their field `type`, and the branch `word` for one of the words."""
+    """Discriminates objects by their field `type`; a string in `words` has the branch `word`."""
 
     def tag(value: Any) -> str | None:
         if isinstance(value, str):
             return branch("word") if value in words else None
         is_json = isinstance(value, dict)
-        # A model where it is written rather than read.
+        # When a request is dumped, the value is a model.
         kind = value.get("type", default) if is_json else getattr(value, "type", None)
         return branch(kind) if kind in expected else None
 
@@ -204,7 +204,7 @@ def of_type(
 
 
 def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
-    """The first thing wrong with a request, as a sentence that names the field."""
+    """The first validation error, as a sentence that names the field."""
     first = error.errors(include_url=False, include_input=False)[0]
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] in _REASONS:
@@ -213,7 +213,7 @@ def _as_invalid_request(error: ValidationError) -> InvalidRequestError:
 
 
 def _invalid(path: Sequence[str | int], reason: str) -> InvalidRequestError:
-    """path: of the field. reason: what is wrong with its value, without an end."""
+    """path: of the field. reason: what is wrong with its value, without a full stop."""
     param = ""
     for part in path:
         if isinstance(part, int):
@@ -230,10 +230,10 @@ def _invalid(path: Sequence[str | int], reason: str) -> InvalidRequestError:
 def refuse_unsupported(
     given: Mapping[str, Any] | None, unsupported: Mapping[str, tuple[Any, ...]]
 ) -> None:
-    """Refuses parameters that would be ignored, unless they stand at a value that means "off".
+    """Refuses parameters that would be ignored, unless their value means "off".
 
     Raises:
-        InvalidRequestError: one does not; names it.
+        InvalidRequestError: a parameter has another value.
     """
     for name, value in (given or {}).items():
         if name in unsupported and not _is_neutral(value, unsupported[name]):
@@ -247,5 +247,5 @@ def refuse_unsupported(
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     if isinstance(value, dict):
         value = {key: item for key, item in value.items() if item is not None}
-    # False == 0 in Python; a client that sends the one for the other is wrong all the same.
+    # False == 0 in Python, but not in JSON.
     return any(value == x and isinstance(value, bool) == isinstance(x, bool) for x in neutral)

@@ -19,8 +19,8 @@ from server.protocol.tools import (
     output_format,
 )
 
-# Known parameters this server does not implement, with the values that mean "off". Clients
-# send those by habit; any other value would be silently ignored, so it is refused.
+# Known parameters that this server does not support, with the values that mean "off". Clients send
+# these values by habit. Any other value is refused rather than silently ignored.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
@@ -55,7 +55,7 @@ class ChatCompletionRequest(ChoicesRequest):
     tasks: TaskNames
 
     def output(self) -> OutputFormat:
-        """What the answer must look like. Raises what `output_format` does."""
+        """The format of the answer. Raises as `output_format`."""
         return output_format(
             self.response_format, self.tools, self.tool_choice, self.parallel_tool_calls
         )
@@ -71,7 +71,7 @@ class ChatCompletionRequest(ChoicesRequest):
 
 
 def message(text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
-    """The assistant's message; without text, calls stand alone."""
+    """The assistant's message. With calls and no text, its content is null."""
     content = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
     tool_calls = [
         {

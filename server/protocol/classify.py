@@ -9,7 +9,7 @@ from server.protocol.texts import TextsRequest
 
 
 class ClassifyRequest(TextsRequest):
-    """Body of POST /v1/classify: a named task, or instructions and labels of one's own."""
+    """Body of POST /v1/classify: a named task, or the client's own instructions and labels."""
 
     task: Annotated[StrictStr, Field(min_length=1)] | None = None
     instructions: Annotated[StrictStr, Field(min_length=1)] | None = None

@@ -21,14 +21,14 @@ from server.protocol.base import FIRST_ERROR, refuse_unsupported
 from server.protocol.sampling import ChoicesRequest, finite
 
 DEFAULT_MAX_TOKENS = 16
-# OpenAI has 5 and 0; these are vLLM's.
+# vLLM's limits; OpenAI's are 5 and 0.
 MAX_LOGPROBS, MAX_LOGPROB_TOKEN_IDS = 20, 128
 MAX_STOP_TOKEN_IDS = 128
-# Choices of one request, of all its prompts together.
+# Choices of one request, over all its prompts.
 MAX_TOTAL_CHOICES = 256
-# Known parameters this server does not implement, with the values that mean "off".
+# Known parameters that this server does not support, with the values that mean "off".
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (1,),  # or n, which is off as well
+    "best_of": (1,),  # or equal to `n`
     "suffix": ("",),
 }
 # Known parameters that cannot change the text.
@@ -40,7 +40,7 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and set(map(type, value)) <= {int})
 
 
-def _by_place(prompt: Any) -> dict[str, str | list[int]]:
+def _by_param(prompt: Any) -> dict[str, str | list[int]]:
     if _is_prompt(prompt):
         return {"prompt": prompt}
     if isinstance(prompt, list) and all(map(_is_prompt, prompt[: MAX_TOTAL_CHOICES + 1])):
@@ -51,9 +51,9 @@ def _by_place(prompt: Any) -> dict[str, str | list[int]]:
 
 
 class StructuredOutputs(BaseModel):
-    """What each completion must look like, as vLLM is told it; one of the two.
+    """The format of each completion, as in vLLM's API. Exactly one field is given.
 
-    json_schema: of the JSON it must be. grammar: in llguidance's language, Lark.
+    json_schema: of the JSON that the completion must be. grammar: in llguidance's Lark syntax.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -71,13 +71,13 @@ class StructuredOutputs(BaseModel):
 class CompletionRequest(ChoicesRequest):
     """Body of POST /v1/completions.
 
-    prompts: texts and token ids to continue, by their place in the request.
-    What OpenAI does not have is vLLM's: with it another server can stand in front.
+    prompts: texts and token ids to continue, by their field in the request.
+    Fields that OpenAI does not have are vLLM's, so that this server can be another one's --engine.
     """
 
     known = frozenset({*UNSUPPORTED, *WITHOUT_EFFECT})
 
-    prompts: Annotated[dict[str, str | list[int]], Field(alias="prompt"), PlainValidator(_by_place)]
+    prompts: Annotated[dict[str, str | list[int]], Field(alias="prompt"), PlainValidator(_by_param)]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = DEFAULT_MAX_TOKENS
     echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -94,10 +94,10 @@ class CompletionRequest(ChoicesRequest):
 
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:
-        for place, prompt in self.prompts.items():
+        for param, prompt in self.prompts.items():
             if not prompt:
                 raise InvalidRequestError(
-                    f"'{place}' is empty; give something for the model to continue.", param=place
+                    f"'{param}' is empty; give something for the model to continue.", param=param
                 )
         if len(self.prompts) * self.n > MAX_TOTAL_CHOICES:
             raise InvalidRequestError(
@@ -112,8 +112,8 @@ class CompletionRequest(ChoicesRequest):
     def _check_combinations(self) -> Self:
         if self.echo and self.logprobs is not None:
             raise InvalidRequestError(
-                "'echo' is not allowed with 'logprobs', for the log-probabilities of the prompt "
-                "are not computed; leave one of them out.",
+                "'echo' is not allowed with 'logprobs': the log-probabilities of the prompt are "
+                "not computed. Leave one of them out.",
                 param="echo",
             )
         if self.logprob_token_ids and self.logprobs is None:
@@ -131,7 +131,7 @@ class LogprobsWriter:
         self, token_bytes: Sequence[bytes], decode: Callable[[Sequence[int]], str], *,
         is_by_id: bool = False,
     ) -> None:  # fmt: skip
-        """token_bytes: UTF-8 by token id, empty for special tokens; decode: spells these too.
+        """token_bytes: UTF-8 by token id, empty for special tokens. decode: also decodes these.
 
         is_by_id: whether tokens are named by their ids.
         """
@@ -140,7 +140,7 @@ class LogprobsWriter:
         self._num_chars = 0
 
     def write(self, tokens: Sequence[TokenEvent]) -> dict[str, list[Any]]:
-        """The object for the tokens that come next."""
+        """The object for the next tokens."""
         return {
             "tokens": [self._name(token.token_id) for token in tokens],
             "token_logprobs": [finite(token.logprob) for token in tokens],
@@ -160,9 +160,9 @@ class LogprobsWriter:
         return offset
 
     def _name(self, token_id: int) -> str:
-        """The token's text, or its bytes where they are half a character, as OpenAI spells them.
+        """The token's text; if it is not UTF-8, its bytes in OpenAI's notation.
 
-        Names are keys, so no two tokens may have the same.
+        Names are keys of `top_logprobs`, so they must be unique.
         """
         if self._is_by_id:
             return f"token_id:{token_id}"

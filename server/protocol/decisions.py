@@ -22,7 +22,7 @@ MAX_LEVELS = 10
 
 
 class _Strict(BaseModel):
-    # A field that belongs to another type of question would change nothing, unnoticed.
+    # A field of another type of question would silently have no effect.
     model_config = ConfigDict(extra="forbid")
 
 
@@ -52,7 +52,7 @@ class PredicateQuestion(_Question):
 
 
 class Candidate(_Strict):
-    """One value that may be chosen; a string and a boolean of the same text are two."""
+    """A value that may be chosen. A string and a boolean with the same text are different."""
 
     value: str | bool
     description: StrictStr | None = None
@@ -74,7 +74,7 @@ class ChoiceQuestion(_Question):
     @field_validator("choices")
     @classmethod
     def _check_unique(cls, choices: list[Candidate]) -> list[Candidate]:
-        # True == 1, but there are no numbers here.
+        # True == 1, but no value is a number.
         if len({option.value for option in choices}) < len(choices):
             raise ValueError("the values must differ from each other")
         return choices
@@ -82,7 +82,7 @@ class ChoiceQuestion(_Question):
     def task(self) -> Task:
         texts = [_plain(option.value) for option in self.choices]
         if len(set(texts)) < len(texts):
-            # JSON's quotes tell a string from the boolean of the same text.
+            # JSON's quotes distinguish a string from the boolean with the same text.
             texts = [json.dumps(option.value, ensure_ascii=False) for option in self.choices]
         options = zip(texts, (option.description for option in self.choices), strict=True)
         return questions.choice(text_of(self.instructions), list(options))
@@ -157,15 +157,15 @@ class DecisionsRequest(RequestBody):
     questions: Annotated[list[Question], FIRST_ERROR, Field(min_length=1, max_length=MAX_QUESTIONS)]
 
     def conversation(self) -> list[dict[str, Any]]:
-        """What the model is shown before a question, as chat templates know it."""
+        """The messages before a question, in the form that chat templates read."""
         instructions = {"role": "system", "content": questions.INSTRUCTIONS}
         return [instructions, *conversation(self.input)]
 
 
 def decision_usage(results: Sequence[Classification]) -> dict[str, Any]:
-    """The usage object: every question's whole prompt, and how much of it needed no computing.
+    """The usage object: the tokens of all questions' prompts, and those that needed no computing.
 
-    Nothing is generated, for answers are scored.
+    There are no output tokens: answers are scored.
     """
     return input_usage(
         sum(result.num_prompt_tokens for result in results),

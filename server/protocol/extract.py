@@ -11,7 +11,7 @@ MAX_ITEMS = 20
 
 
 class ExtractRequest(TextsRequest):
-    """Body of POST /v1/extract: what is to be found in the texts, and how much at most."""
+    """Body of POST /v1/extract: the texts, the task, and the maximum number of items."""
 
     task: Annotated[StrictStr, Field(min_length=1)] = "keywords"
     max_items: Annotated[StrictInt, Field(ge=1, le=MAX_ITEMS)] = DEFAULT_MAX_ITEMS

@@ -1,4 +1,4 @@
-"""Input items: what conversations are made of at /v1/responses and /v1/decisions."""
+"""Input items, the parts of a conversation at /v1/responses and /v1/decisions."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ from server.protocol.messages import MAX_MESSAGES, Arguments
 
 
 class TextPart(BaseModel):
-    """Text that somebody wrote; `output_text` is an assistant's."""
+    """Text of a message; `output_text` is an assistant's."""
 
     type: Literal["input_text", "output_text"]
     text: StrictStr
 
 
 class JSONPart(BaseModel):
-    """An object, or several, which the model reads as JSON."""
+    """One or more objects, which the model reads as JSON."""
 
     type: Literal["input_json"]
     data: dict[str, Any] | list[dict[str, Any]]
 
 
 class RefusalPart(BaseModel):
-    """What an assistant said in place of an answer."""
+    """An assistant's refusal to answer."""
 
     type: Literal["refusal"]
     refusal: StrictStr
@@ -43,7 +43,7 @@ Part = Annotated[
 
 
 def _list_of(what: str, wrap: Callable[[str], Any]) -> BeforeValidator:
-    """Reads a list, or a string in place of a list of one item. what: the items, for errors."""
+    """Reads a list, or a string as a list of one item. what: the items' name in errors."""
 
     def read(value: Any) -> Any:
         if not isinstance(value, str | list):
@@ -70,7 +70,7 @@ def text_of(content: Sequence[Part]) -> str:
 
 
 class InputMessage(BaseModel):
-    """What somebody said."""
+    """A message of the conversation."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -159,7 +159,7 @@ def _check_calls(items: list[Item]) -> list[Item]:
     return items
 
 
-# A string, which the user said, or a conversation.
+# A string, which is the user's message, or a conversation.
 Items = Annotated[
     list[Item],
     FIRST_ERROR,
@@ -171,7 +171,7 @@ Items = Annotated[
 
 
 def conversation(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """The items as chat templates know them: calls belong to the answer before them."""
+    """The items as messages for chat templates; calls belong to the answer before them."""
     messages: list[dict[str, Any]] = []
     for item in items:
         message = item.for_template()

@@ -1,7 +1,7 @@
-"""Reads JSON within bounds, so that no body of a few megabytes holds the event loop for long.
+"""Parses JSON within bounds, so that no body of a few megabytes blocks the event loop for long.
 
-Parsing holds Python's lock, on whatever thread it runs. How long depends on the number of values
-rather than of bytes, so these are counted first.
+Parsing holds Python's global lock, on any thread. Its duration depends on the number of values
+rather than bytes, so the values are counted first.
 """
 
 import codecs
@@ -13,19 +13,19 @@ from pydantic_core import from_json
 
 from server.errors import InvalidRequestError
 
-# In units of about 60 ns. A list, an object and a field of one take four, any other value one.
+# A unit takes about 60 ns. A list, an object and each field count four units, other values one.
 MAX_UNITS = 2**19
 UNITS_PER_NESTED = 4
 _MAX_SPLITS = 2**18
-# Any escape of a string; the group is one that is half a character.
+# Any escape in a string; the group matches a lone surrogate.
 _ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
 
 def read_json(body: bytes) -> Any:
-    """What the JSON says. NaN, Infinity and numbers beyond a float's range become floats.
+    """The parsed JSON. NaN, Infinity and numbers beyond a float's range become floats.
 
     Raises:
-        InvalidRequestError: it is no JSON, or holds too many values.
+        InvalidRequestError: the body is not JSON, or holds too many values.
     """
     if _num_units(body) > MAX_UNITS and _num_units(_without_strings(body)) > MAX_UNITS:
         raise InvalidRequestError(
@@ -40,17 +40,17 @@ def read_json(body: bytes) -> Any:
         if lone is not None:
             raise InvalidRequestError(
                 f"The request holds a lone surrogate, '\\{lone.decode(errors='replace')}', "
-                "which is no character; send whole characters."
+                "which is not a character; send whole characters."
             ) from error
         raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from error
 
 
 def path_to_not_finite(value: Any) -> list[str | int] | None:
-    """The keys and indexes that lead to a number that is NaN or infinite; None: there is none."""
+    """The keys and indexes of the first number that is NaN or infinite; None: there is none."""
     if not isinstance(value, list | dict):
         return None
     values = value.values() if isinstance(value, dict) else value
-    # Most of this is done in C, for there may be half a million of them.
+    # Mostly in C, for there may be half a million values.
     kinds = set(map(type, values))
     if kinds.isdisjoint((list, dict)) and (
         float not in kinds or all(map(math.isfinite, [v for v in values if type(v) is float]))
@@ -71,6 +71,6 @@ def _num_units(text: bytes) -> int:
 
 
 def _without_strings(body: bytes) -> bytes:
-    """The JSON with empty strings; behind very many of them, as it is."""
+    """The JSON with its strings emptied, but unchanged after _MAX_SPLITS quotes."""
     bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     return b'""'.join(bare.split(b'"', _MAX_SPLITS)[::2])

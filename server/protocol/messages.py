@@ -1,4 +1,4 @@
-"""Messages of a conversation on the wire, and as chat templates know them."""
+"""Messages of a conversation on the wire, and in the form that chat templates read."""
 
 import reprlib
 from typing import Annotated, Any, Literal
@@ -39,14 +39,14 @@ def _as_value(arguments: Any) -> Any:
 
 MAX_MESSAGES = 2048
 
-# A string or text parts, which are joined. What an assistant said in refusal is text of its own.
+# A string or text parts, which are joined. An assistant's refusal is text, too.
 Text = Annotated[str, BeforeValidator(_joined)]
-# What the JSON in a string says. What is no JSON, as of a call that was cut off, stays a string.
+# The value of the JSON in a string. Invalid JSON, as of a call that was cut off, stays a string.
 Arguments = Annotated[Any, BeforeValidator(_as_value)]
 
 
 class CalledFunction(BaseModel):
-    """Which function an earlier answer called, and with what."""
+    """The function that an earlier answer called, and its arguments."""
 
     name: Annotated[StrictStr, Field(min_length=1)]
     arguments: Arguments
@@ -60,7 +60,7 @@ class CalledTool(WithoutNulls):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """The call as chat templates know it: the arguments are an object there, if they can be."""
+        """The call for chat templates, which read the arguments as an object."""
         return {"id": self.id, "type": "function", "function": self.function.model_dump()}
 
 
@@ -89,12 +89,12 @@ class ChatMessage(BaseModel):
         if "content" not in given and role not in ("assistant", "function"):
             raise ValueError("'content' is missing: give a string or a list of text parts")
         if role == "assistant" and "refusal" in given:
-            # It stands in the place of the content, or beside an empty one.
+            # A refusal comes in place of the content, or with an empty one.
             return {**given, "content": given.get("content") or given["refusal"]}
         return given
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates know it."""
+        """The message in the form that chat templates read."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
         message: dict[str, Any] = {"role": role, "content": self.content}
         if self.tool_calls:

@@ -1,4 +1,4 @@
-"""/v1/responses on the wire. Nothing is stored, so nothing stored can be referred to."""
+"""/v1/responses on the wire. Responses are not stored, so requests cannot refer to earlier ones."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -33,7 +33,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "reasoning": ({}, {"effort": "none"}),
     "truncation": ("disabled",),
 }
-# `max_tool_calls` is of tools that run at the server, of which there are none.
+# `max_tool_calls` is for tools that run on the server, of which there are none.
 WITHOUT_EFFECT = (
     "access_programs", "max_tool_calls", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream_options",
@@ -44,7 +44,7 @@ MAX_METADATA = 16  # as at OpenAI
 
 
 class TextOptions(WithoutNulls):
-    """How the text is written."""
+    """The format of the text."""
 
     format: Annotated[ResponseFormat, BeforeValidator(nested)] = TextFormat()
     verbosity: Literal["medium"] | None = None
@@ -65,7 +65,7 @@ class ResponsesRequest(SamplingRequest):
     ]
     tool_choice: Annotated[ToolChoice, BeforeValidator(nested)] = "auto"
     parallel_tool_calls: StrictBool = True
-    # Nothing but log-probabilities: there is never more to include.
+    # Only LOGPROBS has an effect: this server has nothing else to include.
     include: Annotated[list[StrictStr], FIRST_ERROR, Field(default_factory=list)]
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     metadata: Annotated[dict[str, StrictStr], Field(default_factory=dict), at_most(MAX_METADATA)]
@@ -79,13 +79,13 @@ class ResponsesRequest(SamplingRequest):
         return LOGPROBS in self.include
 
     def output(self) -> OutputFormat:
-        """What the answer must look like. Raises what `output_format` does."""
+        """The format of the answer. Raises as `output_format`."""
         return output_format(
             self.text.format, self.tools, self.tool_choice, self.parallel_tool_calls
         )
 
     def formats(self) -> dict[str, Any]:
-        """`text`, `tools` and `tool_choice`, as they are repeated in the response."""
+        """`text`, `tools` and `tool_choice`, as the response repeats them."""
         names = {"text", "tools", "tool_choice"}
         given = self.model_dump(include=names, by_alias=True, exclude_none=True)
         return {
@@ -95,11 +95,11 @@ class ResponsesRequest(SamplingRequest):
         }
 
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation as chat templates know it."""
-        said = conversation(self.input)
+        """The conversation in the form that chat templates read."""
+        messages = conversation(self.input)
         if self.instructions is None:
-            return said
-        return [{"role": "system", "content": self.instructions}, *said]
+            return messages
+        return [{"role": "system", "content": self.instructions}, *messages]
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

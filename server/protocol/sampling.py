@@ -1,4 +1,4 @@
-"""What all requests for generated text share: how it is sampled and how it comes back."""
+"""Shared by all requests for generated text: sampling parameters and log-probabilities."""
 
 import re
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ MAX_STOP_STRINGS = 4
 MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 4096
-# What stands in JSON for a probability of zero, as in OpenAI's reference.
+# The lowest log-probability in JSON, as in OpenAI's reference.
 MIN_LOGPROB = -9999.0
-# No vocabulary has a billion tokens, and Python reads no number of more than 4,300 digits.
+# No vocabulary has a billion tokens, and Python parses no number of more than 4,300 digits.
 _TOKEN_ID = re.compile("[0-9]{1,9}")
 
 
 class StreamOptions(WithoutNulls):
-    """What a stream holds beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: StrictBool = False
 
@@ -40,7 +40,7 @@ def _stop_list(stop: Any) -> Any:
 
 
 class SamplingRequest(RequestBody):
-    """Fields of all routes that generate text; None leaves the value to the checkpoint."""
+    """Fields of all routes that generate text. None: the checkpoint's own value."""
 
     model: StrictStr
     stream: StrictBool = False
@@ -50,7 +50,7 @@ class SamplingRequest(RequestBody):
     min_p: Annotated[StrictFloat, Field(ge=0, le=1)] = 0.0
     frequency_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[StrictFloat, Field(ge=-2, le=2)] = 0.0
-    # Logits are divided by it; by less, they would no longer be finite.
+    # Logits are divided by it; a smaller value could make them infinite.
     repetition_penalty: Annotated[StrictFloat, Field(ge=0.01, le=2)] | None = None
     logit_bias: Annotated[
         dict[str, Annotated[StrictFloat, Field(ge=-100, le=100)]],
@@ -69,7 +69,7 @@ class SamplingRequest(RequestBody):
     def _check_token_ids(cls, logit_bias: dict[str, float]) -> dict[str, float]:
         for token_id in logit_bias:
             if not _TOKEN_ID.fullmatch(token_id):
-                raise ValueError(f"{token_id[:20]!r} is no token id")
+                raise ValueError(f"{token_id[:20]!r} is not a token id")
         return logit_bias
 
 
@@ -95,7 +95,7 @@ class ChoicesRequest(SamplingRequest):
 
 
 def finite(logprob: float | None) -> float:
-    """A log-probability that was asked for, as JSON can hold it."""
+    """A requested log-probability, limited to what JSON can represent."""
     assert logprob is not None
     return max(logprob, MIN_LOGPROB)
 

@@ -1,4 +1,4 @@
-"""What the routes share that judge texts: one input or many."""
+"""Shared by the routes that judge texts: one input or many."""
 
 from typing import Annotated, Any, Self
 
@@ -51,5 +51,5 @@ class TextsRequest(RequestBody):
         return self
 
     def param(self, index: int) -> str:
-        """What a text is called in errors."""
+        """The request's field with the text of an index, for errors."""
         return "input" if isinstance(self.input, str) else f"input[{index}]"

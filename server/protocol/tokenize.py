@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize on the wire, as vLLM has them."""
+"""/tokenize and /detokenize on the wire, as in vLLM's API."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
@@ -10,7 +10,7 @@ from server.protocol.base import FIRST_ERROR, RequestBody, refuse_unsupported
 from server.protocol.messages import MAX_MESSAGES, ChatMessage
 from server.protocol.tools import MAX_TOOLS, ToolDefinition
 
-# Parameters of vLLM's that would change the tokens, with the values that leave them alone.
+# vLLM's parameters that would change the tokens, with the values that do not.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({}, {"enable_thinking": False}),
@@ -23,8 +23,8 @@ FOR_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message")
 class TokenizeRequest(RequestBody):
     """Body of POST /tokenize: a text, or a conversation in the model's chat template.
 
-    With neither `add_generation_prompt` nor `continue_final_message`, the conversation becomes
-    what /v1/chat/completions makes of it.
+    With neither `add_generation_prompt` nor `continue_final_message`, the conversation is encoded
+    as for /v1/chat/completions.
     """
 
     known = frozenset(UNSUPPORTED)

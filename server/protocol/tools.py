@@ -1,4 +1,4 @@
-"""Tools and output formats on the wire, in the shape they have in chats."""
+"""Tools and output formats on the wire, in the form of /v1/chat/completions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
@@ -18,14 +18,14 @@ Name = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 def _nested(kind: str) -> Any:
-    """The field `kind`. Under its second name, which `nested` gives it, errors do not show it."""
+    """The field `kind`, with an alias for `nested` that errors do not show."""
     return Field(validation_alias=AliasChoices(kind, branch(kind)))
 
 
 def nested(value: Any) -> Any:
-    """A tool, choice or format of /v1/responses, `{"type": T, **fields}`, in the shape of chats.
+    """Converts a tool, choice or format of /v1/responses to the form of chats.
 
-    There it is `{"type": T, T: fields}`. Any other value stays as it is.
+    That is from `{"type": T, **fields}` to `{"type": T, T: fields}`. Other values are unchanged.
     """
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in ("function", "allowed_tools", "json_schema"):
@@ -37,7 +37,7 @@ def nested(value: Any) -> Any:
 
 
 def flat(value: Any) -> Any:
-    """The inverse of `nested`, of what is dumped."""
+    """The inverse of `nested`, for a dumped model."""
     if not isinstance(value, dict):
         return value
     fields = value.get(value["type"], {})
@@ -47,7 +47,7 @@ def flat(value: Any) -> Any:
 
 
 class FunctionDefinition(BaseModel):
-    """A function the model may call. It is always called as its parameters say."""
+    """A function the model may call. Its arguments fit `parameters`, even if not `strict`."""
 
     name: Name
     description: StrictStr | None = None
@@ -55,7 +55,7 @@ class FunctionDefinition(BaseModel):
     strict: StrictBool | None = None
 
     def tool(self) -> Tool:
-        """What the model reads of it."""
+        """The function as the model reads it."""
         return Tool(self.name, {**ANY_OBJECT, **(self.parameters or {})}, self.description)
 
 
@@ -66,7 +66,7 @@ class FunctionTool(BaseModel):
     function: FunctionDefinition = _nested("function")
 
 
-# Functions are the only tools there are.
+# Functions are the only supported tools.
 ToolDefinition = Annotated[Annotated[FunctionTool, Tag(branch("function"))], of_type("function")]
 
 
@@ -81,7 +81,7 @@ TOOL_MODES: tuple[str, ...] = get_args(ToolMode)
 
 
 class NamedTool(BaseModel):
-    """A tool by name; as a choice the one that must be called."""
+    """A tool by name; as a choice, the tool that must be called."""
 
     type: Literal["function"]
     function: FunctionName = _nested("function")
@@ -95,7 +95,7 @@ class AllowedTools(BaseModel):
 
 
 class AllowedToolsChoice(BaseModel):
-    """Leaves some of the tools to choose from."""
+    """Restricts the model to some of the tools."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools = _nested("allowed_tools")
@@ -110,7 +110,7 @@ ToolChoice = Annotated[
 
 
 class JsonSchema(BaseModel):
-    """The schema an answer must fit. It always does, whether or not `strict` is said."""
+    """The schema of the answer, which fits it even if not `strict`."""
 
     name: Name
     description: StrictStr | None = None
@@ -131,7 +131,7 @@ class JsonObjectFormat(BaseModel):
 
 
 class JsonSchemaFormat(BaseModel):
-    """JSON of a schema."""
+    """JSON that fits a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema = _nested("json_schema")
@@ -151,14 +151,14 @@ def output_format(
     choice: ToolMode | NamedTool | AllowedToolsChoice,
     is_parallel: bool,
 ) -> OutputFormat:
-    """What the answer must look like.
+    """The format of the answer.
 
     Raises:
-        InvalidRequestError: two tools have one name, or the choice names none of them.
+        InvalidRequestError: two tools have the same name, or the choice names a missing tool.
     """
     tools = {one.function.name: one.function.tool() for one in definitions}
     if len(tools) < len(definitions):
-        raise InvalidRequestError("'tools' must differ in their names.", param="tools")
+        raise InvalidRequestError("'tools' must have different names.", param="tools")
     match choice:
         case NamedTool():
             names, is_required = [choice.function.name], True
