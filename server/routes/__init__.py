@@ -1,4 +1,4 @@
-"""Every route of the server. Handlers know JSON and services, never tensors."""
+"""All routes of the server. Handlers know JSON and services, never tensors."""
 
 from starlette.routing import Route
 

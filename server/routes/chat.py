@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, whole and streamed."""
+"""POST /v1/chat/completions, whole or streamed."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ async def chat_completions(request: Request) -> Response:
             request,
             services,
             body,
-            [said.for_template() for said in body.messages],
+            [each.for_template() for each in body.messages],
             output,
             schema_param="response_format",
             max_tokens=body.max_completion_tokens or body.max_tokens,
@@ -48,7 +48,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 class _Chat:
-    """A reply on its way to the client."""
+    """Turns a reply into a response or a stream of chunks."""
 
     def __init__(
         self, body: ChatCompletionRequest, services: Services, reply: Reply, output: OutputFormat
@@ -59,7 +59,7 @@ class _Chat:
         self.headers = sentiment_headers(reply.sentiment)
 
     async def whole(self) -> Response:
-        """The response, once all choices are complete."""
+        """The response, when all choices are complete."""
         tokens: list[list[TokenEvent]] = [[] for _ in self._answers]
         async for index, _, new_tokens in self._deltas():
             tokens[index] += new_tokens
@@ -83,7 +83,7 @@ class _Chat:
         return JSONResponse(content, headers=self.headers)
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """Roles and sentiment, text and calls, finish reasons, usage on request."""
+        """Chunks of roles and sentiment, text and calls, finish reasons, and usage on request."""
         base: dict[str, Any] = {
             "id": new_id("chatcmpl"),
             "object": "chat.completion.chunk",
@@ -113,7 +113,7 @@ class _Chat:
             yield {**base, "choices": [], "usage": self._usage()}
 
     async def _deltas(self) -> AsyncIterator[tuple[int, Delta | None, list[TokenEvent]]]:
-        """What is new in which choice, and the tokens it came from; None: that one is done."""
+        """Deltas with the index of their choice and their tokens; None ends a choice."""
         pending_tokens: list[list[TokenEvent]] = [[] for _ in self._answers]
         async for index, piece in self.reply.pieces():
             answer = self._answers[index]

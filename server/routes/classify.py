@@ -1,4 +1,4 @@
-"""POST /v1/classify: the judgement alone."""
+"""POST /v1/classify: labels of texts."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from server.services import Services
 
 
 async def classify(request: Request) -> Response:
-    """Labels one text or several, which are computed as a batch."""
+    """Labels one or more texts, which are computed as a batch."""
     services, body = await read(request, ClassifyRequest)
     refuse_adapter(services, body.model)
     results = await unless_disconnected(
@@ -84,7 +84,7 @@ def _task_of(body: ClassifyRequest, services: Services) -> Task:
     name = body.task or "sentiment"
     if name in services.extract_tasks:
         raise InvalidRequestError(
-            f"The task {name!r} gives no labels; ask /v1/extract for it.", param="task"
+            f"The task {name!r} gives no labels; use /v1/extract for it.", param="task"
         )
     check_tasks([name], services.tasks, lambda _: "task")
     return services.tasks[name]

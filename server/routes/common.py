@@ -1,4 +1,4 @@
-"""What every handler does first: read the body, find the model, watch the client."""
+"""Shared by all handlers: read the body, find the model, watch for a disconnect."""
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Sequence
@@ -14,7 +14,7 @@ from server.services import ServedModel, Services
 T = TypeVar("T")
 R = TypeVar("R", bound=base.RequestBody)
 
-# What takes a few milliseconds to parse, whatever it holds.
+# Such a body takes at most a few milliseconds to parse.
 MAX_INLINE_BYTES = 32 * 1024
 
 
@@ -25,7 +25,7 @@ def services_of(request: Request) -> Services:
 
 
 async def parse(request: Request, kind: type[R]) -> R:
-    """What the body says, or what is wrong with it; a long one is read off the event loop."""
+    """Parses the body; a long one off the event loop."""
     body = await request.body()
     if len(body) <= MAX_INLINE_BYTES:
         return kind.parse(body)
@@ -33,11 +33,11 @@ async def parse(request: Request, kind: type[R]) -> R:
 
 
 async def read(request: Request, kind: type[R]) -> tuple[Services, R]:
-    """The services, and what the body asks of them.
+    """The services, and the parsed body.
 
     Raises:
-        InvalidRequestError: something is wrong with the body.
-        NotFoundError: it names another model than the one served.
+        InvalidRequestError: the body is invalid.
+        NotFoundError: the body names a model that is not served.
     """
     services, body = services_of(request), await parse(request, kind)
     if body.model is not None:
@@ -46,15 +46,15 @@ async def read(request: Request, kind: type[R]) -> tuple[Services, R]:
 
 
 def find_model(services: Services, model: str) -> ServedModel:
-    """What is asked for: the model or an adapter of it (`:NAME`), or without sentiment (`:plain`).
+    """The model of this id: the base model or an adapter of it (`:NAME`), either with `:plain`.
 
     Raises:
-        NotFoundError: there is no such model here.
+        NotFoundError: there is no such model.
     """
     if model not in services.models:
-        *others, last = map(repr, services.models)
+        *first, last = map(repr, services.models)
         raise NotFoundError(
-            f"The model {model!r} does not exist here; this server has {', '.join(others)} and "
+            f"The model {model!r} does not exist here; this server has {', '.join(first)} and "
             f"{last}.",
             param="model",
             code="model_not_found",
@@ -63,14 +63,14 @@ def find_model(services: Services, model: str) -> ServedModel:
 
 
 def refuse_adapter(services: Services, model: str | None) -> None:
-    """For what is judged: there the task chooses.
+    """For routes that judge texts: there the task names the adapter.
 
     Raises:
         InvalidRequestError: the request names an adapter.
     """
     if model is not None and find_model(services, model).adapter.name:
         raise InvalidRequestError(
-            "'model': a task is judged with the adapter that its file names, if any; ask for "
+            "'model': a task is judged with the adapter that its file names, if any; use "
             f"{services.model_id!r}.",
             param="model",
         )
@@ -79,7 +79,7 @@ def refuse_adapter(services: Services, model: str | None) -> None:
 def check_tasks(
     names: Sequence[str], existing: Collection[str], param: Callable[[int], str]
 ) -> None:
-    """param: where the request has the name of an index.
+    """Checks that the tasks exist. param: the request's field with the name of an index.
 
     Raises:
         InvalidRequestError: there is no such task.
@@ -93,10 +93,10 @@ def check_tasks(
 
 
 async def unless_disconnected(request: Request, handler: Coroutine[Any, Any, T]) -> T:
-    """The result of `handler`, which is cancelled if the client leaves or the deadline passes.
+    """The result of `handler`, which is cancelled on a disconnect or when the deadline passes.
 
     Raises:
-        ClientDisconnect: the client left.
+        ClientDisconnect: the client has disconnected.
         RequestTimeoutError: the deadline has passed.
     """
     task = asyncio.create_task(handler)
@@ -114,12 +114,12 @@ async def unless_disconnected(request: Request, handler: Coroutine[Any, Any, T])
         watcher.cancel()
         if not task.done():
             task.cancel()
-        # Let both run their `finally` before the request is gone.
+        # Lets both run their `finally` before the request ends.
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client leaves. The body must have been read."""
+    """Returns when the client disconnects. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

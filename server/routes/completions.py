@@ -1,4 +1,4 @@
-"""POST /v1/completions, whole and streamed: raw text goes on, without sentiment."""
+"""POST /v1/completions, whole or streamed: continues raw text, without sentiment."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -47,7 +47,7 @@ async def text_completions(request: Request) -> Response:
 
 
 class _Completion:
-    """Choices on their way to the client."""
+    """Turns choices into a response or a stream of chunks."""
 
     def __init__(self, body: CompletionRequest, services: Services, choices: Choices) -> None:
         self.choices = choices
@@ -73,7 +73,7 @@ class _Completion:
         ]
 
     async def whole(self) -> Response:
-        """The response, once all choices are complete."""
+        """The response, when all choices are complete."""
         choices = [
             self._choice(
                 index,
@@ -86,7 +86,7 @@ class _Completion:
         return JSONResponse({**self._base, "choices": choices, "usage": self._usage()})
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """Prompts if they are echoed, text, finish reasons, usage on request."""
+        """Chunks of the prompts if `echo`, text, finish reasons, and usage on request."""
         base = self._base | ({"usage": None} if self._includes_usage else {})
         for index, echo in enumerate(self._echoes):
             if echo:
@@ -126,17 +126,17 @@ class _Completion:
 
 
 def _params(body: CompletionRequest, services: Services) -> SamplingParams:
-    """Compiling a grammar may take a second.
+    """The sampling parameters. May take a second, to compile a grammar.
 
     Raises:
-        InvalidRequestError: there is no such token, or the grammar cannot be guaranteed.
+        InvalidRequestError: a token id is not in the vocabulary, or the grammar is invalid.
     """
     check_ids = services.tokenizer.check_ids
     check_ids(body.logprob_token_ids, lambda i: f"logprob_token_ids[{i}]")
     check_ids(body.stop_token_ids, lambda i: f"stop_token_ids[{i}]")
     num_logprobs = body.logprobs
     if body.return_token_ids and num_logprobs is None:
-        num_logprobs = 0  # a piece of text tells its tokens together with their log-probabilities
+        num_logprobs = 0  # pieces contain their tokens only if log-probabilities are requested
     params = sampling_params(
         body, services, max_tokens=body.max_tokens, num_logprobs=num_logprobs,
         grammar=_grammar(body.structured_outputs, services.grammars),
@@ -149,14 +149,14 @@ def _params(body: CompletionRequest, services: Services) -> SamplingParams:
     )
 
 
-def _grammar(wanted: StructuredOutputs | None, grammars: GrammarCompiler) -> Grammar | None:
-    if wanted is None:
+def _grammar(outputs: StructuredOutputs | None, grammars: GrammarCompiler) -> Grammar | None:
+    if outputs is None:
         return None
     try:
-        if wanted.grammar is not None:
-            return grammars.lark(wanted.grammar)
-        assert wanted.json_schema is not None
-        return grammars.json_schema(wanted.json_schema)
+        if outputs.grammar is not None:
+            return grammars.lark(outputs.grammar)
+        assert outputs.json_schema is not None
+        return grammars.json_schema(outputs.json_schema)
     except GrammarError as error:
         param = "structured_outputs"
         raise InvalidRequestError(f"'{param}': {error}.", param=param) from error

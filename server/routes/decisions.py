@@ -8,7 +8,7 @@ from server.routes.common import read, refuse_adapter, unless_disconnected, work
 
 
 async def decisions(request: Request) -> Response:
-    """Answers all questions; what they share of their prompts is computed once."""
+    """Answers all questions; the common part of their prompts is computed once."""
     services, body = await read(request, DecisionsRequest)
     refuse_adapter(services, body.model)
     tasks = [question.task() for question in body.questions]

@@ -13,7 +13,7 @@ from server.services import Services
 
 
 async def extract(request: Request) -> Response:
-    """Extracts from one text or several, which are computed side by side."""
+    """Extracts from one or more texts, which are computed concurrently."""
     services, body = await read(request, ExtractRequest)
     refuse_adapter(services, body.model)
     task, work = _task_of(body, services), work_of(request)
@@ -47,11 +47,11 @@ async def extract(request: Request) -> Response:
 def _task_of(body: ExtractRequest, services: Services) -> ExtractTask:
     if body.task in services.tasks:
         raise InvalidRequestError(
-            f"The task {body.task!r} gives labels; ask /v1/classify for it.", param="task"
+            f"The task {body.task!r} gives labels; use /v1/classify for it.", param="task"
         )
     if body.task not in services.extract_tasks:
         names = ", ".join(sorted(services.extract_tasks))
         raise InvalidRequestError(
-            f"There is no task {body.task!r} that extracts; this server has {names}.", param="task"
+            f"There is no extract task {body.task!r}; this server has {names}.", param="task"
         )
     return services.extract_tasks[body.task]

@@ -1,4 +1,4 @@
-"""GET /health: alive? GET /ready: may requests come?"""
+"""GET /health: whether the engine works. GET /ready: whether a request would be served now."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -7,7 +7,7 @@ from server.routes.common import services_of
 
 
 async def health(request: Request) -> Response:
-    """Whether the engine works, which model it has, and how the sentiment cache does."""
+    """Whether the engine works, its model, and the hits of the sentiment cache."""
     services = services_of(request)
     is_alive = services.engine.is_alive
     classifier = services.classifier
@@ -24,7 +24,7 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Whether a request that came now would be served."""
+    """Whether a request would be served now."""
     gate, engine = request.app.state.gate, services_of(request).engine
     if gate.is_closed:
         status = "stopping"

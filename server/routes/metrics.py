@@ -6,6 +6,6 @@ from starlette.responses import Response
 
 
 async def metrics(request: Request) -> Response:
-    """All numbers, in Prometheus's text format."""
+    """All metrics, in Prometheus's text format."""
     registry = request.app.state.metrics.registry
     return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -19,7 +19,7 @@ async def list_models(request: Request) -> Response:
 
 
 async def retrieve_model(request: Request) -> Response:
-    """One of them."""
+    """One model by its id."""
     services = services_of(request)
     model = find_model(services, request.path_params["model_id"])
     return JSONResponse(_model(services, model))
@@ -31,7 +31,7 @@ def _model(services: Services, model: ServedModel) -> dict[str, Any]:
         "object": "model",
         "created": services.created,
         "owned_by": "qwen-all-in-one",
-        # Of an adapter, as vLLM lists them: the model whose weights it shares.
+        # For an adapter, the base model, as vLLM lists adapters.
         "parent": services.model_id if model.adapter.name else None,
         "context_length": services.max_context - model.adapter.num_virtual_tokens,
         "capabilities": {
@@ -39,10 +39,10 @@ def _model(services: Services, model: ServedModel) -> dict[str, Any]:
             "tools": True,
             "structured_output": True,
             "vision": False,
-            # Whether tasks are judged by heads where these are better than their labels' scores.
+            # Whether a task may be judged by a head, if this is better than its labels' scores.
             "heads": services.engine.has_hidden_states,
         },
-        # What /v1/classify and /v1/extract may be asked for by name.
+        # The tasks of /v1/classify and /v1/extract.
         "tasks": [
             *(_task(task, services.judges.get(task.version)) for task in services.tasks.values()),
             *({"name": name, "kind": "extract"} for name in services.extract_tasks),
@@ -56,11 +56,11 @@ def _task(task: Task, judge: Judge | None) -> dict[str, Any]:
         "name": task.name,
         "kind": "labels",
         "labels": [label.model_dump(include={"value", "text", "emoji"}) for label in task.labels],
-        # None: the task has not been used yet, and its judge is fitted when it is.
+        # None: the judge is fitted when the task is first used.
         "judged_by": judge.kind if judge else None,
-        # Of the model; None: all of them.
+        # The layers of the model that the judge needs; None: all.
         "num_layers": max(judge.layers, default=None) if judge else None,
-        # On examples that the judge was not fitted to; None: the task has no examples.
+        # Measured on held-out examples; None: the task has no examples.
         "num_examples": validation.num_examples if validation else None,
         "accuracy": round(validation.accuracy, 4) if validation else None,
     }

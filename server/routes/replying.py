@@ -1,4 +1,4 @@
-"""How a reply begins, at each of the routes that converse."""
+"""Begins a reply, for the routes that take a conversation."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ async def begin_reply(
     messages: Sequence[Mapping[str, Any]], output: OutputFormat, *, schema_param: str,
     max_tokens: int | None, num_logprobs: int | None, num_choices: int = 1,
 ) -> Reply:  # fmt: skip
-    """Judges the mood of the last user message, then starts the answer, or several.
+    """Judges the mood of the last user message, then starts one answer or several.
 
-    messages: as chat templates know them. max_tokens: None for as many as the context holds.
-    schema_param: where the request has the schema of the answer.
+    messages: in the form that chat templates read. max_tokens: None for as many as fit the context.
+    schema_param: the request's field with the schema of the answer, for errors.
     """
     check_tasks(body.tasks, services.replier.task_names, lambda i: f"tasks[{i}]")
     model = find_model(services, body.model)
@@ -37,7 +37,7 @@ async def begin_reply(
         sampling_params(
             body, services, max_tokens=max_tokens, num_logprobs=num_logprobs, grammar=grammar
         ),
-        # An answer of calls alone has no text to end.
+        # An answer of calls only has no text for stop strings to end.
         () if output.is_call_required else body.stop,
         work=work_of(request),
         with_sentiment=body.sentiment and not model.is_plain,
@@ -52,10 +52,10 @@ async def begin_reply(
 def _compile(
     grammars: GrammarCompiler, output: OutputFormat, *, schema_param: str
 ) -> Grammar | None:
-    """What keeps the answer in its format. May take a second.
+    """The grammar of the answer's format. May take a second.
 
     Raises:
-        InvalidRequestError: a schema cannot be guaranteed; says why.
+        InvalidRequestError: a schema is invalid, or has a rule that cannot be guaranteed.
     """
     try:
         return grammars.compile(output)

@@ -1,4 +1,4 @@
-"""POST /v1/responses, whole and streamed; stateless."""
+"""POST /v1/responses, whole or streamed; stateless."""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ ResponseEvent = dict[str, Any]
 
 
 async def responses(request: Request) -> Response:
-    """Judges the mood of the last user message, then answers in items."""
+    """Judges the mood of the last user message, then answers with items."""
     services, body = await read(request, ResponsesRequest)
     output = body.output()
 
@@ -48,12 +48,12 @@ async def responses(request: Request) -> Response:
     if not body.stream:
         return await unless_disconnected(request, complete())
     response = await unless_disconnected(request, begin())
-    # The last event says that it is the last; there is no [DONE].
+    # The type of the last event shows that it is the last; there is no [DONE].
     return stream(request, response.events(), response.reply.abort, response.headers, end=None)
 
 
 class _Response:
-    """A reply on its way to the client, as a list of items: a message, calls."""
+    """Turns a reply into events about items: a message, calls."""
 
     def __init__(
         self, body: ResponsesRequest, services: Services, reply: Reply, output: OutputFormat
@@ -64,7 +64,7 @@ class _Response:
         self._id, self._created_at = new_id("resp"), now()
         self._items: list[dict[str, Any]] = []
         self._num_events = 0
-        # Of the item that is being written.
+        # The item in progress.
         self._item_id: str | None = None
         self._text, self._logprobs = "", list[dict[str, Any]]()
         self._pending_tokens: list[TokenEvent] = []
@@ -72,17 +72,17 @@ class _Response:
         self.headers = sentiment_headers(reply.sentiment)
 
     async def events(self) -> AsyncIterator[ResponseEvent]:
-        """What happens, in order; the last event holds the whole response."""
+        """The events in order; the last one contains the whole response."""
         yield self._event("response.created", response=self._response("in_progress"))
         yield self._event("response.in_progress", response=self._response("in_progress"))
         [choice] = self.reply.choices
         async for piece in choice.pieces():
             self._pending_tokens += piece.tokens
             for delta in self._answer.add(piece.text):
-                for event in self._written(delta):
+                for event in self._delta_events(delta):
                     yield event
         for delta in self._answer.end():
-            for event in self._written(delta):
+            for event in self._delta_events(delta):
                 yield event
         status = "completed" if choice.finish_reason == "stop" else "incomplete"
         if not self._items and self._item_id is None:
@@ -92,7 +92,7 @@ class _Response:
             yield event
         yield self._event(f"response.{status}", response=self._response(status))
 
-    def _written(self, delta: Delta) -> Iterator[ResponseEvent]:
+    def _delta_events(self, delta: Delta) -> Iterator[ResponseEvent]:
         logprobs = self._take_logprobs()
         match delta:
             case TextDelta(text):
@@ -149,7 +149,7 @@ class _Response:
         self._item_id = self._call = None
 
     def _take_logprobs(self) -> list[dict[str, Any]]:
-        """Those of the tokens that came since the last time."""
+        """The log-probabilities of the tokens since the last call."""
         logprobs = logprobs_content(self._pending_tokens, self._services.tokenizer.token_bytes)
         self._pending_tokens = []
         return logprobs
@@ -200,7 +200,7 @@ class _Response:
 
 
 def _without_bytes(logprobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As they stand in events, which know no bytes."""
+    """The form of events, which have no bytes."""
 
     def bare(entry: dict[str, Any]) -> dict[str, Any]:
         return {"token": entry["token"], "logprob": entry["logprob"]}

@@ -1,4 +1,4 @@
-"""Server-sent events: how every stream begins, fails and ends."""
+"""Streams of server-sent events: their beginning, errors and end."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from server.routes.common import work_of
 logger = logging.getLogger(__name__)
 
 PING_INTERVAL_S = 15
-# A client that reads nothing for so long is gone; what it did not read is kept until then.
+# After so long without reading, a client is disconnected. Until then, unread data is kept.
 SEND_TIMEOUT_S = 60
 
 
@@ -28,11 +28,11 @@ def stream(
     *,
     end: str | None = "[DONE]",
 ) -> EventSourceResponse:
-    """One event for each of the contents, which may have a `type` to name it by.
+    """Sends an event for each of the contents, named by the content's `type`, if any.
 
-    Ends with an error when the request's deadline passes.
-    abort: ends the work behind the contents, however the stream ends.
-    end: the data of a last event, even behind an error.
+    When the request's deadline passes, ends with an error.
+    abort: ends the computation of the contents; called however the stream ends.
+    end: the data of the last event, even after an error.
     """
 
     async def on_close(_: ASGIMessage) -> None:
@@ -55,7 +55,7 @@ async def _events(
     abort: Callable[[], None],
     end: str | None,
 ) -> AsyncIterator[dict[str, str]]:
-    # Dicts, for a ServerSentEvent would bring a line separator of its own, CRLF.
+    # Dicts, for a ServerSentEvent has its own line separator, CRLF.
     try:
         while (content := await _next(request, contents)) is not None:
             yield _event(content)
@@ -73,9 +73,13 @@ async def _events(
 async def _next(
     request: Request, contents: AsyncIterator[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """The next content; None behind the last. A deadline that passes ends them all."""
+    """The next content; None after the last.
+
+    Raises:
+        RequestTimeoutError: the deadline has passed.
+    """
     try:
-        # Not `wait_for`, which before Python 3.12 makes a task for each chunk.
+        # Not `wait_for`, which creates a task for each chunk before Python 3.12.
         async with asyncio.timeout(work_of(request).seconds_left):
             return await anext(contents, None)
     except TimeoutError:
@@ -83,9 +87,9 @@ async def _next(
 
 
 def error_events(error: APIError, path: str) -> bytes:
-    """How a stream of the path ends that fails, for who has but its bytes."""
-    ends = [] if path == "/v1/responses" else ["[DONE]"]
-    data = [_event(error.body())["data"], *ends]
+    """The bytes that end a failed stream of the path, for a proxy that relays only bytes."""
+    end = [] if path == "/v1/responses" else ["[DONE]"]
+    data = [_event(error.body())["data"], *end]
     return b"".join(ServerSentEvent(each, sep="\n").encode() for each in data)
 
 

@@ -13,19 +13,19 @@ from server.services import Services
 
 
 async def tokenize(request: Request) -> Response:
-    """The token ids of a text or a conversation, however long it is."""
+    """The token ids of a text or conversation of any length."""
     services, body = await read(request, TokenizeRequest)
-    # Not on the event loop: megabytes take a second.
-    return await asyncio.to_thread(_tokenized, body, services)
+    # Off the event loop: megabytes take a second.
+    return await asyncio.to_thread(_tokenize, body, services)
 
 
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens included."""
     services, body = await read(request, DetokenizeRequest)
-    return await asyncio.to_thread(_detokenized, body, services.tokenizer)
+    return await asyncio.to_thread(_detokenize, body, services.tokenizer)
 
 
-def _tokenized(body: TokenizeRequest, services: Services) -> Response:
+def _tokenize(body: TokenizeRequest, services: Services) -> Response:
     token_ids = _token_ids(body, services.tokenizer)
     token_strs = services.tokenizer.token_strs(token_ids) if body.return_token_strs else None
     return JSONResponse(
@@ -38,7 +38,7 @@ def _tokenized(body: TokenizeRequest, services: Services) -> Response:
     )
 
 
-def _detokenized(body: DetokenizeRequest, tokenizer: ChatTokenizer) -> Response:
+def _detokenize(body: DetokenizeRequest, tokenizer: ChatTokenizer) -> Response:
     tokenizer.check_ids(body.tokens, lambda i: f"tokens[{i}]")
     return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
 

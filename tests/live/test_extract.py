@@ -94,7 +94,7 @@ def test_a_batch_equals_its_texts_alone(tiny: LiveServer) -> None:
         ({"input": "good", "max_items": 0}, "max_items", "greater than or equal to 1"),
         ({"input": "good", "max_items": 21}, "max_items", "less than or equal to 20"),
         ({"input": "good", "max_items": "5"}, "max_items", "integer"),
-        ({"input": "good", "task": "sentiment"}, "task", "ask /v1/classify"),
+        ({"input": "good", "task": "sentiment"}, "task", "use /v1/classify for it"),
         ({"input": "good", "task": "nouns"}, "task", "this server has keywords"),
     ],
 )
@@ -117,7 +117,7 @@ def test_keywords_are_not_asked_for_at_classify(tiny: LiveServer) -> None:
     body = {"input": "good", "task": "keywords"}
     response = httpx.post(f"{tiny.base_url}/classify", json=body)
     message = assert_error(response, 400, "invalid_request_error", "task")
-    assert "ask /v1/extract" in message
+    assert "use /v1/extract for it" in message
 
 
 def test_the_model_lists_what_can_be_extracted(tiny: LiveServer) -> None:
