@@ -1,9 +1,9 @@
-"""The command: `python -m server`, or `qwen-all-in-one`. With `fit` behind it, it fits a task;
-with `cluster`, it serves on many machines.
+"""The command `python -m server`, or `qwen-all-in-one`. Its subcommand `fit` fits a task;
+`cluster` serves on many machines.
 
-Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was
-stopped at once by a second signal; 2 no such option; 3 the engine broke down, or failed from
-the start (uvicorn's own code).
+Exit codes: 0 stopped by a signal, every request finished or answered with an error; 1 could not
+start, or was stopped at once by a second signal; 2 unknown option; 3 the engine broke down, or
+the application failed to start (uvicorn's own code).
 """
 
 import asyncio
@@ -35,13 +35,13 @@ from server.logs import configure_logs, try_print
 
 logger = logging.getLogger(__name__)
 
-# For the last events of streams that were cut off, and for connections to close.
+# Time to send the last events of streams that were cut off, and to close connections.
 CLOSING_S = 3
 EXIT_FORCED, EXIT_BROKEN = 1, 3
 
 
 def main() -> None:
-    """Reads the settings, loads the model and serves until told to stop; or fits a task."""
+    """Reads the settings, loads the model and serves until stopped; or runs a subcommand."""
     share_one_heap()
     if sys.argv[1:2] == ["fit"]:
         fit(sys.argv[2:])
@@ -53,12 +53,12 @@ def main() -> None:
     configure_logs(settings.log_level, settings.log_format)
     try_print(f"loading {settings.model!r} ...")
     try:
-        logger.debug("%d API keys", len(settings.keys))  # read early, as the port is taken
+        logger.debug("%d API keys", len(settings.keys))  # reads their file before the model
         if settings.check:
             _check(settings)
             return
         settings.check_certificate()
-        # First the port: nobody should wait for a model only to learn that it is taken.
+        # Before the model is loaded, so that a port in use is reported at once.
         with bind(settings.host, settings.port) as listener:
             _serve(settings, listener)
     except (CheckpointError, TaskFileError, OSError) as error:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _cluster(arguments: list[str]) -> None:
-    """The server on many machines, if Ray is installed; only then is it imported."""
+    """Serves on many machines. Imports Ray only here, if it is installed."""
     if importlib.util.find_spec("ray") is None:
         sys.exit("error: 'cluster' needs Ray; pip install 'qwen-all-in-one[cluster]'")
     importlib.import_module("server.cluster.command").cluster(arguments)
@@ -101,11 +101,11 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         log_level=settings.log_level,
-        log_config=None,  # ours, for its lines, too
-        # As tested. By itself uvicorn takes others where some package, such as Ray, brings them.
+        log_config=None,  # our configuration is used
+        # As tested. uvicorn's defaults change if a package, such as Ray, installs alternatives.
         loop="asyncio",
         http="h11",
-        access_log=False,  # ours has the request's id
+        access_log=False,  # our access log has the request's id
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSING_S,
         ssl_certfile=settings.ssl_certfile,
@@ -114,11 +114,11 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     server = Server(config, app, services.engine, settings.grace_period)
     for warning in filter(None, (services.warning, exposure(settings))):
         try_print(f"\nWARNING: {warning}", sys.stderr)
-    # Before the banner: whoever reads it and connects at once would be refused.
+    # Before the banner, so that clients can connect as soon as it is printed.
     try:
         listener.listen(config.backlog)
     except OSError as error:
-        # Another server bound the port, too, and listened first.
+        # Another server has bound the port, too, and listened first.
         services.engine.close()
         raise cannot_listen(host, port, error) from error
     try_print(_banner(services.model_id, url, _page_line(settings, url)))
@@ -127,10 +127,10 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
 
 
 class Server(uvicorn.Server):
-    """Stops taking requests when told to stop, finishes those it has, then leaves.
+    """On a signal, refuses new requests, finishes the running ones, then exits.
 
-    While they finish, new ones are told so: the port stays open. A second signal ends
-    everything at once.
+    The port stays open meanwhile, and new requests get a 503. A second signal ends the process at
+    once.
     """
 
     def __init__(
@@ -145,23 +145,23 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called once, before the first request."""
         await super().startup(sockets)
-        # What is loaded stays. A full collection over it holds the event loop for 0.25 s.
+        # Loaded objects stay. A full collection over them blocks the event loop for 0.25 s.
         gc.collect()
         gc.freeze()
-        # The engine's thread gives way to the event loop sooner: after 5 ms by default.
+        # The engine's thread yields to the event loop sooner; the default is 5 ms.
         sys.setswitchinterval(0.001)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called on SIGINT and SIGTERM, between two steps of the event loop."""
         if self._gate.is_closed:
-            # Not by way of Python's end, which waits for a step and trips over open streams.
+            # Not by Python's own shutdown, which waits for a step and fails on open streams.
             os._exit(EXIT_FORCED)
         self._gate.is_closed = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; whether to leave."""
+        """Called ten times a second; returns whether to exit."""
         if self._engine.breakdown is not None:
-            # Its requests have been told. A supervisor may start a sound one.
+            # Its requests have got an error. A supervisor may start a new process.
             self.exit_code, self._gate.is_closed = EXIT_BROKEN, True
         if self._gate.is_closed and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
@@ -178,7 +178,7 @@ class Server(uvicorn.Server):
             await asyncio.wait_for(self._gate.wait_until_empty(), self._grace_period_s)
         except TimeoutError:
             logger.warning("%d requests were cut off", self._gate.num_requests)
-            # Whoever waits for a sequence is told that it was aborted.
+            # Aborts the running sequences, so that their requests get an error.
             await asyncio.to_thread(self._engine.close)
         if self._page is not None:
             self._page.close()

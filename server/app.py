@@ -1,4 +1,4 @@
-"""The ASGI application: route table, lifespan, middleware, error handlers."""
+"""The ASGI application: routes, lifespan, middleware, exception handlers."""
 
 import importlib
 import importlib.util
@@ -31,9 +31,9 @@ from server.services import Services
 
 
 def create_app(settings: Settings, services: Services, *, has_entrance: bool = True) -> Starlette:
-    """The server as an ASGI application; it closes the engine when it shuts down.
+    """The server as an ASGI application, which closes the engine when it shuts down.
 
-    has_entrance: whether it checks for itself who comes in; else something before it does.
+    has_entrance: whether it includes `entrance_middleware`; False if an entrance in front does.
     """
     page, metrics = _load_page(settings), services.metrics
     gate = Gate(settings.max_num_seqs + settings.max_queue)
@@ -55,7 +55,7 @@ def create_app(settings: Settings, services: Services, *, has_entrance: bool = T
             *(entrance_middleware(settings, metrics, page) if has_entrance else ()),
             Middleware(WorkMiddleware),
             Middleware(AdmissionMiddleware, gate=gate, timeout_s=settings.request_timeout),
-            # Innermost, so that a 500, too, gets its id and the headers a browser asks for.
+            # Innermost, so that a 500 also gets its request id and the CORS headers.
             Middleware(FailureMiddleware),
         ],
         exception_handlers=exception_handlers(),
@@ -66,11 +66,14 @@ def create_app(settings: Settings, services: Services, *, has_entrance: bool = T
 
 
 def entrance_middleware(
-    settings: Settings, metrics: Metrics, page: Any = None, *, is_id_told: bool = True
+    settings: Settings, metrics: Metrics, page: Any = None, *, sends_id: bool = True
 ) -> list[Middleware]:
-    """What a request passes, in order, before any work is spent on it."""
+    """The middleware, in order, that a request passes before any work is done for it.
+
+    sends_id: whether responses get the header x-request-id.
+    """
     paths = {route.path for route in ROUTES if "{" not in route.path}
-    around = [Middleware(RequestIdMiddleware, metrics=metrics, routes=paths, is_told=is_id_told)]
+    around = [Middleware(RequestIdMiddleware, metrics=metrics, routes=paths, sends_id=sends_id)]
     if is_loopback(settings.host) and not settings.keys:
         names = (settings.host, *settings.allowed_host)
         around.append(Middleware(HostMiddleware, names=names))
@@ -78,7 +81,7 @@ def entrance_middleware(
         around.append(Middleware(page.middleware, page=page))
     return [
         *around,
-        # Before the key: a browser sends none when it asks whether it may.
+        # Before the key, which a browser's preflight request does not have.
         Middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origin,
@@ -92,7 +95,7 @@ def entrance_middleware(
 
 
 def exception_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
-    """How what a request raises is answered."""
+    """The handlers that answer the exceptions of routes."""
     return {
         APIError: _api_error,
         HTTPException: _http_exception,
@@ -101,12 +104,12 @@ def exception_handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[R
 
 
 def has_page_extra() -> bool:
-    """Whether what the page is made with is installed."""
+    """Whether the packages that the page needs are installed."""
     return all(importlib.util.find_spec(name) for name in ("gradio", "openai"))
 
 
 def _load_page(settings: Settings) -> Any:
-    """The page, if it is wanted and can be had; only then is Gradio imported."""
+    """The page, if it is enabled and its packages are installed; only then imports Gradio."""
     if not settings.ui or not has_page_extra():
         return None
     serving = importlib.import_module("server.ui.serving")
@@ -133,4 +136,4 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _client_closed_request(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # as nginx logs it; there is nobody to read it
+    return Response(status_code=499)  # as nginx logs it; no client receives it

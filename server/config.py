@@ -1,4 +1,4 @@
-"""Every setting, its default and its help text, once."""
+"""All settings with their defaults and help texts."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
-# Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): whoever asks
-# again just as the server hangs up gets a reset instead of an answer.
+# Longer than clients and proxies keep an idle connection (httpx 5 s, nginx 60 s): a request that is
+# sent just when the server closes the connection gets a reset instead of an answer.
 KEEP_ALIVE_S = 75
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -30,20 +30,20 @@ def _split(value: Any) -> Any:
 def _keys(value: Any) -> Any:
     keys = _split(value)
     if value is not None and not isinstance(value, tuple) and not keys:
-        # As from an environment variable that is not set: nobody means an open server by it.
+        # As from an unset environment variable: an open server is not what was meant.
         raise ValueError("there is no key in it; leave the option out to let everybody in")
     return keys
 
 
 def _adapters(value: Any) -> Any:
-    """Each as `NAME=FOLDER`."""
+    """Splits and checks adapters given as `NAME=FOLDER`."""
     pairs, seen = _split(value), set[str]()
     for pair in pairs:
         name, _, folder = str(pair).partition("=")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not folder:
             raise ValueError(f"{pair!r} is not NAME=FOLDER, with a name of A-Z, a-z, 0-9, . _ -")
         if name == "plain":
-            raise ValueError("the name 'plain' is taken: it asks for a chat without sentiment")
+            raise ValueError("the name 'plain' is reserved for chats without sentiment")
         if name in seen:
             raise ValueError(f"the name {name!r} is given twice")
         seen.add(name)
@@ -51,7 +51,7 @@ def _adapters(value: Any) -> Any:
 
 
 def _engine_url(url: str | None) -> str | None:
-    """Without what a base URL of OpenAI's has behind it."""
+    """Checks the URL, and removes the `/v1` of an OpenAI base URL."""
     if url is None:
         return None
     if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url):
@@ -59,12 +59,12 @@ def _engine_url(url: str | None) -> str | None:
     return url.rstrip("/").removesuffix("/v1")
 
 
-# NAME=FOLDER, several.
+# Several of NAME=FOLDER.
 AdapterFolders = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_adapters)]
 
 
 class ModelSettings(BaseSettings):
-    """Which model is loaded, as what, and with which tasks."""
+    """Settings of the model and its tasks."""
 
     model_config = SettingsConfigDict(
         env_prefix="QWEN_",
@@ -77,25 +77,25 @@ class ModelSettings(BaseSettings):
     model: str = Field(
         "auto",
         description="hub id, local folder, GGUF, 'mini' (bundled), or 'auto': Qwen1.5-0.5B-Chat, "
-        "the bundled model where it cannot be had",
+        "or the bundled model if the hub is unreachable",
     )
     revision: str | None = Field(
         None,
-        description="commit, branch or tag of a model of the hub; default: the newest, but of "
-        "'auto' always the same commit",
+        description="commit, branch or tag of a hub model; default: the newest commit, for 'auto' "
+        "a fixed one",
     )
     adapter: AdapterFolders = Field(
         (),
-        description="NAME=FOLDER of a peft adapter (LoRA, prompt, prefix), which a chat chooses by "
-        "the model id with :NAME behind it, and a task by its file; several: give it again, or put "
-        "commas between",
+        description="NAME=FOLDER of a peft adapter (LoRA, prompt, prefix), which a chat selects by "
+        "the model id plus :NAME, and a task in its file; several: repeat the option, or separate "
+        "them by commas",
     )
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto",
         description="type of the weights; 'auto': int8 for a large model, float32 for a small one",
     )
     num_threads: PositiveInt | None = Field(
-        None, description="CPU threads of the model; default: the physical cores"
+        None, description="CPU threads of the model; default: the number of physical cores"
     )
     max_context: PositiveInt | None = Field(
         None,
@@ -103,12 +103,12 @@ class ModelSettings(BaseSettings):
         "--max-kv-mib",
     )
     max_kv_mib: PositiveInt = Field(
-        2048, description="memory for the tokens of running sequences, in MiB; the others wait"
+        2048, description="KV cache of the running sequences, in MiB; further sequences wait"
     )
     tasks: Path | None = Field(
         None,
-        description="TOML file of tasks to add, or to replace built-in ones by name; or the folder "
-        "that fit wrote",
+        description="TOML file of tasks that add to the built-in ones, or replace those of the "
+        "same name; or a folder that fit wrote",
     )
     cache_dir: Path | None = Field(
         None,
@@ -117,9 +117,9 @@ class ModelSettings(BaseSettings):
 
 
 class Settings(ModelSettings):
-    """An OpenAI-compatible server on one small Qwen that reads the mood, then answers.
+    """An OpenAI-compatible server with one small Qwen that reads the mood, then answers.
 
-    `fit --help`: how it learns a task from your own labelled texts.
+    `fit --help` explains how to fit a task to your own labelled texts.
     """
 
     model_config = SettingsConfigDict(cli_prog_name="qwen-all-in-one")
@@ -127,81 +127,86 @@ class Settings(ModelSettings):
     engine: Annotated[str | None, AfterValidator(_engine_url)] = Field(
         None,
         description="http://HOST:PORT of a vLLM, or of another server like this one, that computes "
-        "in place of this process; --model then names the same checkpoint, of which no weights are "
+        "in place of this process; --model then names the same checkpoint, whose weights are not "
         "read",
     )
-    engine_key: SecretStr | None = Field(None, description="key that --engine wants")
+    engine_key: SecretStr | None = Field(None, description="API key that --engine requires")
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0 for a free one")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port, 0: any free one")
     check: bool = Field(False, description="load the model, answer one request and exit")
-    ui: bool = Field(True, description="serve the page at /, where Gradio is installed; or --no-ui")
+    ui: bool = Field(True, description="serve the page at / if Gradio is installed; off: --no-ui")
     max_num_seqs: PositiveInt = Field(
-        16, description="requests computed together, and sequences that decode in one step"
+        16, description="requests computed at once, and sequences that decode in one step"
     )
     max_num_batched_tokens: Annotated[int, Field(ge=2)] = Field(
         256,
-        description="tokens computed in one step, of prompts, labels and answers; an eighth of "
-        "them in a step that several requests share",
+        description="tokens of prompts, labels and answers computed in one step; an eighth of "
+        "them if several requests share the step",
     )
     max_draft_tokens: Annotated[int, Field(ge=0, le=7)] = Field(
         3,
-        description="next tokens that are guessed from the text so far and checked in one step of "
-        "at most 8; in int8 and int4, without a LoRA; changes no text; 0: off",
+        description="next tokens that are drafted from the text so far and verified in one step "
+        "with at most 8 tokens; only in int8 and int4 without a LoRA; does not change the text; "
+        "0: off",
     )
     max_queue: Annotated[int, Field(ge=0)] = Field(
-        64, description="requests that may wait beyond --max-num-seqs; the next ones get a 429"
+        64, description="requests that may wait beyond --max-num-seqs; further ones get a 429"
     )
     request_timeout: Annotated[float, Field(gt=0)] = Field(
-        600.0, description="seconds a request may take, waiting included"
+        600.0, description="seconds that a request may take, including its wait"
     )
     grace_period: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="seconds that running requests have to finish when the server is stopped"
+        30.0, description="seconds for running requests to finish when the server is stopped"
     )
     max_prefix_mib: Annotated[int, Field(ge=0)] = Field(
-        512, description="memory for computed prompts that later ones may begin with, in MiB"
+        512, description="prefix cache: computed prompts that later ones may begin with, in MiB"
     )
     persona: str | None = Field(
         None,
-        description="system prompt of a chat that brings none of its own, whatever its language; "
-        "default: the task file's",
+        description="system prompt of a chat without one of its own, for every language; default: "
+        "the task file's",
     )
     sentiment_cache_size: Annotated[int, Field(ge=0)] = Field(
-        4096, description="results of sentiment and other tasks kept, 0 for none"
+        4096, description="cached results of sentiment and other tasks, 0: none"
     )
-    max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="largest request body read")
+    max_body_bytes: PositiveInt = Field(
+        4 * 1024 * 1024, description="largest request body, in bytes"
+    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)] = Field(
-        (), description="key clients must send; several: give it again, or put commas between"
+        (),
+        description="key that clients must send; several: repeat the option, or separate them by "
+        "commas",
     )
-    api_key_file: Path | None = Field(None, description="file of more such keys, one a line")
+    api_key_file: Path | None = Field(None, description="file of further keys, one per line")
     cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
-        (), description="origin whose pages may call from a browser, '*' for all; several as keys"
+        (),
+        description="origin whose pages may call this server from a browser, '*': all; several: "
+        "as for --api-key",
     )
     allowed_host: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
-        description="name by which a reverse proxy on this machine may ask a server on loopback "
-        "that has no key; several as keys",
+        description="host name that a server on loopback without a key also accepts, for a reverse "
+        "proxy on this machine; several: as for --api-key",
     )
-    ssl_certfile: Path | None = Field(
-        None, description="certificate chain (PEM), to be reached by https"
-    )
+    ssl_certfile: Path | None = Field(None, description="certificate chain (PEM), to serve https")
     ssl_keyfile: Path | None = Field(
-        None, description="its private key (PEM), unless --ssl-certfile holds it too"
+        None, description="private key (PEM), if --ssl-certfile does not contain it"
     )
     log_format: Literal["text", "json"] = Field(
-        "text", description="lines for people, or one JSON object a line with the request's id"
+        "text", description="text lines, or one JSON object per line; both with the request's id"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="how much is logged"
+        "info", description="least severe level that is logged"
     )
 
     @property
     def scheme(self) -> Literal["http", "https"]:
-        """What the server speaks, whatever stands before it."""
+        """The scheme that this server itself serves, whatever a proxy does."""
         return "https" if self.ssl_certfile else "http"
 
     @property
     def cache_folder(self) -> Path:
-        """`cache_dir`, or where the XDG base directory specification has a user's caches."""
+        """`cache_dir`, or by default a folder as the XDG base directory specification says."""
         if self.cache_dir is not None:
             return self.cache_dir
         try:
@@ -212,37 +217,37 @@ class Settings(ModelSettings):
 
     @property
     def adapters(self) -> dict[str, Path]:
-        """Folders by the names of the adapters in them."""
+        """The adapters' folders by their names."""
         pairs = (pair.partition("=") for pair in self.adapter)
         return {name: Path(folder).expanduser() for name, _, folder in pairs}
 
     @cached_property
     def keys(self) -> tuple[SecretStr, ...]:
-        """All keys, those of the file included; it is read once.
+        """All API keys, including those of the file, which is read once.
 
         Raises:
-            OSError: the file cannot be read, or has no key in it.
+            OSError: the file cannot be read, or contains no key.
         """
         return (*self.api_key, *(_read_keys(self.api_key_file) if self.api_key_file else ()))
 
     def check_certificate(self) -> None:
-        """Reads the certificate early: nobody should wait for a model to learn that it is wrong.
+        """Checks the certificate, before the model is loaded.
 
         Raises:
-            OSError: it cannot be used, or the key to it is missing.
+            OSError: the certificate cannot be used, or its private key is missing.
         """
         try:
             if self.ssl_certfile:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
             elif self.ssl_keyfile:
-                raise OSError("it is missing, --ssl-keyfile needs it")
-        except OSError as error:  # ssl's errors, too
-            raise OSError(f"cannot serve https by --ssl-certfile: {error}") from error
+                raise OSError("it is missing; --ssl-keyfile needs it")
+        except OSError as error:  # includes ssl.SSLError
+            raise OSError(f"cannot serve https with --ssl-certfile: {error}") from error
 
 
 def read_settings(kind: type[AnySettings], arguments: list[str]) -> AnySettings:
-    """From the arguments of the command and the environment; ends it with one sentence else."""
+    """Reads the settings from arguments and environment; exits with a message if one is invalid."""
     try:
         return CliApp.run(kind, cli_args=arguments)
     except ValidationError as error:
@@ -260,6 +265,6 @@ def _read_keys(path: Path) -> Iterator[SecretStr]:
         raise OSError(f"cannot read --api-key-file {path}: {reason}") from error
     keys = [key for line in lines if (key := line.strip())]
     if not keys:
-        # Nobody means an open server by it.
+        # An open server is not what was meant.
         raise OSError(f"there is no key in --api-key-file {path}")
     return map(SecretStr, keys)

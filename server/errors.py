@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 
 class APIError(Exception):
-    """Base of everything that is answered in OpenAI's error shape."""
+    """Base of the errors that are answered in OpenAI's error format."""
 
     status = 500
     type = "server_error"
-    headers: Mapping[str, str] = {}  # beside those of every response
+    headers: Mapping[str, str] = {}  # in addition to those of every response
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -17,7 +17,7 @@ class APIError(Exception):
         self.code = code
 
     def body(self) -> dict[str, object]:
-        """The JSON body, in the shape the openai client reads."""
+        """The JSON body, in the format that the openai client reads."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error}
 
@@ -30,7 +30,7 @@ class InvalidRequestError(APIError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt leaves no room for an answer; nothing is ever cut silently."""
+    """The prompt leaves no room for an answer. Prompts are never truncated."""
 
     def __init__(self, num_prompt_tokens: int, max_context: int, param: str) -> None:
         super().__init__(
@@ -71,7 +71,7 @@ class MethodNotAllowedError(APIError):
 
 
 class BodyTimeoutError(APIError):
-    """The client is too slow in sending its request."""
+    """The client sends its request too slowly."""
 
     status = 408
     type = "invalid_request_error"
@@ -79,14 +79,14 @@ class BodyTimeoutError(APIError):
 
 
 class RequestTooLargeError(APIError):
-    """The body is larger than the server reads."""
+    """The body is larger than the server allows."""
 
     status = 413
     type = "invalid_request_error"
 
 
 class InternalError(APIError):
-    """Our fault; the log has the details. Asking again would fail the same way."""
+    """The server failed; the log has the details. A retry would fail in the same way."""
 
     status = 500
     headers: Mapping[str, str] = {"x-should-retry": "false"}
@@ -106,7 +106,7 @@ class UnavailableError(APIError):
 
 
 class ReplicaLostError(APIError):
-    """The replica of a cluster that worked on the request died; another one may serve it."""
+    """The cluster's replica that worked on the request died. A retry may reach another one."""
 
     status = 503
     headers: Mapping[str, str] = {"retry-after": "1"}
@@ -119,7 +119,7 @@ class ReplicaLostError(APIError):
 
 
 class EngineUnreachableError(APIError):
-    """The engine is another server, which does not answer, or stopped in the middle."""
+    """The engine is another server, which does not answer, or stopped during the answer."""
 
     status = 503
     headers: Mapping[str, str] = {"retry-after": "5"}
@@ -132,7 +132,7 @@ class EngineUnreachableError(APIError):
 
 
 class EngineFailedError(APIError):
-    """The engine is another server, which fails. Asking again would fail the same way."""
+    """The engine is another server, which failed. A retry would fail in the same way."""
 
     status = 502
     headers: Mapping[str, str] = {"x-should-retry": "false"}
@@ -156,7 +156,7 @@ class OverloadedError(APIError):
 
 
 class RequestTimeoutError(APIError):
-    """The request was not done in time. Asking again would load the server twice."""
+    """The request exceeded its deadline. A retry would double the load."""
 
     status = 504
     headers: Mapping[str, str] = {"x-should-retry": "false"}

@@ -1,4 +1,4 @@
-"""The gate every request for work passes: how many are inside, and whether more may come."""
+"""Admits requests for work, up to a limit."""
 
 import asyncio
 
@@ -6,25 +6,25 @@ from server.errors import OverloadedError, UnavailableError
 
 
 class Gate:
-    """How many requests are inside, and whether more may come in."""
+    """Counts the admitted requests. Refuses more at the limit, or when closed."""
 
     def __init__(self, max_requests: int) -> None:
         self.num_requests = 0
-        self.is_closed = False  # nobody comes in any more
+        self.is_closed = False  # no more requests are admitted
         self._max_requests = max_requests
         self._is_empty = asyncio.Event()
         self._is_empty.set()
 
     @property
     def is_open(self) -> bool:
-        """Whether one more would be let in."""
+        """Whether one more request would be admitted."""
         return not self.is_closed and self.num_requests < self._max_requests
 
     def enter(self) -> None:
-        """Lets one more in, who must leave.
+        """Admits a request; `leave` must be called when it ends.
 
         Raises:
-            OverloadedError: there are enough.
+            OverloadedError: the limit is reached.
             UnavailableError: the gate is closed.
         """
         if self.is_closed:
@@ -38,11 +38,11 @@ class Gate:
         self._is_empty.clear()
 
     def leave(self) -> None:
-        """One has been served."""
+        """Ends an admitted request."""
         self.num_requests -= 1
         if not self.num_requests:
             self._is_empty.set()
 
     async def wait_until_empty(self) -> None:
-        """Returns when nobody is inside."""
+        """Returns when there are no admitted requests."""
         await self._is_empty.wait()

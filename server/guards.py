@@ -1,4 +1,4 @@
-"""Who may use the server: those who have a key or, where there is none, who names this machine."""
+"""Access control: by API key; on loopback without keys, by the Host header."""
 
 import ipaddress
 import re
@@ -17,7 +17,7 @@ OPEN_PATHS = ("/health",)
 
 
 class ApiKeyMiddleware:
-    """Asks every request but those for OPEN_PATHS for one of the keys, if there are any."""
+    """Requires one of the keys for all paths but OPEN_PATHS, if there are keys."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[SecretStr]) -> None:
         self._app = app
@@ -25,7 +25,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
-        if self._keys and is_guarded and not self._is_known(dict(scope["headers"])):
+        if self._keys and is_guarded and not self._has_key(dict(scope["headers"])):
             error = AuthenticationError(
                 "Missing or wrong API key; send it as 'Authorization: Bearer <key>'.",
                 code="invalid_api_key",
@@ -34,15 +34,15 @@ class ApiKeyMiddleware:
             return
         await self._app(scope, receive, send)
 
-    def _is_known(self, headers: dict[bytes, bytes]) -> bool:
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # All keys are compared, in constant time each, so that timing tells nothing.
+        # All keys are compared, each in constant time, so that timing reveals nothing.
         matches = [secrets.compare_digest(given.strip(), key) for key in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether the host is this machine, whoever asks."""
+    """Whether the host is a loopback address, or localhost."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -50,29 +50,30 @@ def is_loopback(host: str) -> bool:
 
 
 def exposure(settings: Settings) -> str | None:
-    """What to say if others than this machine's users may come in without a key."""
+    """The warning if other machines can reach the server without a key; None: they cannot."""
     if settings.keys or is_loopback(settings.host):
         return None
-    return f"whoever reaches {settings.host} may use this server: no --api-key is set"
+    return f"anyone who reaches {settings.host} may use this server: no --api-key is set"
 
 
 class HostMiddleware:
-    """Refuses requests for another host, as a web page makes them whose name leads here.
+    """Refuses requests whose Host header names another host, against DNS rebinding.
 
-    That is DNS rebinding: to the browser such a page and this server are one origin.
+    There, a web page's own host name resolves to this server, so both have the same origin to the
+    browser.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
-        """names: hosts that are answered, beside loopback addresses."""
+        """names: hosts that are accepted in addition to loopback addresses."""
         self._app, self._names = app, {name.lower() for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._app
+        app = self._app
         for host in Headers(scope=scope).getlist("host") if scope["type"] == "http" else ():
-            # Without the port; an IPv6 address stands in brackets.
+            # Without the port, and without the brackets of an IPv6 address.
             name = re.sub(r":\d*$", "", host.strip().lower()).strip("[]")
             if not (is_loopback(name) or name in self._names):
-                answer = error_response(
+                app = error_response(
                     PermissionDeniedError(
                         f"The header 'Host: {host[:100]}' names another server than this one, "
                         "which has no API key and answers its own machine only; start it with "
@@ -80,4 +81,4 @@ class HostMiddleware:
                         code="host_not_allowed",
                     )
                 )
-        await answer(scope, receive, send)
+        await app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""How the log is written: lines for people, or JSON for machines."""
+"""Configures logging: text lines for people, or JSON for machines."""
 
 import contextlib
 import contextvars
@@ -14,7 +14,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object per line."""
 
     def format(self, record: logging.LogRecord) -> str:
         content = {
@@ -30,7 +30,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """One line, with the request's id where there is one."""
+    """One line, with the request's id if there is one."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname)-8s %(name)s: %(message)s")
@@ -41,7 +41,7 @@ class TextFormatter(logging.Formatter):
 
 
 class LogHandler(logging.StreamHandler[TextIO]):
-    """Outlives a log that cannot be written: says so once."""
+    """Reports once that the log cannot be written, and goes on."""
 
     has_failed = False
 
@@ -52,13 +52,13 @@ class LogHandler(logging.StreamHandler[TextIO]):
             super().handleError(record)
             return
         if not self.has_failed:
-            # Not the log itself, so one may still be read where the other is not.
+            # To standard output, which may work where standard error does not.
             try_print(f"error: the log cannot be written: {error}")
         self.has_failed = True
 
 
 def try_print(line: str, file: TextIO | None = None) -> None:
-    """To `file` or standard output; where that cannot be written, life goes on."""
+    """Prints to `file` or standard output; ignores a failure to write."""
     with contextlib.suppress(OSError):
         print(line, file=file, flush=True)
 
@@ -67,7 +67,7 @@ def configure_logs(level: str, log_format: str) -> None:
     """level: as in logging, in lower case. log_format: 'text' or 'json'."""
     handler = LogHandler()
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    # Of other libraries no more than warnings: sse-starlette's debug lines hold whole replies.
+    # Other libraries log only warnings: sse-starlette's debug lines contain whole replies.
     number = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(logging.WARNING, number), handlers=[handler])
     for name in OWN_LOGGERS:

@@ -1,4 +1,4 @@
-"""What an operator sees at /metrics, in Prometheus's text format."""
+"""The metrics at /metrics, for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10
 
 
 class Metrics:
-    """The numbers of one server. Counted on any thread; the engine tells it of its tokens."""
+    """The metrics of one server, an observer of its engine. Thread-safe."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -35,12 +35,12 @@ class Metrics:
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
         self._tokens = Counter(
-            "qwen_tokens", "Tokens of prompts, those of them that were known, and those generated.",
+            "qwen_tokens", "Tokens: of prompts, of these the cached ones, and generated ones.",
             ["kind"], registry=self.registry,
         )  # fmt: skip
 
     def request_answered(self, route: str, status: int, seconds: float) -> None:
-        """route: of the route table, so that strangers cannot make up new ones."""
+        """route: from the route table, so that clients cannot create new label values."""
         self._requests.labels(route, status).inc()
         self._request_seconds.labels(route).observe(seconds)
 
@@ -50,20 +50,20 @@ class Metrics:
         histogram.observe(seconds)
 
     def sequence_ended(self, sequence: Sequence) -> None:
-        """Counts what the sequence read and wrote."""
+        """Counts the sequence's tokens."""
         self._tokens.labels("prompt").inc(len(sequence.prompt_ids))
         self._tokens.labels("cached").inc(sequence.num_cached or 0)
         self._tokens.labels("generated").inc(len(sequence.completion_ids))
 
 
 class StateCollector(Collector):
-    """What is the case at the moment it is asked for."""
+    """Collects the server's state at the time of the scrape."""
 
     def __init__(self, engine: Engine, classifier: Classifier, gate: Gate) -> None:
         self._engine, self._classifier, self._gate = engine, classifier, gate
 
     def collect(self) -> Iterator[Metric]:
-        """One family for each number."""
+        """One family for each metric."""
         sequences = GaugeMetricFamily(
             "qwen_sequences", "Sequences in the engine.", labels=["state"]
         )
@@ -75,16 +75,16 @@ class StateCollector(Collector):
         )
         if (num_kv_tokens := self._engine.num_kv_tokens) is not None:
             yield GaugeMetricFamily(
-                "qwen_kv_tokens", "Tokens the KV memory has room for now.", num_kv_tokens
+                "qwen_kv_tokens", "Tokens that the KV memory has room for now.", num_kv_tokens
             )
         results = CounterMetricFamily(
-            "qwen_classifications", "Texts judged, and how.", labels=["source"]
+            "qwen_classifications", "Texts judged, by source of the result.", labels=["source"]
         )
         results.add_metric(["cache"], self._classifier.num_hits)
         results.add_metric(["model"], self._classifier.num_misses)
         yield results
         labels = CounterMetricFamily(
-            "qwen_labels", "Labels given by tasks of the server.", labels=["task", "label"]
+            "qwen_labels", "Labels given by the server's tasks.", labels=["task", "label"]
         )
         for (task, label), count in self._classifier.label_counts.items():
             labels.add_metric([task, label], count)

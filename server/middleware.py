@@ -1,4 +1,4 @@
-"""What every request passes on its way in: an id, a clock, a body, a place inside."""
+"""Middleware: request ids and access log, timings, body limits, admission, failures."""
 
 import asyncio
 import json
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
 BODY_TIMEOUT_S = 60
-# What may be held of all bodies together, in bodies of the largest size.
+# Limit of all bodies in memory together, in bodies of the largest size.
 MAX_BODIES = 16
-# A body up to this size is read whatever is held of others: uvicorn has it in memory already.
+# A body up to this size is read even beyond that limit: uvicorn has it in memory already.
 SMALL_BODY_BYTES = 64 * 1024
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 def error_response(error: APIError) -> Response:
-    """The error in OpenAI's shape."""
+    """The error in OpenAI's format."""
     return Response(
         json.dumps(error.body(), ensure_ascii=False),
         status_code=error.status,
@@ -50,38 +50,38 @@ def error_response(error: APIError) -> Response:
 
 
 class RequestIdMiddleware:
-    """Gives every request an id, its own or a new one; logs and counts it when it is answered."""
+    """Gives each request its client's id or a new one; logs and counts it when it is answered."""
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, routes: Collection[str], *, is_told: bool = True
+        self, app: ASGIApp, metrics: Metrics, routes: Collection[str], *, sends_id: bool = True
     ) -> None:
-        """routes: paths that are counted by name. is_told: whether the response has the id."""
+        """routes: paths that are counted by name. sends_id: whether the response has the id."""
         self._app, self._metrics, self._routes = app, metrics, routes
-        self._is_told = is_told
+        self._sends_id = sends_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        own = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        request_id.set(own)
+        id_ = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        request_id.set(id_)
         begin, status = time.perf_counter(), 0
 
         async def send_with_id(message: ASGIMessage) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if self._is_told:
-                    MutableHeaders(scope=message)["x-request-id"] = own
+                if self._sends_id:
+                    MutableHeaders(scope=message)["x-request-id"] = id_
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
             method, path, seconds = scope["method"], scope["path"], time.perf_counter() - begin
-            # The path only: a query may hold what is nobody's business. Quoted, for a line break
-            # in it would begin a line of its own.
+            # Without the query, which may hold private data. Quoted, for a line break in the path
+            # would begin a new line of the log.
             access_logger.info("%s %s %s %.3f s", method, quote(path), status or "left", seconds)
             route = path if path in self._routes else "other"
             self._metrics.request_answered(route, status, seconds)
@@ -90,7 +90,7 @@ class RequestIdMiddleware:
 class WorkMiddleware:
     """Gives every request its unit of work in the engine.
 
-    Tells in the head of the response how long the request's parts took, as far as they are over.
+    Adds a `server-timing` header with the durations of the parts that are over by then.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -111,7 +111,7 @@ class WorkMiddleware:
 
 
 def _server_timing(work: Work) -> str:
-    """In milliseconds, as browsers read it: https://www.w3.org/TR/server-timing/."""
+    """The header's value, in milliseconds (https://www.w3.org/TR/server-timing/)."""
     parts = {"queue": work.queue_s, "sentiment": work.sentiment_s, "total": work.total_s}
     return ", ".join(
         f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items() if seconds is not None
@@ -119,10 +119,10 @@ def _server_timing(work: Work) -> str:
 
 
 class BodyMiddleware:
-    """Reads the body before anything else is spent on the request, within the limits."""
+    """Reads the body, within limits, before any other work is done for the request."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        """max_bytes: of one body. All that are read or being answered share MAX_BODIES times it."""
+        """max_bytes: of one body. All requests in progress share MAX_BODIES times as much."""
         self._app, self._max_bytes = app, max_bytes
         self._num_held_bytes = 0
 
@@ -133,8 +133,8 @@ class BodyMiddleware:
         try:
             body = await self._read(Headers(scope=scope), receive)
         except APIError as error:
-            # What still comes of the body is thrown away by uvicorn. If the connection were closed,
-            # clients would see that in place of the answer.
+            # uvicorn discards the rest of the body. If the connection were closed instead, clients
+            # would get that error in place of the answer.
             await error_response(error)(scope, receive, send)
             return
         except ClientDisconnect:
@@ -145,11 +145,11 @@ class BodyMiddleware:
             self._num_held_bytes -= len(body)
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """The body, which counts as held. If it cannot be read, nothing of it is."""
+        """The body, which counts as held. After an error, nothing of it counts."""
         too_large = RequestTooLargeError(
             f"The request body is larger than {self._max_bytes} bytes; send less."
         )
-        # The HTTP parser has seen to it that this is a number.
+        # The HTTP parser has checked that this is a number.
         if int(headers.get("content-length", 0)) > self._max_bytes:
             raise too_large
         body, more = bytearray(), True
@@ -167,8 +167,8 @@ class BodyMiddleware:
                     is_full = self._num_held_bytes > MAX_BODIES * self._max_bytes
                     if is_full and len(body) > SMALL_BODY_BYTES:
                         raise OverloadedError(
-                            "The server is busy with other requests, whose bodies are as large as "
-                            "it can hold; try again shortly."
+                            "The server is busy with other requests, whose bodies fill its memory "
+                            "for bodies; try again shortly."
                         )
                     more = message.get("more_body", False)
             return bytes(body)
@@ -176,30 +176,30 @@ class BodyMiddleware:
             self._num_held_bytes -= len(body)
             if isinstance(error, TimeoutError):
                 raise BodyTimeoutError(
-                    f"The request body did not come within {BODY_TIMEOUT_S} s."
+                    f"The request body did not arrive within {BODY_TIMEOUT_S} s; send it faster."
                 ) from None
             raise
 
 
 def _before(receive: Receive, body: bytes) -> Receive:
-    """Gives the body, then what is received."""
-    is_given = False
+    """Returns the body first, then what `receive` returns."""
+    is_body_sent = False
 
     async def receive_body_first() -> ASGIMessage:
-        nonlocal is_given
-        if is_given:
+        nonlocal is_body_sent
+        if is_body_sent:
             return await receive()
-        is_given = True
+        is_body_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_body_first
 
 
 class AdmissionMiddleware:
-    """Lets requests for work through the gate, and gives each its deadline."""
+    """Admits requests for work through the gate, and sets their deadlines."""
 
     def __init__(self, app: ASGIApp, gate: Gate, timeout_s: float) -> None:
-        """timeout_s: from here to the end of the answer."""
+        """timeout_s: from the admission to the end of the answer."""
         self._app, self._gate, self._timeout_s = app, gate, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,7 +219,7 @@ class AdmissionMiddleware:
 
 
 class FailureMiddleware:
-    """The last resort: what nobody expected becomes a 500 like any other answer."""
+    """Answers an unexpected exception with a 500 in OpenAI's format."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What a running server consists of: the objects that routes may use."""
+"""The parts of a running server that routes use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ PLAIN_SUFFIX = ":plain"
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What an id stands for: the model or an adapter of it, with sentiment or without."""
+    """A model id and what it selects: the base model or an adapter, with or without sentiment."""
 
     id: str
     adapter: Adapter = BASE
@@ -31,7 +31,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Services:
-    """One model and the two roles it plays."""
+    """One model and its two roles."""
 
     model_id: str
     warning: str | None
@@ -42,18 +42,18 @@ class Services:
     defaults: GenerationDefaults
     tasks: Mapping[str, Task]
     extract_tasks: Mapping[str, ExtractTask]
-    judges: Mapping[str, Judge]  # by the version of their task
+    judges: Mapping[str, Judge]  # by task version
     metrics: Metrics
     engine: Engine
     classifier: Classifier
     replier: Replier
     extractor: Extractor
     completer: Completer
-    adapters: Mapping[str, Adapter]  # by name; the base model is one of them
+    adapters: Mapping[str, Adapter]  # by name, including the base model
 
     @cached_property
     def models(self) -> Mapping[str, ServedModel]:
-        """All that may be asked for, by id: the base model first."""
+        """The models that requests may name, by id, the base model first."""
         served = [
             ServedModel(f"{self.model_id}{name}{suffix}", adapter, is_plain=bool(suffix))
             for adapter in self.adapters.values()

@@ -39,7 +39,7 @@ def create_entrance(settings: ClusterSettings, metrics: Metrics, members: Member
         ],
         middleware=[
             # Serve's proxy adds the id to the response.
-            *entrance_middleware(settings, metrics, is_id_told=False),
+            *entrance_middleware(settings, metrics, sends_id=False),
             Middleware(FailureMiddleware),
         ],
         exception_handlers=exception_handlers(),

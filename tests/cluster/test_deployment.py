@@ -62,7 +62,7 @@ def test_without_ray_the_command_names_the_remedy(monkeypatch: pytest.MonkeyPatc
         (["--engine", "http://a:1"], "--engine 'http://a:1': a cluster does not know it; leave it"),
         (["--port", "0"], "error: --port '0'"),
         (["--api-key-file", "none"], "cannot read --api-key-file none"),
-        (["--ssl-keyfile", "key.pem"], "cannot serve https by --ssl-certfile"),
+        (["--ssl-keyfile", "key.pem"], "cannot serve https with --ssl-certfile"),
     ],
 )
 def test_a_wrong_option_is_one_sentence(
