@@ -1,4 +1,4 @@
-"""How a body's JSON is read: quickly, or not at all."""
+"""A body's JSON is parsed quickly, or refused."""
 
 import json
 import threading
@@ -29,7 +29,7 @@ def test_json_means_what_it_means_to_python(text: str) -> None:
     assert read_json(text.encode()) == json.loads(text)
 
 
-def test_a_byte_order_mark_is_no_mistake() -> None:
+def test_a_byte_order_mark_is_accepted() -> None:
     assert read_json(b"\xef\xbb\xbf{}") == {}
 
 
@@ -69,7 +69,7 @@ def test_a_body_of_too_many_values_is_refused_before_it_is_read(
     ],
     ids=range(4),
 )
-def test_what_stands_in_a_text_counts_as_one_value(text: str) -> None:
+def test_a_text_counts_as_one_value(text: str) -> None:
     assert read_json(json.dumps({text: [text]}).encode()) == {text: [text]}
 
 

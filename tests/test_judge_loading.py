@@ -1,4 +1,4 @@
-"""Judges of all tasks at the start: fitted once, read from their files ever after."""
+"""Judges of all tasks at the start: fitted once, read from their files afterwards."""
 
 import asyncio
 import io
@@ -81,7 +81,7 @@ def loader(
 
 
 def answering() -> FakeModel:
-    """A model whose hidden states tell the labels."""
+    """A model whose hidden states predict the labels."""
     return FakeModel(
         label_scores=lambda text: (
             silent(text)[:3] if text in REFERENCE_TEXTS else hinting(text)[:3]
@@ -318,7 +318,7 @@ def test_what_was_learned_before_an_error_is_kept(tmp_path: Path) -> None:
 
 
 class Terminal(io.StringIO):
-    """What a person looks at."""
+    """A stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -341,7 +341,7 @@ def test_a_terminal_shows_how_far_the_fitting_is_and_a_log_does_not(
 # --- with a model ---------------------------------------------------------------------
 
 
-def test_a_second_start_of_the_same_model_computes_nothing_to_judge_by(
+def test_a_second_start_of_the_same_model_computes_no_judge(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = tmp_path / "tasks.toml"
@@ -380,7 +380,7 @@ def test_a_second_start_of_the_same_model_computes_nothing_to_judge_by(
     assert len(list((tmp_path / "judges").iterdir())) == 1
 
 
-def test_without_hidden_states_labels_are_scored_and_the_prior_taken_off(
+def test_without_hidden_states_labels_are_scored_and_the_prior_subtracted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, brought = answering(), task().model_copy(update={"judge": Path("head.safetensors")})
@@ -404,7 +404,7 @@ def test_a_prior_that_cannot_be_measured_is_one_clear_sentence() -> None:
 
 
 @pytest.mark.parametrize("kind", [JudgeLoader, PriorLoader])
-def test_an_engine_that_is_away_when_a_task_is_first_used_is_told_as_such(
+def test_an_engine_unreachable_on_a_tasks_first_use_is_reported_as_such(
     tmp_path: Path, kind: type
 ) -> None:
     def fail(*_: object) -> Row:

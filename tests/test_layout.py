@@ -1,4 +1,4 @@
-"""Imports point one way: read from the source, so that nobody has to remember."""
+"""Imports point one way. The rules are checked against the source."""
 
 import ast
 import sys

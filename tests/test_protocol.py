@@ -1,4 +1,4 @@
-"""What requests may say, and how those that may not are told: 400, a sentence, the field."""
+"""Which requests are valid, and how others are refused: with 400, a sentence and the field."""
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.protocol.tools import MAX_TOOLS
 
 HI = [{"role": "user", "content": "Hi"}]
-# What each request must hold at least.
+# The required fields of each request.
 LEAST: dict[type[RequestBody], dict[str, Any]] = {
     ChatCompletionRequest: {"model": "m", "messages": HI},
     CompletionRequest: {"model": "m", "prompt": "Hi"},
@@ -451,7 +451,7 @@ def test_the_choice_says_which_tools_may_and_must_be_called(
     assert all(tool.parameters["type"] == "object" for tool in output.tools)
 
 
-def test_a_choice_there_is_not_is_told_all_there_are() -> None:
+def test_an_unknown_choice_is_refused_with_all_choices() -> None:
     for choice in ("always", {"type": "custom", "custom": {"name": "f"}}):
         message = refused_chat(tool_choice=choice).message
         assert "'none', 'auto', 'required', or an object of type function, allowed_tools" in message
@@ -573,7 +573,7 @@ REFUSAL = {"type": "refusal", "refusal": "I can't."}
         ({"content": "No.", "refusal": "I can't."}, "No."),
     ],
 )
-def test_what_an_assistant_refused_is_what_it_said(fields: dict[str, Any], text: str) -> None:
+def test_an_assistants_refusal_is_its_text(fields: dict[str, Any], text: str) -> None:
     assert one_message({"role": "assistant", **fields}) == {"role": "assistant", "content": text}
 
 
@@ -798,7 +798,7 @@ def test_wrong_stream_options_are_refused_with_the_field(options: Any, param: st
     assert refused_chat(stream=True, stream_options=options).param == param
 
 
-def test_reasons_are_said_in_terms_of_json() -> None:
+def test_reasons_use_the_terms_of_json() -> None:
     said = [
         refused_chat(stream=True, stream_options="x").message,
         refused_chat(messages=[]).message,
@@ -849,7 +849,7 @@ def test_a_named_task_stands_alone() -> None:
     assert (body.task, body.instructions, body.labels) == ("intent", None, None)
 
 
-def test_a_task_of_ones_own_has_instructions_and_labels() -> None:
+def test_a_clients_own_task_has_instructions_and_labels() -> None:
     body = parse_classify(instructions="Spam?", labels=["yes", "no"])
     assert (body.task, body.instructions, body.labels) == (None, "Spam?", ["yes", "no"])
 
@@ -922,7 +922,7 @@ def test_the_least_completion_takes_openais_defaults() -> None:
         ([[5], [6, 7]], {"prompt[0]": [5], "prompt[1]": [6, 7]}),
     ],
 )
-def test_every_prompt_is_told_by_its_place(given: Any, prompts: dict[str, Any]) -> None:
+def test_every_prompt_is_keyed_by_its_field(given: Any, prompts: dict[str, Any]) -> None:
     assert parse_completion(prompt=given).prompts == prompts
 
 
@@ -947,7 +947,7 @@ def test_every_prompt_is_told_by_its_place(given: Any, prompts: dict[str, Any]) 
         (["a"] * (MAX_TOTAL_CHOICES + 1), "prompt"),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_its_place(prompt: Any, param: str) -> None:
+def test_an_invalid_prompt_is_refused_with_its_place(prompt: Any, param: str) -> None:
     error = refused_completion(prompt=prompt)
     assert error.param == param
     assert f"'{param}'" in error.message

@@ -1,4 +1,4 @@
-"""What the README says is what the code does."""
+"""The README agrees with the code."""
 
 import re
 from pathlib import Path
@@ -37,14 +37,14 @@ def test_the_settings_table_is_complete_and_true() -> None:
 
 
 def test_the_parameter_table_says_what_happens_to_each() -> None:
-    told: dict[str, list[str]] = {"honoured": [], "refused": [], "without effect": []}
+    names_by_effect: dict[str, list[str]] = {"honoured": [], "refused": [], "without effect": []}
     for names, what in re.findall(
         r"^\| (`.*`) \| (honoured|refused|without effect) \|", README, re.M
     ):
-        told[what] += re.findall(r"`(\w+)`", names)
-    assert sorted(told["honoured"]) == sorted(ChatCompletionRequest.model_fields)
-    assert sorted(told["refused"]) == sorted(UNSUPPORTED)
-    assert sorted(told["without effect"]) == sorted(WITHOUT_EFFECT)
+        names_by_effect[what] += re.findall(r"`(\w+)`", names)
+    assert sorted(names_by_effect["honoured"]) == sorted(ChatCompletionRequest.model_fields)
+    assert sorted(names_by_effect["refused"]) == sorted(UNSUPPORTED)
+    assert sorted(names_by_effect["without effect"]) == sorted(WITHOUT_EFFECT)
 
 
 def test_the_table_of_the_other_routes_says_what_happens_to_each() -> None:

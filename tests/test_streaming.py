@@ -1,4 +1,4 @@
-"""Server-sent events: whatever becomes of the client, the work behind a stream ends."""
+"""Server-sent events: whatever the client does, the computation of a stream ends."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,1 +1,1 @@
-"""What strict clients check: shapes, raw bytes, errors; every parameter's effect and rejection."""
+"""Strict clients' checks: shapes, raw bytes, errors; the effect and refusal of every parameter."""

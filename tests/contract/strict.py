@@ -7,7 +7,7 @@ import pydantic
 
 
 def assert_is(kind: Any, value: Any, ours: frozenset[str] = frozenset()) -> None:
-    """The value has every required field of the type, and none it does not know.
+    """Asserts that the value has every required field of the type, and no unknown one.
 
     ours: dotted paths of fields this server adds.
     """

@@ -1,4 +1,4 @@
-"""Whatever is sent: an answer or a clear refusal, never a 500 and never an unreadable body."""
+"""For any request: an answer or a clear refusal, never a 500 and never an invalid body."""
 
 import json
 import logging

@@ -28,13 +28,13 @@ MESSAGES: Any = [{"role": "user", "content": "今天真开心！"}]
 
 
 class City(pydantic.BaseModel):
-    """What the tool is called with."""
+    """The arguments of the tool."""
 
     city: str = pydantic.Field(max_length=6)
 
 
 class Mood(pydantic.BaseModel):
-    """What the client parses an answer into."""
+    """The type that the client parses an answer into."""
 
     is_glad: bool
 
@@ -90,7 +90,7 @@ def answered(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> list[list[Any
 
 @pytest.fixture
 def _force_one_call(tiny: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the first answer a call and no other; the runners refuse to ask for that."""
+    """Forces a call in the first answer only, which the runners do not allow to request."""
     token_bytes = tiny.services.tokenizer.token_bytes
     begin_a_call = [i for i, data in enumerate(token_bytes) if data.startswith(b"<")]
     extra_body = {"logit_bias": dict.fromkeys(begin_a_call, -100)}
@@ -159,7 +159,7 @@ async def test_the_async_runner_calls_the_tool_and_brings_its_result(
 
 
 @pytest.mark.usefixtures("_force_one_call")
-def test_a_run_that_was_saved_goes_on_where_it_was(
+def test_a_saved_run_resumes_where_it_was(
     tiny: LiveServer, client: openai.OpenAI, answered: list[list[Any]]
 ) -> None:
     saved: list[Any] = []
@@ -183,7 +183,7 @@ def test_a_run_that_was_saved_goes_on_where_it_was(
 
 
 class Crossing:
-    """Two ways, one of which is to stay; whoever has gone may only stay."""
+    """Two ways, one of which is to stay; after going, only staying is possible."""
 
     WAYS = ("left", "right")
 
@@ -290,7 +290,7 @@ def test_a_streaming_response_has_the_sentiment_before_its_body(
     assert lines[-1] == "data: [DONE]"
 
 
-def test_options_of_one_call_hold(tiny: LiveServer, client: openai.OpenAI) -> None:
+def test_options_of_one_call_apply(tiny: LiveServer, client: openai.OpenAI) -> None:
     patient = client.with_options(max_retries=0, timeout=60)
     assert patient.chat.completions.create(model=tiny.model, messages=MESSAGES, max_tokens=4).id
     hasty = client.with_options(max_retries=0, timeout=0.001)
@@ -329,7 +329,7 @@ async def test_the_async_client_parses_and_streams_the_same(
     assert final.sentiment["label"]
 
 
-async def test_several_streams_and_replies_at_once_are_as_if_alone(
+async def test_concurrent_streams_and_replies_equal_those_alone(
     tiny: LiveServer, async_client: openai.AsyncOpenAI
 ) -> None:
     async def stream(seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Every parameter of the routes that write: how it shows that it counts, and what it refuses.
+"""Every parameter of the routes that generate text: its effect, and the values it refuses.
 
 The tables are complete: a field of a request that has no case here fails a test.
 """
@@ -67,7 +67,7 @@ def calls(body: Body) -> list[Any]:
     return body["choices"][0]["message"].get("tool_calls", [])  # type: ignore[no-any-return]
 
 
-def told(body: Body) -> list[tuple[str, dict[str, float]]]:
+def logprob_tokens(body: Body) -> list[tuple[str, dict[str, float]]]:
     """Tokens of the first choice, each with the likeliest in its place."""
     if "output" in body:
         logprobs = {"content": [entry for part in parts(body) for entry in part["logprobs"]]}
@@ -102,18 +102,18 @@ def is_unchanged(without: Body, given: Body) -> bool:
 
 def is_greedy(without: Body, given: Body) -> bool:
     def takes_the_likeliest(body: Body) -> bool:
-        return all(token == max(top, key=lambda t: top[t]) for token, top in told(body))
+        return all(token == max(top, key=lambda t: top[t]) for token, top in logprob_tokens(body))
 
     return takes_the_likeliest(given) and not takes_the_likeliest(without)
 
 
 def repeats_less(without: Body, given: Body) -> bool:
-    before, after = ({token for token, _ in told(body)} for body in (without, given))
+    before, after = ({token for token, _ in logprob_tokens(body)} for body in (without, given))
     return len(before) < len(after)
 
 
 def has_one_token_only(without: Body, given: Body) -> bool:
-    before, after = ({token for token, _ in told(body)} for body in (without, given))
+    before, after = ({token for token, _ in logprob_tokens(body)} for body in (without, given))
     return len(before) > 1 and len(after) == 1
 
 
@@ -132,12 +132,16 @@ def is_json(without: Body, given: Body) -> bool:
 
 
 def has_three_likeliest(without: Body, given: Body) -> bool:
-    counts = [{len(top) for _, top in told(body)} for body in (without, given)]
+    counts = [{len(top) for _, top in logprob_tokens(body)} for body in (without, given)]
     return counts[0].isdisjoint(counts[1]) and max(counts[1]) - 3 in (0, 1)
 
 
-def is_told(without: Body, given: Body) -> bool:
-    return told(without) == [] != told(given)
+def has_logprobs(without: Body, given: Body) -> bool:
+    return logprob_tokens(without) == [] != logprob_tokens(given)
+
+
+def has_more_alternatives(without: Body, given: Body) -> bool:
+    return len(logprob_tokens(given)[0][1]) > len(logprob_tokens(without)[0][1])
 
 
 def has_calls(without: Body, given: Body) -> bool:
@@ -161,7 +165,7 @@ def is_without_sentiment(without: Body, given: Body) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """A value and how it shows, a value that is refused, and what both stand beside."""
+    """A value and its visible effect, a refused value, and the other fields of both requests."""
 
     value: Any
     shows: Shows
@@ -212,9 +216,9 @@ def tool_cases(clock: dict[str, Any], limit: str) -> dict[str, Case]:
 
 @dataclass(frozen=True)
 class Route:
-    """A route, what is asked if nothing else is said, and its parameters.
+    """A route, its default request, and its parameters.
 
-    neutral: known ones it cannot honour, with the values at which it need not.
+    neutral: unsupported parameters, with the values that mean "off".
     """
 
     path: str
@@ -234,7 +238,7 @@ ROUTES = [
             "messages": Case([{"role": "user", "content": "Hi"}], is_another_prompt, []),
             "max_tokens": Case(3, is_three_tokens, 0, {"max_completion_tokens": None}),
             "max_completion_tokens": Case(3, is_three_tokens, 0),
-            "logprobs": Case(True, is_told, 1, {"logprobs": None, "top_logprobs": None}),
+            "logprobs": Case(True, has_logprobs, 1, {"logprobs": None, "top_logprobs": None}),
             "top_logprobs": Case(3, has_three_likeliest, 21),
             "response_format": Case({"type": "json_object"}, is_json, {"type": "xml"}),
             "sentiment": SENTIMENT,
@@ -253,9 +257,9 @@ ROUTES = [
             "echo": Case(
                 True, lambda a, b: texts(b) == [PROMPT + texts(a)[0]], 1, {"logprobs": None}
             ),
-            "logprobs": Case(3, is_told, 21, {"logprobs": None}),
+            "logprobs": Case(3, has_logprobs, 21, {"logprobs": None}),
             "logprob_token_ids": Case(
-                [5, 6, 7], lambda a, b: len(told(b)[0][1]) > len(told(a)[0][1]), ["a"],
+                [5, 6, 7], has_more_alternatives, ["a"],
                 {"logprobs": 0},
             ),
             "return_token_ids": Case(
@@ -291,7 +295,7 @@ ROUTES = [
             "max_output_tokens": Case(3, is_three_tokens, 0),
             "text": Case({"format": {"type": "json_object"}}, is_json, {"format": {"type": "xml"}}),
             "include": Case(
-                [responses.LOGPROBS], is_told, "all", {"include": None, "top_logprobs": None}
+                [responses.LOGPROBS], has_logprobs, "all", {"include": None, "top_logprobs": None}
             ),
             "top_logprobs": Case(3, has_three_likeliest, 21),
             "metadata": Case({"a": "b"}, lambda a, b: b["metadata"] == {"a": "b"}, {"a": 1}),
@@ -318,7 +322,7 @@ def test_every_field_has_a_case(route: Route) -> None:
 
 
 @pytest.mark.parametrize(("route", "name"), CASES)
-def test_every_parameter_shows_that_it_counts(tiny: LiveServer, route: Route, name: str) -> None:
+def test_every_parameter_has_an_effect(tiny: LiveServer, route: Route, name: str) -> None:
     case = route.cases[name]
     request = {**route.least, **case.beside}
     without = read(ask(tiny, route.path, **request))
@@ -327,7 +331,7 @@ def test_every_parameter_shows_that_it_counts(tiny: LiveServer, route: Route, na
 
 
 @pytest.mark.parametrize(("route", "name"), CASES)
-def test_every_parameter_is_refused_where_it_is_wrong(
+def test_every_parameter_is_refused_with_an_invalid_value(
     tiny: LiveServer, route: Route, name: str
 ) -> None:
     case = route.cases[name]
@@ -342,7 +346,7 @@ def test_every_parameter_is_refused_where_it_is_wrong(
     ("route", "name"),
     [pytest.param(r, name, id=f"{r.path} {name}") for r in ROUTES for name in r.neutral],
 )
-def test_what_cannot_be_honoured_is_refused_unless_it_changes_nothing(
+def test_unsupported_parameters_are_refused_unless_their_value_is_neutral(
     tiny: LiveServer, route: Route, name: str
 ) -> None:
     plain = read(ask(tiny, route.path, **route.least))
@@ -358,7 +362,9 @@ def test_what_cannot_be_honoured_is_refused_unless_it_changes_nothing(
     ("route", "name"),
     [pytest.param(r, name, id=f"{r.path} {name}") for r in ROUTES for name in r.without_effect],
 )
-def test_what_is_without_effect_changes_nothing(tiny: LiveServer, route: Route, name: str) -> None:
+def test_parameters_without_effect_change_nothing(
+    tiny: LiveServer, route: Route, name: str
+) -> None:
     plain = read(ask(tiny, route.path, **route.least))
     for value in ("x", True, {"a": ["b"]}):
         assert is_unchanged(plain, read(ask(tiny, route.path, **{**route.least, name: value})))

@@ -82,7 +82,7 @@ def without_ids(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("changes", CASES, ids=lambda c: next(iter(c), "plain"))
-def test_a_response_is_one(tiny: LiveServer, changes: dict[str, Any]) -> None:
+def test_a_response_is_valid(tiny: LiveServer, changes: dict[str, Any]) -> None:
     assert_is(Response, respond(tiny, **changes), OURS)
 
 
@@ -116,7 +116,7 @@ def test_the_events_come_in_order_and_end_with_the_whole(
             assert deltas == item["arguments"] == own[-2]["arguments"]
 
 
-def test_the_sentiment_travels_in_the_response_and_before_any_text(tiny: LiveServer) -> None:
+def test_the_sentiment_is_in_the_response_and_precedes_any_text(tiny: LiveServer) -> None:
     response = post(tiny)
     assert response.json()["sentiment"]["label"] == response.headers["x-sentiment"]
     first = events_of(tiny)[0]
@@ -261,7 +261,7 @@ def test_a_call_that_was_cut_may_be_sent_back(tiny: LiveServer) -> None:
         ({"temperature": 3}, "temperature"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(
+def test_unsupported_fields_are_refused_by_name(
     tiny: LiveServer, changes: dict[str, Any], param: str
 ) -> None:
     response = post(tiny, **changes)

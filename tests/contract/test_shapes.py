@@ -36,7 +36,7 @@ def chat(live: LiveServer, **changes: Any) -> httpx.Response:
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """What the events hold; the last of them is [DONE]."""
+    """The contents of the events; the last event is [DONE]."""
     *blocks, rest = response.content.decode().split("\n\n")
     assert rest == ""
     data = [block.removeprefix("data: ") for block in blocks]
@@ -45,19 +45,19 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("changes", CHATS, ids=lambda c: next(iter(c), "plain"))
-def test_a_chat_completion_is_one(tiny: LiveServer, changes: dict[str, Any]) -> None:
+def test_a_chat_completion_is_valid(tiny: LiveServer, changes: dict[str, Any]) -> None:
     assert_is(ChatCompletion, chat(tiny, **changes).json(), SENTIMENT)
 
 
 @pytest.mark.parametrize("changes", CHATS, ids=lambda c: next(iter(c), "plain"))
-def test_every_chunk_of_a_chat_is_one(tiny: LiveServer, changes: dict[str, Any]) -> None:
+def test_every_chunk_of_a_chat_is_valid(tiny: LiveServer, changes: dict[str, Any]) -> None:
     chunks = events(chat(tiny, stream=True, stream_options={"include_usage": True}, **changes))
     assert len(chunks) > 3
     for i, chunk in enumerate(chunks):
         assert_is(ChatCompletionChunk, chunk, SENTIMENT if i == 0 else frozenset())
 
 
-def test_a_model_is_one(tiny: LiveServer) -> None:
+def test_a_model_is_valid(tiny: LiveServer) -> None:
     listed = httpx.get(f"{tiny.base_url}/models").json()
     assert set(listed) == {"object", "data"}
     for model in listed["data"]:

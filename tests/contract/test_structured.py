@@ -1,4 +1,4 @@
-"""JSON, schemas and calls of tools: what comes out always fits, whole and streamed."""
+"""JSON, schemas and calls of tools: the output always fits, whole or streamed."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -52,7 +52,7 @@ NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 
 def function(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A tool without description, or what names it as the choice."""
+    """A tool without description, or a choice that names it."""
     more = {} if parameters is None else {"parameters": parameters}
     return {"type": "function", "function": {"name": name, **more}}
 
@@ -97,7 +97,7 @@ def test_any_schema_is_fitted(
     jsonschema.validate(json.loads(text), schema)
 
 
-def test_a_stream_of_a_schema_is_the_whole(tiny: LiveServer) -> None:
+def test_a_stream_of_a_schema_equals_the_whole_reply(tiny: LiveServer) -> None:
     changes = {"response_format": AS_PERSON, "max_tokens": 200, "temperature": 1.0}
     [choice] = chat(tiny, **changes).json()["choices"]
     assert content_of(events(chat(tiny, stream=True, **changes))) == choice["message"]["content"]
@@ -122,7 +122,7 @@ def test_plain_text_is_a_format_too(tiny: LiveServer) -> None:
     assert plain == chat(tiny).json()["choices"]
 
 
-def test_logprobs_are_told_under_a_schema(tiny: LiveServer) -> None:
+def test_logprobs_are_sent_with_a_schema(tiny: LiveServer) -> None:
     changes = {"response_format": AS_PERSON, "logprobs": True, "top_logprobs": 20}
     [choice] = chat(tiny, max_tokens=200, **changes).json()["choices"]
     entries = choice["logprobs"]["content"]
@@ -207,12 +207,12 @@ def test_of_several_tools_only_the_allowed_ones_are_called(tiny: LiveServer, mod
     calls = response["choices"][0]["message"].get("tool_calls", [])
     if mode == "required":
         assert {call["function"]["name"] for call in calls} == {"clock", "date"}
-    # The others are not told of at all.
+    # The other tools are not in the prompt at all.
     fewer = chat(tiny, tools=changes["tools"][:2], max_tokens=1).json()
     assert response["usage"]["prompt_tokens"] == fewer["usage"]["prompt_tokens"]
 
 
-def test_a_stream_of_calls_is_the_whole(tiny: LiveServer) -> None:
+def test_a_stream_of_calls_equals_the_whole_reply(tiny: LiveServer) -> None:
     changes = {"tools": [WEATHER, function("clock")], "tool_choice": "required", "max_tokens": 120}
     [whole] = chat(tiny, **changes).json()["choices"]
     chunks = events(chat(tiny, stream=True, **changes))
@@ -255,7 +255,7 @@ def test_an_answer_in_json_may_quote_a_call(tiny: LiveServer) -> None:
     assert content_of(chunks) == choice["message"]["content"]
 
 
-def test_without_need_a_model_may_just_talk(tiny: LiveServer) -> None:
+def test_a_model_may_answer_with_text_unless_a_call_is_required(tiny: LiveServer) -> None:
     bias = {str(tiny.services.tokenizer.encode_text("<")[0]): -100}
     [choice] = chat(tiny, tools=[WEATHER], logit_bias=bias).json()["choices"]
     assert choice["message"]["content"]
@@ -263,14 +263,14 @@ def test_without_need_a_model_may_just_talk(tiny: LiveServer) -> None:
     assert choice["finish_reason"] in ("stop", "length")
 
 
-def test_tools_that_must_not_be_called_are_not_told_of(tiny: LiveServer) -> None:
+def test_tools_that_must_not_be_called_are_not_in_the_prompt(tiny: LiveServer) -> None:
     with_none = chat(tiny, tools=[WEATHER], tool_choice="none").json()
     assert with_none["choices"] == chat(tiny).json()["choices"]
-    told = chat(tiny, tools=[WEATHER]).json()["usage"]["prompt_tokens"]
-    assert told > with_none["usage"]["prompt_tokens"] + 50
+    with_tools = chat(tiny, tools=[WEATHER]).json()["usage"]["prompt_tokens"]
+    assert with_tools > with_none["usage"]["prompt_tokens"] + 50
 
 
-def test_calls_and_their_results_may_stand_in_a_conversation(tiny: LiveServer) -> None:
+def test_a_conversation_may_contain_calls_and_their_results(tiny: LiveServer) -> None:
     called = {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
     messages = [
         {"role": "user", "content": "What time is it?"},

@@ -1,4 +1,4 @@
-"""Tools where the checkpoint's own template tells of them, as Qwen2.5's does.
+"""Tools with a checkpoint whose own template renders them, as Qwen2.5's does.
 
 Its tokenizer has `<tool_call>` and `</tool_call>` as added tokens that are not special.
 """
@@ -84,7 +84,7 @@ def knowing(
     tmp_path_factory: pytest.TempPathFactory,
     serve: Callable[[Settings], AbstractContextManager[LiveServer]],
 ) -> Iterator[LiveServer]:
-    """A random model whose template and tokenizer know of tools."""
+    """A random model whose template and tokenizer support tools."""
     folder: Path = tmp_path_factory.mktemp("checkpoints") / "tiny-knowing"
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=False)
@@ -103,7 +103,7 @@ def prompt_of(live: LiveServer, **body: Any) -> list[int]:
     return tokens
 
 
-def test_the_template_tells_of_tools_by_itself(knowing: LiveServer) -> None:
+def test_the_template_renders_tools_itself(knowing: LiveServer) -> None:
     tokens = prompt_of(knowing, messages=[ASKED], tools=[WEATHER])
     text = knowing.services.tokenizer.decode(tokens)
     assert text.count("# Tools") == 1 and "You may call" not in text
@@ -127,7 +127,7 @@ def test_calls_are_made_of_the_tokenizers_own_markers_and_read_back(
     )
 
 
-def test_a_stream_of_calls_is_the_whole(knowing: LiveServer) -> None:
+def test_a_stream_of_calls_equals_the_whole_reply(knowing: LiveServer) -> None:
     [whole] = chat(knowing, **FORCED).json()["choices"]
     calls: list[dict[str, str]] = []
     chunks = events(chat(knowing, stream=True, **FORCED))
@@ -200,7 +200,7 @@ def cut_call(live: LiveServer, is_cut: Callable[[str], bool]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("server", ["tiny", "knowing"])
-def test_a_call_that_was_cut_is_taken_back_and_shown_as_it_is(
+def test_a_call_that_was_cut_is_accepted_and_rendered_unchanged(
     request: pytest.FixtureRequest, server: str
 ) -> None:
     live: LiveServer = request.getfixturevalue(server)
@@ -231,7 +231,7 @@ def test_a_call_that_was_cut_before_its_arguments_has_none(
 
 @pytest.mark.parametrize("server", ["tiny", "knowing"])
 @pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": 1e999}', '"\\ud800"', "[" * 300, "x"])
-def test_arguments_that_are_no_json_are_shown_as_they_are(
+def test_arguments_that_are_not_json_are_rendered_unchanged(
     request: pytest.FixtureRequest, server: str, arguments: str
 ) -> None:
     live: LiveServer = request.getfixturevalue(server)

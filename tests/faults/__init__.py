@@ -1,1 +1,1 @@
-"""Overload, faults, hostile input, shutdown: nobody's reply is lost, mixed up or left hanging."""
+"""Overload, faults, hostile input, shutdown: no reply is lost, mixed up or left hanging."""

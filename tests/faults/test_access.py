@@ -1,4 +1,4 @@
-"""Who gets in: keys on every route, pages of named origins, ids in and out."""
+"""Access: keys on every route, pages of allowed origins, request ids."""
 
 import dataclasses
 import socket
@@ -88,7 +88,7 @@ def test_a_wrong_key_opens_no_route_but_health(
 @pytest.mark.parametrize(
     "path", ["/ready", "//health", "/health/", "/HEALTH", "/health%2f", "/v1/models?/health"]
 )
-def test_what_only_looks_like_health_is_guarded(guarded: LiveServer, path: str) -> None:
+def test_paths_that_only_resemble_health_need_a_key(guarded: LiveServer, path: str) -> None:
     assert httpx.get(guarded.url + path).status_code == 401
 
 
@@ -158,12 +158,12 @@ def test_a_name_that_leads_here_by_rebinding_is_refused_everywhere(
     "host",
     ["localhost", "LOCALHOST:9", "127.0.0.1", "127.9.9.9:80", "[::1]", "[::1]:8000"],
 )
-def test_this_machine_by_any_of_its_names_is_answered(tiny: LiveServer, host: str) -> None:
+def test_every_name_of_this_machine_is_answered(tiny: LiveServer, host: str) -> None:
     for path in ("/health", "/", "/v1/models"):
         assert httpx.get(tiny.url + path, headers={"host": host}).status_code == 200
 
 
-def test_a_request_without_a_host_comes_from_no_browser(tiny: LiveServer) -> None:
+def test_a_request_without_a_host_header_is_answered(tiny: LiveServer) -> None:
     host, port = tiny.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
@@ -180,7 +180,7 @@ def test_a_proxy_on_this_machine_may_use_the_names_it_was_given(
     assert httpx.get(f"{proxied.url}/health", headers={"host": host}).status_code == status
 
 
-def test_where_a_key_is_needed_any_name_will_do(guarded: LiveServer) -> None:
+def test_a_server_with_a_key_accepts_any_host_name(guarded: LiveServer) -> None:
     headers = {"host": "evil.example", "authorization": f"Bearer {KEY}"}
     assert httpx.get(f"{guarded.base_url}/models", headers=headers).status_code == 200
 
@@ -196,7 +196,7 @@ def test_where_a_key_is_needed_any_name_will_do(guarded: LiveServer) -> None:
         ("127.0.0.1", KEY, False),
     ],
 )
-def test_only_a_server_for_this_machine_that_has_no_key_looks_at_names(
+def test_only_a_loopback_server_without_a_key_checks_host_names(
     tiny: LiveServer, host: str, keys: str, is_checked: bool
 ) -> None:
     settings = Settings(host=host, api_key=keys or (), ui=False)  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def preflight(server: LiveServer, origin: str) -> httpx.Response:
     return httpx.options(f"{server.base_url}/chat/completions", headers=headers)
 
 
-def test_a_named_origin_is_let_in_before_it_has_shown_a_key(guarded: LiveServer) -> None:
+def test_an_allowed_origin_needs_no_key_for_its_preflight(guarded: LiveServer) -> None:
     response = preflight(guarded, ORIGIN)
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == ORIGIN
@@ -233,7 +233,7 @@ def test_a_named_origin_is_let_in_before_it_has_shown_a_key(guarded: LiveServer)
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", f"{ORIGIN}.evil.example", "http://chat.example", "null"]
 )
-def test_other_origins_are_not(guarded: LiveServer, tiny: LiveServer, origin: str) -> None:
+def test_other_origins_are_not_allowed(guarded: LiveServer, tiny: LiveServer, origin: str) -> None:
     for server in (guarded, tiny):
         response = preflight(server, origin)
         assert response.status_code in (400, 401, 405)
@@ -242,7 +242,7 @@ def test_other_origins_are_not(guarded: LiveServer, tiny: LiveServer, origin: st
         assert "access-control-allow-origin" not in health.headers
 
 
-def test_a_request_keeps_its_own_id_whatever_becomes_of_it(
+def test_a_request_keeps_its_id_in_every_response(
     guarded: LiveServer, tiny: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny.services.tokenizer, "encode_text", lambda text: 1 / 0)
@@ -260,7 +260,7 @@ def test_a_request_keeps_its_own_id_whatever_becomes_of_it(
 
 
 @pytest.mark.parametrize("given", [None, "", "a" * 129, "two words", "<b>", "ü".encode()])
-def test_an_id_that_is_none_is_replaced(tiny: LiveServer, given: str | bytes | None) -> None:
+def test_an_invalid_id_is_replaced(tiny: LiveServer, given: str | bytes | None) -> None:
     headers: Any = {} if given is None else {"x-request-id": given}
     ids = {
         httpx.get(f"{tiny.url}/health", headers=headers).headers["x-request-id"] for _ in range(2)
@@ -283,13 +283,15 @@ def test_an_id_that_is_none_is_replaced(tiny: LiveServer, given: str | bytes | N
         ("0.0.0.0", KEY, False),
     ],
 )
-def test_a_server_that_is_open_to_others_says_so(host: str, keys: str, is_warned: bool) -> None:
+def test_a_server_that_is_open_to_other_machines_warns(
+    host: str, keys: str, is_warned: bool
+) -> None:
     settings = Settings(host=host, api_key=keys or ())  # type: ignore[arg-type]
     assert (exposure(settings) is not None) == is_warned
 
 
 @pytest.mark.parametrize("keys", ["", " ", ",,"])
-def test_a_key_that_is_none_opens_no_server(keys: str) -> None:
+def test_an_empty_key_starts_no_server(keys: str) -> None:
     with pytest.raises(ValidationError, match="there is no key in it"):
         Settings(api_key=keys)  # type: ignore[arg-type]
 

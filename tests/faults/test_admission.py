@@ -105,7 +105,7 @@ async def test_of_200_clients_at_once_each_gets_its_own_reply_or_a_429(
             ready = await client.get(f"{crowded.url}/ready")
             assert ready.status_code == 503
             assert ready.json() == {"status": "busy", "requests": num_accepted}
-            # Who only looks is let in.
+            # Requests without work are admitted.
             models = await client.get(f"{crowded.base_url}/models")
             assert models.status_code == 200
         responses = await asyncio.gather(*asked)
@@ -260,26 +260,26 @@ async def test_bodies_share_a_budget_before_they_are_let_in(
             stack.enter_context(await begun(small_bodied, body)) for _ in range(MAX_BODIES)
         ]
         await until(lambda: held_bytes() > MAX_BODIES * (len(body) - 10))
-        # Nobody is inside, and there is room for the start of one more body only.
+        # No request is admitted, and there is room for the start of one more body only.
         assert await num_inside(client, small_bodied) == 0
         with await begun(small_bodied, body) as refused:
             async with asyncio.timeout(BOUND_S):
                 answer = await asyncio.get_running_loop().sock_recv(refused, 4096)
         assert answer.startswith(b"HTTP/1.1 429 ") and b"\r\nretry-after: " in answer
-        # Whoever sends all of it sees the answer, too.
+        # A client that sends the whole body gets the answer, too.
         response = await client.post(url_of(small_bodied), content=body)
         message = assert_error(response, 429, "rate_limit_error", None, "queue_full")
         assert "bodies" in message
-        # A short request is not in the way of anybody's memory.
+        # A short request is read although the memory for bodies is full.
         short = endless(small_bodied, max_tokens=1)
         assert (await client.post(url_of(small_bodied), json=short)).status_code == 200
-        # Whoever ends a body is answered, and makes room.
+        # A client that completes its body is answered, and makes room.
         held_open[0].send(body[-1:])
         async with asyncio.timeout(BOUND_S):
             assert (await asyncio.get_running_loop().sock_recv(held_open[0], 20))[9:12] == b"200"
         await until(lambda: held_bytes() < MAX_BODIES * (len(body) - 10))
         assert (await client.post(url_of(small_bodied), content=body)).status_code == 200
-    # Whoever hangs up makes room as well.
+    # A client that hangs up makes room as well.
     await until(lambda: held_bytes() == 0)
 
 

@@ -173,7 +173,7 @@ async def test_hanging_up_on_an_extraction_frees_its_slots_within_one_step(
     assert not sequences(engine) and not engine._runner._states  # type: ignore[attr-defined]
     turnstile.open()
     await until(lambda: is_idle(engine))
-    # What was not finished is known to nobody.
+    # An unfinished result is not cached.
     again = (await client.post(f"{pair.base_url}/extract", json=body)).json()["data"]
     assert all(item["items"] and not item["cached"] for item in again)
     assert not extractor._results._flights
@@ -191,7 +191,7 @@ async def test_a_shared_sentiment_pass_outlives_one_who_hangs_up(
         "max_tokens": 2,
         "stream": stream,
     }
-    # Who hangs up is the one for whom it was begun.
+    # The client that hangs up is the one that started the pass.
     leaving = asyncio.create_task(client.post(url, json=body))
     await turnstile.step_until(lambda: is_being_judged(engine))
     staying = asyncio.create_task(client.post(url, json=body))

@@ -121,7 +121,7 @@ def writer(mini: LiveServer) -> Writer:
 async def sent(
     client: httpx.AsyncClient, server: LiveServer, requests: Sequence[Request]
 ) -> AsyncIterator[None]:
-    """Sends all; who is not answered at the end of the block hangs up."""
+    """Sends all; those without an answer at the end of the block hang up."""
     posts = (client.post(f"{server.base_url}/{path}", json=body) for path, body in requests)
     tasks = [asyncio.create_task(post) for post in posts]
     try:

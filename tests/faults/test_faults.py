@@ -29,7 +29,7 @@ MAX_TOKENS = 12
 
 
 class BrokenOnPurposeError(Exception):
-    """What is thrown in."""
+    """The injected fault."""
 
 
 def is_hit(sequence: Sequence) -> bool:
@@ -183,7 +183,7 @@ def others(server: LiveServer) -> list[dict[str, Any]]:
 
 
 def assert_same(responses: list[httpx.Response], expected: list[httpx.Response]) -> None:
-    """Texts and log-probabilities; these differ by rounding with who else is computed."""
+    """Texts and log-probabilities; the other sequences of a step change their rounding."""
     assert len(responses) == len(expected)
     for one, other in zip(responses, expected, strict=True):
         assert text_of(one) == text_of(other)
@@ -192,8 +192,8 @@ def assert_same(responses: list[httpx.Response], expected: list[httpx.Response])
 
 def logprobs_of(response: httpx.Response) -> list[float]:
     choices = [content["choices"][0] for content in contents_of(response)]
-    told = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
-    return [token["logprob"] for tokens in told for token in tokens]
+    contents = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
+    return [token["logprob"] for tokens in contents for token in tokens]
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def assert_failed(response: httpx.Response) -> None:
     assert end == "[DONE]"
 
 
-async def test_a_release_that_fails_costs_nobody_a_token(
+async def test_a_release_that_fails_loses_no_token(
     client: httpx.AsyncClient, mini: LiveServer, undisturbed: list[httpx.Response]
 ) -> None:
     engine: Any = mini.engine
@@ -252,7 +252,7 @@ async def test_a_release_that_fails_costs_nobody_a_token(
     assert_same(disturbed, undisturbed)
 
 
-async def test_an_event_loop_that_stalls_costs_nobody_a_token(
+async def test_an_event_loop_that_stalls_loses_no_token(
     client: httpx.AsyncClient, mini: LiveServer, undisturbed: list[httpx.Response]
 ) -> None:
     push = Detokenizer.push

@@ -1,4 +1,4 @@
-"""How the server stops: asked to, told twice, killed, or because its engine has broken down."""
+"""How the server stops: by one signal or two, killed, or because its engine has broken down."""
 
 import asyncio
 import dataclasses
@@ -106,7 +106,7 @@ async def test_sigterm_lets_streams_finish_and_nobody_new_in(tmp_path: Path) -> 
     assert_clean(server)
 
 
-async def test_streams_that_outlast_the_grace_period_are_told(tmp_path: Path) -> None:
+async def test_streams_that_outlast_the_grace_period_get_an_error(tmp_path: Path) -> None:
     with started(environment(tmp_path), "--model", "mini", "--grace-period", "0") as server:
         async with streams(server, max_tokens=1900) as running:
             server.process.send_signal(signal.SIGTERM)
@@ -207,7 +207,7 @@ async def test_a_breakdown_ends_the_process_with_a_code_of_its_own(
     services = load_services(settings)
     monkeypatch.setattr("server.__main__.load_services", lambda settings: services)
     with bind("127.0.0.1", 0) as listener:
-        listener.listen()  # early, so that nobody is turned away while the server starts
+        listener.listen()  # early, so that no request is refused while the server starts
         host, port = listener.getsockname()
         serving = asyncio.create_task(asyncio.to_thread(_exit_code, settings, listener))
         url = f"http://{host}:{port}/v1/chat/completions"
@@ -248,7 +248,7 @@ def assert_clean(server: Running) -> None:
 # --- the start ------------------------------------------------------------------------
 
 
-async def test_what_is_loaded_is_left_alone_by_the_garbage_collector(
+async def test_the_garbage_collector_ignores_what_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tiny: LiveServer
 ) -> None:
     """A collection over it would hold the event loop for a quarter of a second."""

@@ -115,27 +115,27 @@ class Asker:
             moods = self._chance.sample(MOODS, 4)
 
             def check_moods(response: httpx.Response) -> None:
-                told = response.json()["data"]
-                assert [self._confidence(each) for each in told] == list(map(self._mood, moods))
+                results = response.json()["data"]
+                assert [self._confidence(each) for each in results] == list(map(self._mood, moods))
 
             return Question("classify", "classify", {"input": moods}, check_moods)
         labels = [f"{owner}-{i}" for i in range(3)]
         body = {"input": [owner, "another"], "instructions": "Whose is it?", "labels": labels}
 
         def check(response: httpx.Response) -> None:
-            for told in response.json()["data"]:
-                assert [each["value"] for each in told["probabilities"]] == labels
-                assert told["label"] in labels
+            for result in response.json()["data"]:
+                assert [each["value"] for each in result["probabilities"]] == labels
+                assert result["label"] in labels
 
         return Question("classify", "classify", body, check)
 
     def _mood(self, text: str) -> Any:
-        # Who else is computed in the same step changes the rounding.
+        # The other sequences of the same step change the rounding.
         return pytest.approx(self.moods[text], abs=1e-3)
 
     @staticmethod
-    def _confidence(told: dict[str, Any]) -> float:
-        confidence: float = told["confidence"]
+    def _confidence(result: dict[str, Any]) -> float:
+        confidence: float = result["confidence"]
         return confidence
 
     async def learn(self, client: httpx.AsyncClient, url: str) -> None:
@@ -198,7 +198,7 @@ def metrics(server: Running) -> dict[tuple[str, ...], float]:
 
 
 async def at_rest(server: Running, num_descriptors: int | None = None) -> Footprint:
-    """What the server holds once nobody is left inside and the engine has come to rest."""
+    """What the server holds when no request is left and the engine is idle."""
     gone = {
         ("qwen_requests_inside",): 0.0,
         ("qwen_sequences", "running"): 0.0,

@@ -151,7 +151,7 @@ def test_the_other_routes_that_write_take_adapters_too(server: LiveServer, name:
     assert response["output"][0]["content"][0]["text"] == of_chat
 
 
-def test_everything_at_once_gives_what_each_gives_alone(server: LiveServer) -> None:
+def test_concurrent_requests_equal_those_alone(server: LiveServer) -> None:
     names = ["plain", *(f"{name}:plain" for name in CONFIGS)]
     tasks = ["weather", "weather_poet", "weather_clerk"]
 
@@ -176,10 +176,10 @@ def test_a_task_is_judged_with_the_adapter_that_its_file_names(server: LiveServe
     prompts = [
         classify(server, task, input="x" * 50).json()["usage"]["prompt_tokens"] for task in tasks
     ]
-    assert len(set(prompts)) == 1  # virtual tokens are nobody's input
+    assert len(set(prompts)) == 1  # virtual tokens do not count as input
 
 
-def test_a_context_has_no_room_for_what_virtual_tokens_take(server: LiveServer) -> None:
+def test_virtual_tokens_reduce_the_context(server: LiveServer) -> None:
     prompt_ids = [5] * 505
     for name, status in (("poet", 200), ("clerk", 200), ("v1.2_x-y", 400)):
         model = f"{server.model}:{name}"
@@ -197,14 +197,14 @@ def test_the_example_asks_the_model_and_each_adapter(server: LiveServer) -> None
 
 
 @pytest.mark.parametrize("suffix", [":none", ":plain:poet", ":poet:", ":", ":poet:clerk"])
-def test_an_adapter_that_is_not_here_is_an_unknown_model(server: LiveServer, suffix: str) -> None:
+def test_a_missing_adapter_is_an_unknown_model(server: LiveServer, suffix: str) -> None:
     response = chat(server, model=server.model + suffix)
     assert response.status_code == 404
     error = response.json()["error"]
     assert error["code"] == "model_not_found" and f"'{server.model}:poet'" in error["message"]
 
 
-def test_what_is_judged_takes_no_adapter_from_the_request(server: LiveServer) -> None:
+def test_routes_that_judge_refuse_an_adapter(server: LiveServer) -> None:
     model = f"{server.model}:poet"
     questions = [{"type": "predicate", "instructions": "Is it?"}]
     for response in (

@@ -1,4 +1,4 @@
-"""More than the mood of a chat's last message: `tasks` and the `analyses` they give."""
+"""Further tasks on a chat's last message: `tasks` and their `analyses`."""
 
 import asyncio
 import threading
@@ -34,7 +34,7 @@ def without_cached(analyses: dict[str, Any]) -> dict[str, Any]:
     return {name: {**result, "cached": False} for name, result in analyses.items()}
 
 
-def test_analyses_are_what_classify_gives_and_stand_beside_the_sentiment(live: LiveServer) -> None:
+def test_analyses_equal_those_of_classify_and_come_with_the_sentiment(live: LiveServer) -> None:
     text = "快递又丢了，我真的很生气！"
     reply = post(live, messages=[{"role": "user", "content": text}], tasks=TASKS).json()
     analyses = without_cached(reply["analyses"])
@@ -44,7 +44,7 @@ def test_analyses_are_what_classify_gives_and_stand_beside_the_sentiment(live: L
     assert analyses["sentiment"] == {**reply["sentiment"], "cached": False}
 
 
-def test_a_stream_tells_the_analyses_in_its_first_chunk(live: LiveServer) -> None:
+def test_a_stream_sends_the_analyses_in_its_first_chunk(live: LiveServer) -> None:
     whole = post(live, tasks=TASKS).json()
     first, *others = chunks_of(post(live, tasks=TASKS, stream=True))
     assert without_cached(first["analyses"]) == without_cached(whole["analyses"])
@@ -58,14 +58,14 @@ def test_without_tasks_nothing_changes(live: LiveServer) -> None:
     assert "analyses" not in post(live, tasks=[]).json()
 
 
-def test_the_plain_model_analyses_too_but_knows_nothing_of_it(live: LiveServer) -> None:
+def test_the_plain_model_has_analyses_but_no_cue(live: LiveServer) -> None:
     plain = post(live, model=f"{live.model}:plain").json()
     asked = post(live, model=f"{live.model}:plain", tasks=["emotion"]).json()
     assert asked["sentiment"] is None and asked["analyses"]["emotion"]["label"]
     assert asked["choices"] == plain["choices"]
 
 
-def test_the_responses_route_tells_them_too(live: LiveServer) -> None:
+def test_the_responses_route_sends_analyses_too(live: LiveServer) -> None:
     body = {"model": live.model, "input": "我好开心！", "tasks": ["intent"], "max_output_tokens": 4}
     response = httpx.post(f"{live.base_url}/responses", json=body, timeout=BOUND_S).json()
     assert response["analyses"]["intent"]["label"] in {"question", "request", "complaint", "chat"}

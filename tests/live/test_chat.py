@@ -258,7 +258,7 @@ def test_markers_in_user_text_change_neither_role(mini: LiveServer) -> None:
     assert markers[1] == markers[3]
 
 
-def test_cached_tokens_tell_what_was_not_computed_again(tiny: LiveServer) -> None:
+def test_cached_tokens_count_what_was_not_computed_again(tiny: LiveServer) -> None:
     def cached(response: httpx.Response) -> int:
         count: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
         return count
@@ -337,7 +337,7 @@ def test_a_stream_of_several_choices_keeps_them_apart(tiny: LiveServer) -> None:
         assert all(c["finish_reason"] is None for c in [first, *middle])
 
 
-def test_the_choices_are_written_side_by_side(tiny: LiveServer) -> None:
+def test_the_choices_are_generated_concurrently(tiny: LiveServer) -> None:
     chunks = chunks_of(post(tiny, stream=True, n=2, logit_bias={"2": -100, "0": -100}))
     order = [c["choices"][0]["index"] for c in chunks if c["choices"][0]["delta"].get("content")]
     assert order != sorted(order), "the second came only after the first"
@@ -346,7 +346,7 @@ def test_the_choices_are_written_side_by_side(tiny: LiveServer) -> None:
 # --- log-probabilities ----------------------------------------------------------------
 
 
-def test_logprobs_tell_every_token_with_its_bytes(tiny: LiveServer) -> None:
+def test_logprobs_contain_every_token_with_its_bytes(tiny: LiveServer) -> None:
     reply = post(tiny, logprobs=True, top_logprobs=3).json()
     [choice] = reply["choices"]
     entries = choice["logprobs"]["content"]

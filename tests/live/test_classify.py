@@ -44,7 +44,7 @@ def test_one_text_has_one_result_in_the_documented_shape(live: LiveServer) -> No
     assert item["confidence"] == probabilities[item["label"]]
 
 
-def test_the_likeliest_label_wins_where_the_model_is_sure(mini: LiveServer) -> None:
+def test_the_likeliest_label_wins_if_the_model_is_sure(mini: LiveServer) -> None:
     for item in classify(mini, input=["太好吃了！", "难吃死了", "I love it", "awful"])["data"]:
         assert item["confidence"] == max(p["probability"] for p in item["probabilities"])
 
@@ -99,7 +99,7 @@ def test_labels_of_many_tokens_are_scored_and_of_too_many_refused(live: LiveServ
     assert "at most 1024 are" in assert_error(response, 400, "invalid_request_error", "labels")
 
 
-def test_the_intent_task_is_there_too(live: LiveServer) -> None:
+def test_the_intent_task_is_built_in(live: LiveServer) -> None:
     [item] = classify(live, input="几点开门？", task="intent")["data"]
     assert item["label"] in ("question", "request", "complaint", "chat")
 
@@ -158,7 +158,7 @@ labels = [{value = "好 100%", text = "好"}, {value = "坏\\n", text = "坏"}]
                 assert json.dumps(value, ensure_ascii=False) in response.text
 
 
-def test_health_tells_the_model_and_counts_the_cache(live: LiveServer) -> None:
+def test_health_reports_the_model_and_counts_the_cache(live: LiveServer) -> None:
     before = httpx.get(f"{live.url}/health").json()
     text = f"health counts this on {live.model}"
     for _ in range(3):

@@ -169,7 +169,7 @@ async def test_hanging_up_before_all_labels_are_there_ends_their_passes(
     assert classifier.prepare(task, texts).prompt_ids, "all labels are known"
 
 
-async def test_a_client_that_leaves_with_half_a_body_harms_nobody(
+async def test_a_client_that_leaves_with_half_a_body_does_no_harm(
     client: httpx.AsyncClient, tiny: LiveServer
 ) -> None:
     host, port = tiny.url.removeprefix("http://").split(":")
@@ -227,7 +227,7 @@ SAID = [{"role": "user", "content": LONG}]
         ("/tokenize", {"messages": SAID}),
     ],
 )
-async def test_nobody_waits_while_a_long_text_is_encoded(
+async def test_encoding_a_long_text_blocks_no_other_request(
     client: httpx.AsyncClient,
     tiny: LiveServer,
     path: str,

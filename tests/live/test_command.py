@@ -187,7 +187,7 @@ def test_the_revision_asked_for_is_downloaded_and_found_in_the_cache_without_the
 
 
 @pytest.mark.parametrize("model", ["auto", DEFAULT_MODEL])
-def test_a_revision_that_there_is_not_is_one_sentence(
+def test_an_unknown_revision_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, hub: Hub, tmp_path: Path, model: str
 ) -> None:
     ask_hub(tmp_path, hub.url)
@@ -195,7 +195,7 @@ def test_a_revision_that_there_is_not_is_one_sentence(
     assert f"'{DEFAULT_MODEL}' has no revision 'v9' on the Hugging Face hub" in says
 
 
-def test_a_revision_of_what_is_on_this_machine_is_one_sentence(tmp_path: Path) -> None:
+def test_a_revision_of_a_local_model_is_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     for model in ("mini", str(tmp_path), str(file)):
@@ -219,7 +219,7 @@ def test_without_hub_and_cache_the_bundled_model_answers_and_says_so(tmp_path: P
         assert reply["choices"][0]["message"]["content"]
 
 
-def test_what_answers_for_the_hub_but_is_none_is_told_and_fallen_back_from(
+def test_a_server_that_only_poses_as_the_hub_is_reported_and_the_bundled_model_used(
     monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, tmp_path: Path
 ) -> None:
     """As where a network wants a login first."""
@@ -247,7 +247,7 @@ def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_cache_without_an_essential_file_is_fallen_back_from(
+def test_without_an_essential_file_in_the_cache_the_bundled_model_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: str
 ) -> None:
     for name in {"model.safetensors", "tokenizer.json", "config.json"} - {missing}:
@@ -258,7 +258,7 @@ def test_a_cache_without_an_essential_file_is_fallen_back_from(
     assert find_checkpoint("auto").model_id == DEFAULT_MODEL
 
 
-def test_a_download_that_breaks_off_is_told_apart_from_a_model_that_is_there(
+def test_a_broken_download_is_not_taken_for_a_complete_model(
     monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, hub: Hub, tmp_path: Path
 ) -> None:
     hub.breaks_off = True
@@ -342,7 +342,7 @@ def test_an_explicit_model_never_falls_back(
     assert says in in_process(monkeypatch, "--model", model, "--port", "0")
 
 
-def test_an_explicit_model_says_when_the_hub_is_out_of_reach(
+def test_an_explicit_model_reports_an_unreachable_hub(
     monkeypatch: pytest.MonkeyPatch, ask_hub: AskHub, tmp_path: Path
 ) -> None:
     ask_hub(tmp_path)
@@ -354,7 +354,7 @@ def test_check_answers_once_and_exits(tmp_path: Path) -> None:
     done = run_until_exit(environment(tmp_path), "--model", "mini", "--check")
     assert done.returncode == 0, done.stderr
     assert "qwen-mini works: sentiment" in done.stdout
-    # No progress bar where nobody watches.
+    # No progress bar without a terminal.
     assert "layers" not in done.stderr
     assert "Serving" not in done.stdout
 
@@ -370,8 +370,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
     return exit_.value.code
 
 
-def test_an_idle_connection_outlives_the_patience_of_clients(tmp_path: Path) -> None:
-    # Of httpx, and so of the openai client. Who hangs up first resets what is on its way.
+def test_idle_connections_are_kept_longer_than_clients_keep_them(tmp_path: Path) -> None:
+    # httpx's, and so the openai client's. The side that closes first resets a request on its way.
     expiry_s = httpx.Limits().keepalive_expiry
     assert expiry_s is not None
     with started(environment(tmp_path), "--model", "mini") as server:

@@ -81,7 +81,7 @@ def refused(live: LiveServer, **changes: Any) -> dict[str, Any]:
     [{}, {"n": 2}, {"logprobs": 3}, {"echo": True}, {"prompt": ["a", "b"]}, {"stop": ["的", "a"]}],
     ids=lambda changes: next(iter(changes), "plain"),
 )
-def test_a_completion_is_one(live: LiveServer, changes: dict[str, Any]) -> None:
+def test_a_completion_is_valid(live: LiveServer, changes: dict[str, Any]) -> None:
     reply = whole(live, **changes)
     assert_is(Completion, reply)
     assert reply["id"].startswith("cmpl-")
@@ -227,7 +227,7 @@ def test_an_exception_in_a_stream_is_an_error_event_and_done(
 # --- log-probabilities ----------------------------------------------------------------
 
 
-def test_logprobs_tell_every_token_in_openais_older_shape(tiny: LiveServer) -> None:
+def test_logprobs_contain_every_token_in_openais_older_shape(tiny: LiveServer) -> None:
     reply = whole(tiny, logprobs=3)
     [choice] = reply["choices"]
     logprobs = choice["logprobs"]
@@ -251,7 +251,7 @@ def test_logprobs_tell_every_token_in_openais_older_shape(tiny: LiveServer) -> N
     assert all(choice["text"][offset:].startswith(name) for name, offset in whole_tokens)
 
 
-def test_with_zero_logprobs_only_the_sampled_token_is_told(tiny: LiveServer) -> None:
+def test_with_zero_logprobs_only_the_sampled_token_is_sent(tiny: LiveServer) -> None:
     logprobs = whole(tiny, logprobs=0)["choices"][0]["logprobs"]
     pairs = zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
     assert logprobs["top_logprobs"] == [{name: logprob} for name, logprob in pairs]
@@ -378,7 +378,7 @@ def test_token_ids_are_those_of_the_text_streamed_or_whole(live: LiveServer) -> 
     assert choice["logprobs"] is None
 
 
-def test_the_tokens_named_are_told_in_place_of_the_likeliest(live: LiveServer) -> None:
+def test_logprob_token_ids_replace_the_likeliest_tokens(live: LiveServer) -> None:
     ordinary = {"temperature": 0, "max_tokens": 1, "return_tokens_as_token_ids": True}
     [choice] = whole(live, logprobs=20, **ordinary)["choices"]
     [likeliest] = choice["logprobs"]["top_logprobs"]
@@ -411,7 +411,7 @@ def test_a_stop_token_of_the_request_ends_a_text_and_the_models_own_may_be_ignor
     ],
     ids=lambda wanted: next(iter(wanted)),
 )
-def test_a_text_looks_as_structured_outputs_says(live: LiveServer, wanted: dict[str, Any]) -> None:
+def test_a_text_fits_structured_outputs(live: LiveServer, wanted: dict[str, Any]) -> None:
     assert text(live, structured_outputs=wanted) == '["a", "a"]'
 
 
@@ -427,7 +427,7 @@ def test_a_text_looks_as_structured_outputs_says(live: LiveServer, wanted: dict[
         ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
     ],
 )
-def test_what_cannot_be_done_so_is_refused_with_its_place(
+def test_invalid_parameters_of_vllm_are_refused_with_their_place(
     tiny: LiveServer, changes: dict[str, Any], param: str
 ) -> None:
     assert refused(tiny, **changes)["param"] == param

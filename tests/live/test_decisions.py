@@ -120,7 +120,7 @@ def test_a_string_and_the_boolean_of_the_same_text_are_two_choices(live: LiveSer
     assert any(answer["choice"] is value or answer["choice"] == value for value in BOOLEANS)
 
 
-def test_a_string_and_the_boolean_of_the_same_text_are_scored_apart(mini: LiveServer) -> None:
+def test_a_string_and_the_boolean_of_the_same_text_are_scored_separately(mini: LiveServer) -> None:
     # Not by the random model: one choice has all of its probability.
     [answer] = decide(mini, questions=[OF_BOOLEANS])["answers"]
     assert len({p["probability"] for p in answer["probabilities"]}) > 2
@@ -191,7 +191,7 @@ def test_usage_counts_what_all_questions_share_as_computed_once(live: LiveServer
     }
 
 
-def test_a_new_question_finds_the_input_computed(live: LiveServer) -> None:
+def test_a_new_question_reuses_the_computed_input(live: LiveServer) -> None:
     text = f"asked about twice, on {live.model}"
     num_shared, _ = prompt_lengths(live, text, num_questions=1)
     decide(live, input=text, questions=[CHOICE])
@@ -281,7 +281,7 @@ def levels(count: int) -> dict[str, Any]:
     ],
     ids=["1 question", "400 questions", "255 choices", "10 levels"],
 )
-def test_the_most_and_the_least_are_answered(
+def test_requests_at_the_limits_are_answered(
     mini: LiveServer, questions: list[dict[str, Any]]
 ) -> None:
     answers = decide(mini, input="好", questions=questions)["answers"]
@@ -358,7 +358,7 @@ OUTPUT = {"type": "function_call_output", "call_id": "1", "output": "x"}
         ),
     ],
 )
-def test_what_is_wrong_is_named(tiny: LiveServer, changes: dict[str, Any], param: str) -> None:
+def test_an_invalid_field_is_named(tiny: LiveServer, changes: dict[str, Any], param: str) -> None:
     response = post(tiny, **changes)
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")
@@ -374,7 +374,7 @@ def test_an_input_that_does_not_fit_is_refused_with_the_numbers(tiny: LiveServer
     assert str(tiny.services.max_context) in error["message"]
 
 
-def test_an_unknown_model_and_a_wrong_method_are_told(
+def test_an_unknown_model_and_a_wrong_method_are_refused(
     client: openai.OpenAI, live: LiveServer
 ) -> None:
     with pytest.raises(openai.NotFoundError):

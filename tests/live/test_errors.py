@@ -1,4 +1,4 @@
-"""Every error: status, OpenAI's shape, the field, and what to do."""
+"""Every error: status, OpenAI's format, the field, and the remedy."""
 
 import socket
 from typing import Any
@@ -118,7 +118,7 @@ def test_a_missing_field_is_named(tiny: LiveServer) -> None:
     assert_error(response, 400, "invalid_request_error", "messages")
 
 
-def test_an_unknown_model_says_which_there_are(tiny: LiveServer) -> None:
+def test_an_unknown_model_is_refused_with_the_known_ones(tiny: LiveServer) -> None:
     message = assert_error(
         chat(tiny, model="gpt-5"), 404, "invalid_request_error", "model", "model_not_found"
     )
@@ -160,7 +160,7 @@ def test_a_text_too_long_to_classify_is_refused_by_its_name(
     assert f"shorten {param}." in error
 
 
-def test_labels_that_do_not_fit_behind_the_text_are_refused(tiny: LiveServer) -> None:
+def test_labels_that_do_not_fit_after_the_text_are_refused(tiny: LiveServer) -> None:
     labels = [f"{i} {'a ' * 25}" for i in range(15)]
     body = {"input": "x " * 200, "instructions": "which?", "labels": labels}
     response = httpx.post(f"{tiny.base_url}/classify", json=body)
@@ -244,7 +244,7 @@ def test_a_body_over_the_limit_is_refused(guarded: LiveServer, is_announced: boo
     assert_error(response, 413, "invalid_request_error", None)
 
 
-def test_a_body_that_is_announced_too_large_is_refused_before_it_comes(tiny: LiveServer) -> None:
+def test_a_body_that_is_announced_too_large_is_refused_before_it_arrives(tiny: LiveServer) -> None:
     host, port = tiny.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         length = Settings().max_body_bytes + 1

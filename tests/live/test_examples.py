@@ -223,7 +223,7 @@ def test_an_example_runs(mini: LiveServer, name: str) -> None:
 def test_without_a_server_an_example_says_so_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    # Bound, but not listening: whoever connects is refused, and nobody else gets the port.
+    # Bound, but not listening: connections are refused, and no other process gets the port.
     with socket.socket() as refusing:
         refusing.bind(("127.0.0.1", 0))
         base_url = f"http://127.0.0.1:{refusing.getsockname()[1]}/v1"

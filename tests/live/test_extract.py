@@ -1,4 +1,4 @@
-"""POST /v1/extract: whatever the model likes, the items are pieces of the text."""
+"""POST /v1/extract: for any model, the items are pieces of the text."""
 
 from typing import Any
 
@@ -98,7 +98,7 @@ def test_a_batch_equals_its_texts_alone(tiny: LiveServer) -> None:
         ({"input": "good", "task": "nouns"}, "task", "this server has keywords"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_an_invalid_field_is_named(
     tiny: LiveServer, body: dict[str, Any], param: str, said: str
 ) -> None:
     message = assert_error(post(tiny, **body), 400, "invalid_request_error", param)
@@ -113,7 +113,7 @@ def test_a_text_that_is_too_long_is_named(tiny: LiveServer) -> None:
     assert "512" in message
 
 
-def test_keywords_are_not_asked_for_at_classify(tiny: LiveServer) -> None:
+def test_classify_refuses_keywords(tiny: LiveServer) -> None:
     body = {"input": "good", "task": "keywords"}
     response = httpx.post(f"{tiny.base_url}/classify", json=body)
     message = assert_error(response, 400, "invalid_request_error", "task")

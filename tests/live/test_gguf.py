@@ -1,4 +1,4 @@
-"""A GGUF, served: everything as from the folder it was made of."""
+"""A served GGUF gives the same results as the folder it was made from."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -34,7 +34,7 @@ def said(server: LiveServer, text: str) -> tuple[str, list[float]]:
 
 
 @pytest.mark.parametrize("of", ["tiny", "bundled"])
-def test_a_gguf_says_and_judges_what_its_folder_does(
+def test_a_gguf_answers_and_judges_as_its_folder_does(
     serve: Callable[[Settings], AbstractContextManager[LiveServer]],
     tiny_checkpoint: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""What an operator sees: numbers at /metrics, lines in the log."""
+"""What an operator sees: metrics at /metrics, lines in the log."""
 
 import errno
 import io
@@ -64,7 +64,7 @@ def test_a_chat_is_counted(
     assert number(tiny, name, **labels) == before + grows_by
 
 
-def test_prompts_and_what_was_known_of_them_are_counted(tiny: LiveServer) -> None:
+def test_prompt_tokens_and_cached_tokens_are_counted(tiny: LiveServer) -> None:
     def counts() -> tuple[float, float]:
         return (
             number(tiny, "qwen_tokens_total", kind="prompt"),
@@ -95,7 +95,7 @@ def test_nothing_is_left_inside(tiny: LiveServer) -> None:
     assert number(tiny, "qwen_kv_tokens") == 0
 
 
-def test_strangers_make_no_names_up(tiny: LiveServer) -> None:
+def test_clients_cannot_create_label_values(tiny: LiveServer) -> None:
     httpx.get(f"{tiny.url}/made-up-path")
     assert "made-up" not in httpx.get(f"{tiny.url}/metrics").text
     assert number(tiny, "qwen_requests_total", route="other", status="404") >= 1
@@ -111,7 +111,7 @@ def timings_of(response: httpx.Response) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_head_of_a_chat_tells_its_times(tiny: LiveServer, stream: bool) -> None:
+def test_the_headers_of_a_chat_contain_its_timings(tiny: LiveServer, stream: bool) -> None:
     told = timings_of(chat(tiny, stream=stream))
     assert list(told)[-2:] == ["sentiment", "total"]
     assert 0 <= told["sentiment"] <= told["total"]
@@ -136,21 +136,21 @@ def test_the_head_of_a_chat_tells_its_times(tiny: LiveServer, stream: bool) -> N
         ("nowhere", {}, ["total"]),
     ],
 )
-def test_every_response_tells_the_times_it_has(
+def test_every_response_contains_the_timings_it_has(
     tiny: LiveServer, path: str, body: dict[str, Any], names: list[str]
 ) -> None:
     response = httpx.post(f"{tiny.base_url}/{path}", json={"model": tiny.model, **body}, timeout=60)
     assert list(timings_of(response)) == names, response.text
 
 
-async def test_a_stream_tells_what_is_known_when_it_begins(tiny: LiveServer) -> None:
+async def test_a_stream_sends_the_timings_known_at_its_start(tiny: LiveServer) -> None:
     body = {"model": tiny.model, "prompt": "not taken up yet", "stream": True, "max_tokens": 2}
     url = f"{tiny.base_url}/completions"
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(httpx.AsyncClient(timeout=60))
         stack.enter_context(held(tiny.services))
         await stack.enter_async_context(client.stream("POST", url, json=body))
-        # Its step is held, and who comes now is not taken up.
+        # Its step is held, so a new request is not admitted to the engine.
         await until(lambda: tiny.engine.num_running == 1)
         late = await stack.enter_async_context(client.stream("POST", url, json=body))
         assert list(timings_of(late)) == ["total"]
@@ -177,7 +177,7 @@ def test_json_lines_have_the_requests_id_and_the_exception() -> None:
     assert content["level"] == "info" and "ValueError: no" in content["exception"]
 
 
-def test_text_lines_have_it_where_there_is_one() -> None:
+def test_text_lines_have_the_id_if_there_is_one() -> None:
     assert TextFormatter().format(record("a")) == "INFO     a.b: a"
     token = request_id.set("req_1")
     try:
@@ -212,7 +212,7 @@ def test_what_the_engine_logs_of_a_sequence_has_its_requests_id(
 def test_no_word_of_anybody_is_logged(tiny: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
     root = logging.getLogger()
     with pytest.MonkeyPatch.context() as patch:
-        # As the command does it, at the level that tells most.
+        # As the command configures it, at the most verbose level.
         patch.setattr(root, "handlers", [])
         for name in ("", *OWN_LOGGERS):
             patch.setattr(logging.getLogger(name), "level", logging.NOTSET)
@@ -228,7 +228,7 @@ def test_no_word_of_anybody_is_logged(tiny: LiveServer, caplog: pytest.LogCaptur
     assert "secret" not in logged and text not in logged
 
 
-def test_a_log_that_cannot_be_written_is_told_once_and_stops_nobody(
+def test_a_log_that_cannot_be_written_is_reported_once_and_stops_no_request(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Full(io.StringIO):

@@ -16,7 +16,7 @@ def client(live: LiveServer) -> Any:
         yield client
 
 
-def test_a_reply_carries_the_sentiment(client: openai.OpenAI, live: LiveServer) -> None:
+def test_a_reply_contains_the_sentiment(client: openai.OpenAI, live: LiveServer) -> None:
     reply: Any = client.chat.completions.create(model=live.model, messages=MESSAGES, max_tokens=8)
     assert reply.sentiment["label"] in ("positive", "negative", "neutral")
     assert reply.model_extra["sentiment"] == reply.sentiment
@@ -24,7 +24,9 @@ def test_a_reply_carries_the_sentiment(client: openai.OpenAI, live: LiveServer) 
     assert isinstance(reply.choices[0].message.content, str)
 
 
-def test_a_stream_carries_it_before_any_text(client: openai.OpenAI, live: LiveServer) -> None:
+def test_a_stream_contains_the_sentiment_before_any_text(
+    client: openai.OpenAI, live: LiveServer
+) -> None:
     chunks = list(
         client.chat.completions.create(
             model=live.model, messages=MESSAGES, max_tokens=8, stream=True
@@ -70,7 +72,7 @@ def test_the_models_list_has_the_model_and_its_plain_twin(
 KINDS = ("labels", "extract")
 
 
-def test_a_model_tells_its_tasks_and_their_labels(client: openai.OpenAI, live: LiveServer) -> None:
+def test_a_model_lists_its_tasks_and_their_labels(client: openai.OpenAI, live: LiveServer) -> None:
     model: Any = client.models.retrieve(live.model)
     names = {kind: [t["name"] for t in model.tasks if t["kind"] == kind] for kind in KINDS}
     assert names == {

@@ -85,7 +85,7 @@ def test_a_prompt_may_be_longer_than_the_context(tiny: LiveServer) -> None:
 # --- conversations --------------------------------------------------------------------
 
 
-def test_messages_count_as_much_as_the_chat_says(live: LiveServer) -> None:
+def test_messages_have_as_many_tokens_as_in_a_chat(live: LiveServer) -> None:
     for messages in ([USER], [USER, ASSISTANT]):
         body = {"model": f"{live.model}:plain", "messages": messages, "max_tokens": 1}
         reply = httpx.post(f"{live.base_url}/chat/completions", json=body, timeout=60).json()
@@ -111,7 +111,7 @@ def test_messages_count_as_much_as_the_chat_says(live: LiveServer) -> None:
         ),
     ],
 )
-def test_a_conversation_ends_as_asked(
+def test_a_conversation_ends_as_requested(
     live: LiveServer, messages: Any, parameters: dict[str, bool], end: str
 ) -> None:
     assert text_of(live, messages=messages, **parameters).endswith(end)
@@ -184,7 +184,7 @@ def test_every_id_up_to_the_last_has_a_text(live: LiveServer) -> None:
         ("/detokenize", {"tokens": [2**70]}, "tokens[0]"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_an_invalid_field_is_named(
     tiny: LiveServer, path: str, body: dict[str, Any], param: str
 ) -> None:
     response = post(tiny, path, **body)
@@ -218,7 +218,7 @@ def test_neutral_values_nulls_and_unknown_fields_are_accepted(live: LiveServer) 
     )
 
 
-def test_an_unknown_model_is_told(live: LiveServer) -> None:
+def test_an_unknown_model_is_refused(live: LiveServer) -> None:
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
         assert post(live, path, model="gpt-5", **body).status_code == 404
         assert post(live, path, model=f"{live.model}:plain", **body).status_code == 200

@@ -43,10 +43,10 @@ class FakeTokenizer:
 
 
 class FakeScorer:
-    """Gives the log-probabilities it was made with; `gate` holds its answers back.
+    """Returns the log-probabilities it was made with; `gate` holds its answers back.
 
     by_text: log-probabilities after other texts.
-    states: hidden states by layer, which are given if they are asked for.
+    states: hidden states by layer, which are returned if requested.
     """
 
     def __init__(self, *logprobs: float) -> None:
@@ -95,7 +95,7 @@ class FakeScorer:
 
     @property
     def texts(self) -> list[str]:
-        """What was asked about, without the instruction."""
+        """The texts of the prompts, without the instruction."""
         return [prompt.partition("|")[2] for prompt, _ in self.calls]
 
 
@@ -146,7 +146,7 @@ async def bounded(awaitable: Awaitable[T]) -> T:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Lets the other coroutines and threads run until the condition holds."""
+    """Lets other coroutines and threads run until the condition is true."""
     async with asyncio.timeout(BOUND_S):
         # Any condition, which may come true on a thread.
         while not condition():  # noqa: ASYNC110
@@ -169,7 +169,7 @@ async def settle() -> None:
 
 @pytest.fixture
 async def complaints() -> list[str]:
-    """What the event loop has to complain about: errors that reach nobody else."""
+    """Errors that only the event loop's exception handler gets."""
     heard: list[str] = []
     asyncio.get_running_loop().set_exception_handler(
         lambda _, context: heard.append(f"{context['message']}: {context.get('exception')!r}")
@@ -187,7 +187,7 @@ async def complaints() -> list[str]:
         ((0.1, 0.2, 0.5), (0.125, 0.25, 0.625), "flat"),
         ((0.01, 0.02, 0.01), (0.25, 0.5, 0.25), "down"),
         ((0.3, 0.3, 0.4), (0.3, 0.3, 0.4), "flat"),
-        # A tie goes to the label that stands first in the task.
+        # A tie goes to the label that is first in the task.
         ((0.2, 0.2, 0.1), (0.4, 0.4, 0.2), "up"),
     ],
 )
@@ -231,7 +231,7 @@ async def test_probabilities_add_up_to_one() -> None:
         ({"min_confidence": 1.0, "min_label_mass": 1.0}, "up", 0.625),
     ],
 )
-async def test_the_fallback_answers_where_the_model_is_unsure(
+async def test_the_fallback_is_given_if_the_model_is_unsure(
     changes: dict[str, Any], label: str, confidence: float
 ) -> None:
     result = await make(up()).classify(task(**changes), "x")
@@ -240,7 +240,7 @@ async def test_the_fallback_answers_where_the_model_is_unsure(
     assert [p for _, p in result.probabilities] == pytest.approx((0.625, 0.25, 0.125))
 
 
-async def test_exactly_the_least_confidence_is_enough() -> None:
+async def test_a_confidence_equal_to_the_minimum_is_enough() -> None:
     asked = inline_task("Judge.", ["a", "b"]).model_copy(
         update={"min_confidence": 0.5, "fallback": "b"}
     )
@@ -264,7 +264,7 @@ async def test_a_result_has_no_score_where_the_task_has_no_poles() -> None:
     # Of the probabilities 0.625, 0.25, 0.125.
     [(("up", "down"), 0.375), (("down", "up"), -0.375), (("flat", "up"), -0.5)],
 )
-async def test_the_score_is_the_one_poles_probability_minus_the_others(
+async def test_the_score_is_the_difference_of_the_poles_probabilities(
     poles: tuple[str, str], score: float
 ) -> None:
     result = await make(up()).classify(task(poles=poles), "x")
@@ -309,7 +309,7 @@ async def test_texts_that_differ_in_white_space_or_composition_share_a_result() 
     assert scorer.calls == [("Judge.|café is good", ["good", "bad", "meh"])]
 
 
-async def test_texts_that_differ_in_case_are_judged_apart() -> None:
+async def test_texts_that_differ_in_case_are_judged_separately() -> None:
     scorer = up()
     classifier = make(scorer)
     await classifier.classify(task(), "ok")
@@ -320,7 +320,7 @@ async def test_texts_that_differ_in_case_are_judged_apart() -> None:
 # --- cache ----------------------------------------------------------------------------
 
 
-async def test_a_second_time_the_same_result_comes_from_the_cache() -> None:
+async def test_a_repeated_text_gets_its_result_from_the_cache() -> None:
     scorer = up()
     classifier = make(scorer)
     first = await classifier.classify(task(), "x")
@@ -350,7 +350,7 @@ async def test_cache_size_zero_keeps_nothing(complaints: list[str]) -> None:
     assert complaints == []
 
 
-async def test_the_result_not_asked_for_longest_makes_room() -> None:
+async def test_the_least_recently_used_result_is_evicted() -> None:
     classifier = make(up(), cache_size=2)
     for text in ("a", "b", "a", "c"):
         await classifier.classify(task(), text)
@@ -416,7 +416,7 @@ async def test_equal_texts_in_flight_are_computed_once_even_without_a_cache() ->
     assert len(scorer.calls) == 1
 
 
-async def test_equal_texts_of_different_tasks_in_flight_are_computed_apart() -> None:
+async def test_equal_texts_of_different_tasks_in_flight_are_computed_separately() -> None:
     scorer = up()
     scorer.gate.clear()
     classifier = make(scorer)
@@ -428,7 +428,7 @@ async def test_equal_texts_of_different_tasks_in_flight_are_computed_apart() -> 
 
 
 @pytest.mark.parametrize("leaver", [0, 1, 2])
-async def test_one_waiter_that_leaves_takes_nothing_from_the_others(leaver: int) -> None:
+async def test_one_waiter_that_leaves_does_not_stop_the_pass(leaver: int) -> None:
     scorer = up()
     scorer.gate.clear()
     classifier = make(scorer)
@@ -446,7 +446,7 @@ async def test_one_waiter_that_leaves_takes_nothing_from_the_others(leaver: int)
     assert (await classifier.classify(task(), "x")).is_cached
 
 
-async def test_when_all_waiters_have_left_the_pass_stops_and_a_newcomer_starts_afresh() -> None:
+async def test_when_all_waiters_have_left_the_pass_stops_and_a_newcomer_starts_another() -> None:
     scorer = up()
     scorer.gate.clear()
     classifier = make(scorer)
@@ -462,7 +462,7 @@ async def test_when_all_waiters_have_left_the_pass_stops_and_a_newcomer_starts_a
     assert len(scorer.calls) == 2
 
 
-async def test_a_newcomer_joins_a_pass_that_somebody_else_has_left() -> None:
+async def test_a_newcomer_joins_a_pass_that_another_waiter_has_left() -> None:
     scorer = up()
     scorer.gate.clear()
     classifier = make(scorer)
@@ -519,7 +519,7 @@ async def test_a_newcomer_does_not_join_a_pass_that_is_being_cancelled() -> None
     assert len(scorer.calls) == 2
 
 
-async def test_a_pass_that_fails_when_nobody_waits_any_more_makes_no_noise(
+async def test_a_pass_that_fails_without_waiters_reports_nothing(
     complaints: list[str],
 ) -> None:
     scorer = SlowToStop()
@@ -539,7 +539,7 @@ async def test_a_pass_that_fails_when_nobody_waits_any_more_makes_no_noise(
 # --- failures -------------------------------------------------------------------------
 
 
-async def test_a_failing_pass_reaches_everybody_who_waits_and_is_not_cached() -> None:
+async def test_a_failing_pass_fails_every_waiter_and_is_not_cached() -> None:
     scorer = up()
     scorer.gate.clear()
     scorer.error = RuntimeError("engine trouble")
@@ -560,7 +560,7 @@ async def test_a_failing_pass_reaches_everybody_who_waits_and_is_not_cached() ->
     # "Judge.|xyz" has 10 tokens, "good" 4 and "bad" 3, of which the last are only looked at.
     [(1000, True), (18, True), (17, False), (10, False), (1, False)],
 )
-async def test_a_text_that_leaves_no_room_for_the_labels_is_refused_unscored(
+async def test_a_text_that_leaves_no_room_for_the_labels_is_refused_before_scoring(
     max_context: int, fits: bool
 ) -> None:
     scorer = up()
@@ -600,13 +600,13 @@ def headed(scorer: FakeScorer, of: Task, **options: Any) -> Classifier:
 
 
 def reads(*state: float) -> FakeScorer:
-    """A scorer with this state after the third layer, which says nothing of any label."""
+    """A scorer with this state after the third layer, and without label scores."""
     scorer = FakeScorer()
     scorer.states = {3: list(state)}
     return scorer
 
 
-async def test_a_head_is_asked_for_its_layer_and_for_no_label() -> None:
+async def test_a_head_requests_its_layer_and_no_label_scores() -> None:
     scorer, judged = reads(2.0, 1.0), task()
     result = await headed(scorer, judged).classify(judged, "Hello")
     assert scorer.calls == [("Judge.|Hello", [])]
@@ -643,7 +643,7 @@ async def test_probabilities_of_a_head_are_the_softmax_of_its_scores(
         ({"fallback": "flat", "min_label_mass": 1.0}, "up"),
     ],
 )
-async def test_the_fallback_of_a_head_answers_below_the_least_confidence_alone(
+async def test_the_fallback_of_a_head_depends_on_the_confidence_only(
     changes: dict[str, Any], label: str
 ) -> None:
     judged = task(**changes)
@@ -665,13 +665,13 @@ async def test_a_head_needs_no_room_for_labels(max_context: int, fits: bool) -> 
     assert str(max_context) in caught.value.message
 
 
-async def test_labels_of_any_length_do_for_a_head() -> None:
+async def test_a_head_accepts_labels_of_any_length() -> None:
     long = task(labels=(Label(value="up", text="x" * 2000), *task().labels[1:]))
     result = await headed(reads(2.0, 1.0), long).classify(long, "x")
     assert result.label.value == "up"
 
 
-async def test_results_of_a_head_are_cached_and_counted_as_any() -> None:
+async def test_results_of_a_head_are_cached_and_counted_as_any_other() -> None:
     scorer, judged = reads(2.0, 1.0), task()
     classifier = headed(scorer, judged)
     results = [await classifier.classify(judged, text) for text in ("x", "x", "y")]
@@ -683,7 +683,7 @@ async def test_results_of_a_head_are_cached_and_counted_as_any() -> None:
     assert classifier.label_counts == {("mood", "up"): 3, ("mood", "down"): 1}
 
 
-async def test_a_label_judges_prior_is_taken_off_before_its_temperature() -> None:
+async def test_a_label_judges_prior_is_subtracted_before_its_temperature() -> None:
     judged = task()
     prior = (math.log(0.5), math.log(0.1), math.log(0.1))
     classifier = make(up(), judges={judged.version: LabelJudge(prior, temperature=2.0)})
@@ -718,12 +718,12 @@ async def test_the_servers_tasks_are_warmed_up_without_measuring_or_counting() -
     assert classifier.label_counts == {}
 
 
-# --- the prior of tasks that clients bring along --------------------------------------
+# --- the prior of clients' own tasks --------------------------------------------------
 
 OWN = inline_task("Own.", ["a", "b"])
 
 
-async def test_what_the_model_says_of_any_text_is_taken_off() -> None:
+async def test_the_prior_of_a_clients_task_is_subtracted() -> None:
     scorer = FakeScorer(math.log(0.6), math.log(0.2))  # of any text
     scorer.by_text = {"x": [math.log(0.6), math.log(0.4)]}
     classifier = make(scorer, judges={})
@@ -754,7 +754,7 @@ async def test_the_prior_is_measured_before_the_text_on_the_reference_texts() ->
     assert result.num_prompt_tokens == len("Own.|x")
 
 
-async def test_one_reference_text_is_computed_before_the_others_which_come_together() -> None:
+async def test_one_reference_text_is_computed_before_the_others() -> None:
     scorer = FakeScorer(-1.0, -2.0)
     scorer.gate.clear()
     waiting = start(make(scorer, judges={}), "x", OWN)
@@ -769,7 +769,7 @@ async def test_one_reference_text_is_computed_before_the_others_which_come_toget
     assert scorer.texts == [*REFERENCE_TEXTS, "x"]
 
 
-async def test_the_prior_is_measured_once_for_many_texts_at_once_and_not_again() -> None:
+async def test_the_prior_is_measured_once_for_concurrent_and_later_texts() -> None:
     scorer = FakeScorer(-1.0, -2.0)
     classifier = make(scorer, judges={})
     waiting = [start(classifier, text, OWN) for text in ("x", "y", "z", "x")]
@@ -791,7 +791,7 @@ async def test_every_task_of_a_client_has_a_prior_of_its_own() -> None:
     assert scorer.texts == [*REFERENCE_TEXTS, "x"] * 3
 
 
-async def test_without_a_cache_of_results_the_prior_is_measured_once_all_the_same() -> None:
+async def test_without_a_cache_of_results_the_prior_is_still_measured_once() -> None:
     scorer = FakeScorer(-1.0, -2.0)
     classifier = make(scorer, cache_size=0, judges={})
     for _ in range(2):
@@ -799,7 +799,7 @@ async def test_without_a_cache_of_results_the_prior_is_measured_once_all_the_sam
     assert scorer.texts == [*REFERENCE_TEXTS, "x", "x"]
 
 
-async def test_a_reference_text_that_is_classified_is_no_hit() -> None:
+async def test_a_classified_reference_text_is_not_a_cache_hit() -> None:
     scorer = FakeScorer(-1.0, -2.0)
     classifier = make(scorer, judges={})
     result = await bounded(classifier.classify(OWN, REFERENCE_TEXTS[0]))
@@ -808,7 +808,7 @@ async def test_a_reference_text_that_is_classified_is_no_hit() -> None:
     assert (classifier.num_hits, classifier.num_misses) == (0, 1)
 
 
-async def test_a_failing_measurement_reaches_everybody_who_waits_and_is_not_kept(
+async def test_a_failing_measurement_fails_every_waiter_and_is_not_cached(
     complaints: list[str],
 ) -> None:
     scorer = FakeScorer(-1.0, -2.0)
@@ -824,7 +824,7 @@ async def test_a_failing_measurement_reaches_everybody_who_waits_and_is_not_kept
     assert complaints == []
 
 
-async def test_one_reference_text_that_fails_ends_the_others(complaints: list[str]) -> None:
+async def test_one_reference_text_that_fails_cancels_the_others(complaints: list[str]) -> None:
     class Failing(FakeScorer):
         async def score(self, *args: Any, **kwargs: Any) -> Scores:
             if len(self.calls) == 5:
@@ -843,7 +843,7 @@ async def test_one_reference_text_that_fails_ends_the_others(complaints: list[st
     assert complaints == []
 
 
-async def test_hanging_up_of_the_only_waiter_stops_the_measurement(complaints: list[str]) -> None:
+async def test_a_disconnect_of_the_only_waiter_stops_the_measurement(complaints: list[str]) -> None:
     scorer = FakeScorer(-1.0, -2.0)
     scorer.gate.clear()
     classifier = make(scorer, judges={})
@@ -864,7 +864,7 @@ async def test_hanging_up_of_the_only_waiter_stops_the_measurement(complaints: l
     assert complaints == []
 
 
-async def test_a_measurement_goes_on_while_anybody_waits_for_it() -> None:
+async def test_a_measurement_goes_on_while_it_has_a_waiter() -> None:
     scorer = FakeScorer(-1.0, -2.0)
     scorer.gate.clear()
     classifier = make(scorer, judges={})
@@ -878,7 +878,7 @@ async def test_a_measurement_goes_on_while_anybody_waits_for_it() -> None:
     assert scorer.texts == [*REFERENCE_TEXTS, "y"]
 
 
-async def test_labels_of_a_client_that_are_too_long_are_refused_unscored() -> None:
+async def test_labels_of_a_client_that_are_too_long_are_refused_before_scoring() -> None:
     scorer = FakeScorer(-1.0, -2.0)
     own = inline_task("Own.", ["a" * MAX_LABEL_TOKENS, "b"])
     with pytest.raises(InvalidRequestError) as caught:
@@ -896,7 +896,7 @@ def questions(*texts: str) -> list[Task]:
     return [task(instructions=text) for text in texts]
 
 
-async def test_questions_stand_behind_the_conversation_which_is_left_as_it_is() -> None:
+async def test_questions_follow_the_unchanged_conversation() -> None:
     scorer = up()
     results = await make(scorer).answer(questions("Good?", "Bad?"), CONVERSATION)
     labels = ["good", "bad", "meh"]
@@ -905,7 +905,7 @@ async def test_questions_stand_behind_the_conversation_which_is_left_as_it_is() 
     assert [result.num_prompt_tokens for result in results] == [22, 21]
 
 
-async def test_no_prior_is_taken_off_the_answers_to_questions() -> None:
+async def test_no_prior_is_subtracted_from_answers_to_questions() -> None:
     scorer = up()
     [asked] = questions("a")
     # Not even if a task of the server happens to be the same.
@@ -918,7 +918,7 @@ async def test_no_prior_is_taken_off_the_answers_to_questions() -> None:
     assert scorer.pinned == [False, False]
 
 
-async def test_one_question_is_computed_before_the_others_which_come_together() -> None:
+async def test_one_question_is_computed_before_the_others() -> None:
     scorer = up()
     scorer.gate.clear()
     answers = asyncio.create_task(make(scorer).answer(questions("a", "b", "c"), CONVERSATION))
@@ -932,7 +932,7 @@ async def test_one_question_is_computed_before_the_others_which_come_together() 
     assert len(await bounded(answers)) == 3
 
 
-async def test_known_answers_do_not_count_as_the_first() -> None:
+async def test_cached_answers_do_not_count_as_the_first() -> None:
     scorer = up()
     classifier = make(scorer)
     await classifier.answer(questions("a"), CONVERSATION)
@@ -952,7 +952,7 @@ async def test_equal_questions_are_computed_once_and_in_their_place() -> None:
     assert [result.num_prompt_tokens for result in results] == [18] * 4
 
 
-async def test_answers_about_other_conversations_are_not_taken() -> None:
+async def test_answers_about_other_conversations_are_not_reused() -> None:
     scorer = up()
     classifier = make(scorer)
     for text in ("Hi there", "Hi  there"):
@@ -960,12 +960,12 @@ async def test_answers_about_other_conversations_are_not_taken() -> None:
         assert not answer.is_cached
 
 
-async def test_what_was_computed_of_the_shared_tokens_is_told() -> None:
+async def test_results_count_the_shared_tokens_that_were_computed() -> None:
     [answer] = await make(up()).answer(questions("a"), CONVERSATION)
     assert answer.num_kept_tokens == len("Judge.|Hi  there|")
 
 
-async def test_a_question_that_does_not_fit_ends_the_others() -> None:
+async def test_a_question_that_does_not_fit_cancels_the_others() -> None:
     scorer = up()
     classifier = make(scorer, max_context=40)
     with pytest.raises(ContextLengthError) as caught:
@@ -973,7 +973,7 @@ async def test_a_question_that_does_not_fit_ends_the_others() -> None:
     assert caught.value.param == "input"
 
 
-async def test_a_task_of_a_client_is_never_taken_for_the_servers_of_that_name() -> None:
+async def test_a_clients_task_is_never_confused_with_the_servers_of_that_name() -> None:
     scorer, own = up(), task("inline")
     classifier = make(scorer, judges={own.version: LabelJudge()})
     await bounded(classifier.classify(own, "text"))

@@ -1,4 +1,4 @@
-"""A judge beside its task file serves the task and the model it was fitted to, and no other."""
+"""A judge beside its task file is used only with the task and the model it was fitted to."""
 
 from pathlib import Path
 from typing import cast
@@ -44,13 +44,13 @@ def test_a_judge_is_read_as_it_was_written(path: Path) -> None:
     assert np.array_equal(judge.head.weights, HEAD.weights)
 
 
-def test_a_judge_of_the_labels_texts_is_kept_as_well(tmp_path: Path) -> None:
+def test_a_label_judge_is_read_as_it_was_written(tmp_path: Path) -> None:
     judge = LabelJudge(temperature=1.5)
     write_fitted_judge(tmp_path / "a.safetensors", judge, prompts(), MODEL)
     assert read_fitted_judge(tmp_path / "a.safetensors", prompts(), MODEL) == judge
 
 
-def test_what_cannot_change_a_judgement_may_change(path: Path) -> None:
+def test_changes_without_effect_on_judgements_are_accepted(path: Path) -> None:
     labels = tuple(label.model_copy(update={"emoji": "🙂"}) for label in TASK.labels)
     other = TASK.model_copy(update={"labels": labels, "fallback": "up", "name": "other"})
     assert read_fitted_judge(path, prompts(other), MODEL)
@@ -76,7 +76,7 @@ def test_what_cannot_change_a_judgement_may_change(path: Path) -> None:
         (TASK, OtherTokenizer(), MODEL, "another chat template"),
     ],
 )
-def test_the_judge_of_something_else_is_one_sentence(
+def test_a_judge_of_another_task_or_model_is_one_sentence(
     path: Path, task: Task, tokenizer: FakeTokenizer, model: str, says: str
 ) -> None:
     with pytest.raises(TaskFileError) as raised:
@@ -92,6 +92,6 @@ def test_a_damaged_judge_is_one_sentence(path: Path, content: bytes) -> None:
         read_fitted_judge(path, prompts(), MODEL)
 
 
-def test_a_judge_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_judge_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TaskFileError, match=r"cannot read the judge .*none\.safetensors"):
         read_fitted_judge(tmp_path / "none.safetensors", prompts(), MODEL)

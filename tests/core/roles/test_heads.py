@@ -1,4 +1,4 @@
-"""Linear heads against slow formulas, how examples are dealt out, and calibration."""
+"""Linear heads compared with slow formulas; folds of examples; calibration."""
 
 import math
 from collections import defaultdict
@@ -90,7 +90,7 @@ def test_more_dimensions_than_examples_can_be_fitted() -> None:
         np.testing.assert_allclose(softmax(head.scores(states)), expected, rtol=0, atol=1e-4)
 
 
-def test_labels_that_lie_apart_are_told_apart() -> None:
+def test_separable_labels_are_separated() -> None:
     states, labels = gaussian(distance=6.0)
     for head in fit_heads(states, labels):
         assert (head.scores(states).argmax(1) == labels).all()
@@ -104,7 +104,7 @@ def test_shrunk_to_the_identity_the_nearest_mean_decides() -> None:
     assert (head.scores(states).argmax(1) == nearest).all()
 
 
-def test_a_label_with_more_examples_is_no_likelier_for_it() -> None:
+def test_a_label_is_not_likelier_for_having_more_examples() -> None:
     states, labels = gaussian(num_labels=2)
     rare = np.flatnonzero(labels == 1)[10:]
     states, labels = np.delete(states, rare, axis=0), np.delete(labels, rare)
@@ -132,7 +132,7 @@ def test_the_scale_of_the_states_does_not_matter(scale: float) -> None:
 
 
 @pytest.mark.parametrize("offset", [10.0, 100.0, 1e3, 1e4])
-def test_a_number_that_is_large_in_all_states_does_not_matter(offset: float) -> None:
+def test_a_dimension_that_is_large_in_all_states_does_not_matter(offset: float) -> None:
     """Some dimensions of a model's hidden states are a thousand times larger than others."""
     states, labels = gaussian(num_examples=600, size=100, distance=0.3)
     moved = states.copy()
@@ -167,7 +167,7 @@ def test_scores_of_many_states_are_those_of_each() -> None:
         np.testing.assert_allclose(alone, head.scores(row), rtol=1e-5)
 
 
-def test_a_cooled_head_divides_its_scores() -> None:
+def test_a_temperature_divides_the_scores_of_a_head() -> None:
     states, labels = gaussian()
     [head] = fit_heads(states, labels, [0.9])
     scaled = head.with_temperature(4.0)
@@ -185,7 +185,7 @@ def kinds_by_fold(folds: Indices, kinds: list[str]) -> dict[str, set[int]]:
     return found
 
 
-def test_examples_of_a_kind_are_left_out_together() -> None:
+def test_examples_of_a_kind_are_held_out_together() -> None:
     kinds = [f"kind {i % 7}" for i in range(210)]
     labels = np.array([i // 7 % 3 for i in range(210)])
     folds = folds_of(labels, kinds)
@@ -208,22 +208,22 @@ def assert_dealt_out(folds: Indices, labels: Indices) -> None:
 
 
 @pytest.mark.parametrize("num_kinds", [1, NUM_FOLDS - 1])
-def test_too_few_kinds_are_dealt_out(num_kinds: int) -> None:
+def test_with_too_few_kinds_examples_are_spread_evenly(num_kinds: int) -> None:
     labels = np.arange(60) % 3
     folds = folds_of(labels, [f"kind {i // 3 % num_kinds}" for i in range(60)])
     assert_dealt_out(folds, labels)
 
 
-def test_labels_of_one_kind_only_are_dealt_out() -> None:
+def test_with_a_label_of_one_kind_examples_are_spread_evenly() -> None:
     labels = np.arange(60) % 3
-    # The third label comes in one kind only: left out with it, nothing would be known of it.
+    # The third label has only one kind: held out together, none of its examples would be left.
     kinds = ["odd" if label == 2 else f"kind {i % 8}" for i, label in enumerate(labels)]
     folds = folds_of(labels, kinds)
     assert_dealt_out(folds, labels)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("abcdefgh")), min_size=1, max_size=60))
-def test_whatever_is_left_out_every_label_is_known(rows: list[tuple[int, str]]) -> None:
+def test_every_label_has_examples_outside_every_fold(rows: list[tuple[int, str]]) -> None:
     # Ten of each label at least, as a task has.
     rows = rows + [(label, "a") for label in range(4) for _ in range(10)]
     labels, kinds = np.array([label for label, _ in rows]), [kind for _, kind in rows]
@@ -253,7 +253,7 @@ def test_examples_are_scored_by_heads_that_have_not_seen_their_fold() -> None:
             np.testing.assert_allclose(scores[row], head.scores(states[row]), rtol=1e-4, atol=1e-3)
 
 
-def test_labels_that_nothing_tells_are_guessed() -> None:
+def test_unpredictable_labels_are_guessed() -> None:
     rng = np.random.default_rng(0)
     states = rng.normal(size=(300, 200)).astype(np.float32)
     labels = rng.permutation(np.arange(300) % 3)
@@ -261,7 +261,7 @@ def test_labels_that_nothing_tells_are_guessed() -> None:
     assert (fitted.scores(states).argmax(1) == labels).mean() > 0.7, "its own examples"
     for scores in cross_validated(states, labels, folds_of(labels, [""] * 300)):
         assert (scores.argmax(1) == labels).mean() < 0.45
-        # And knows it: no better than saying that all are as likely, and hardly worse.
+        # With a loss about that of equal probabilities: no better, and hardly worse.
         assert calibrate(scores, labels).log_loss == pytest.approx(math.log(3), abs=0.02)
 
 
@@ -277,7 +277,7 @@ def truthful(num_examples: int = 5000) -> tuple[Doubles, Indices]:
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0, 20.0])
-def test_the_temperature_takes_back_what_scores_claim_too_much_or_too_little(
+def test_the_temperature_corrects_overconfident_and_underconfident_scores(
     factor: float,
 ) -> None:
     scores, labels = truthful()
@@ -296,7 +296,7 @@ def test_no_temperature_is_better_than_the_one_that_is_found() -> None:
     assert found.log_loss < log_loss(overconfident, labels)
 
 
-def test_scores_that_are_all_wrong_are_cooled_as_far_as_it_goes() -> None:
+def test_scores_that_are_all_wrong_get_the_highest_temperature() -> None:
     labels = np.arange(30) % 2
     scores = np.eye(2, dtype=np.float32)[1 - labels] * 50
     found = calibrate(scores, labels)

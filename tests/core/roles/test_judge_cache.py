@@ -41,7 +41,7 @@ def cache(tmp_path: Path) -> JudgeCache:
 
 
 def kept(cache: JudgeCache, judge: Judge) -> Path:
-    """Where the judge was written."""
+    """The file that the judge was written to."""
     path = cache.path("key")
     cache.write(path, judge)
     assert path.is_file()
@@ -91,7 +91,7 @@ def test_a_fitted_head_is_read_as_it_was_written(cache: JudgeCache) -> None:
         assert_same(cache.read(kept(cache, judge)), judge)
 
 
-def test_a_head_is_kept_in_whatever_order_its_numbers_lie_in_memory(cache: JudgeCache) -> None:
+def test_a_head_is_written_from_any_memory_order(cache: JudgeCache) -> None:
     strided = LinearHead(HEAD.center[::-1], np.asfortranarray(HEAD.weights), HEAD.biases[::-1])
     read = cache.read(kept(cache, HeadJudge(3, strided)))
     assert isinstance(read, HeadJudge)
@@ -116,7 +116,7 @@ def test_a_judge_replaces_the_one_of_the_same_key(cache: JudgeCache) -> None:
     assert len(list(cache.path("key").parent.iterdir())) == 1
 
 
-def test_what_is_not_there_is_none_without_a_warning(
+def test_a_missing_judge_is_none_without_a_warning(
     cache: JudgeCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert cache.read(cache.path("key")) is None
@@ -257,7 +257,7 @@ def test_a_file_that_cannot_be_read_is_one_warning_and_no_judge(
     assert f"--cache-dir {path.parent}" in warning and "\n" not in warning
 
 
-def test_all_that_goes_wrong_with_a_cache_is_one_warning(
+def test_a_cache_logs_only_its_first_failure(
     cache: JudgeCache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = kept(cache, JUDGES["head"])
@@ -281,7 +281,7 @@ def test_a_validation_of_another_form_is_a_damaged_file(
 
 @pytest.mark.parametrize("length", [0.1, 0.5, 0.9, 0.99])
 @every_judge
-def test_a_file_that_is_cut_off_anywhere_is_no_judge(
+def test_a_file_truncated_anywhere_is_no_judge(
     cache: JudgeCache, judge: Judge, length: float
 ) -> None:
     path = kept(cache, judge)
@@ -290,7 +290,7 @@ def test_a_file_that_is_cut_off_anywhere_is_no_judge(
 
 
 @pytest.mark.parametrize("kind", ["head", "labels"])
-def test_a_byte_that_changes_anywhere_gives_no_other_judge(cache: JudgeCache, kind: str) -> None:
+def test_a_changed_byte_never_gives_another_judge(cache: JudgeCache, kind: str) -> None:
     judge = JUDGES[kind]
     path = kept(cache, judge)
     whole = path.read_bytes()
@@ -316,13 +316,13 @@ def test_a_damaged_file_can_be_written_again(cache: JudgeCache) -> None:
 # --- folders that cannot be used ------------------------------------------------------
 
 
-def test_a_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+def test_a_folder_is_created_with_its_parents(tmp_path: Path) -> None:
     cache = JudgeCache(tmp_path / "a" / "b" / "c", "model")
     assert_same(cache.read(kept(cache, JUDGES["head"])), JUDGES["head"])
 
 
 @pytest.mark.parametrize("below", ["file", "file/judges"])
-def test_a_folder_that_cannot_be_made_is_one_warning(
+def test_a_folder_that_cannot_be_created_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, below: str
 ) -> None:
     (tmp_path / "file").write_text("here")
@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_made_is_one_warning(
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
-def test_a_folder_where_the_system_lets_nobody_write_is_one_warning(
+def test_a_folder_of_the_system_is_one_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     cache = JudgeCache(Path("/proc/judges"), "model")
@@ -377,7 +377,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge_files, "save_file", save_half)
 
 
-def test_nothing_half_written_stays(
+def test_no_partial_file_remains(
     cache: JudgeCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill_the_disk(monkeypatch)
@@ -399,7 +399,7 @@ def test_a_write_that_fails_leaves_the_judge_that_was_there(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_is_in_its_place_only_when_it_is_whole(
+def test_a_file_appears_only_when_it_is_complete(
     cache: JudgeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, seen = cache.path("key"), []

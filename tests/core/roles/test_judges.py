@@ -1,4 +1,4 @@
-"""How a judge is chosen and what it says, with a fake model that knows what it is asked about."""
+"""The choice of a judge and its probabilities, with a fake model that reads the prompt's text."""
 
 import asyncio
 import math
@@ -64,22 +64,22 @@ def noise(text: str, size: int, stream: int = 0) -> Row:
 
 
 def telling(text: str, layer: int) -> Row:
-    """What tells the label, with little noise."""
+    """Numbers that show the label of every text, with little noise."""
     return 2 * one_hot(6, truth(text)) + 0.3 * noise(text, 6, layer)
 
 
 def hinting(text: str, layer: int = 0) -> Row:
-    """What tells the label of most texts."""
+    """Numbers that show the label of most texts."""
     return 2 * one_hot(6, truth(text)) + noise(text, 6, layer)
 
 
 def silent(text: str, layer: int = 0) -> Row:
-    """What tells nothing of the label."""
+    """Numbers that do not depend on the label."""
     return noise(text, 6, layer)
 
 
 class FakeModel:
-    """Answers by the text that it is asked about; `gate` holds its answers back."""
+    """Answers by the text of the prompt; `gate` holds its answers back."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ async def fit(model: FakeModel, prompts: TaskPrompts | None = None) -> Judge:
     return await bounded(fit_judge(model, prompts or prompts_of(), NUM_LAYERS, lambda: None))
 
 
-async def judged(judge: Judge, model: FakeModel, text: str) -> list[float]:
+async def probabilities_of(judge: Judge, model: FakeModel, text: str) -> list[float]:
     """Probabilities of the labels of a text by the judge."""
     prompts = prompts_of()
     labels = prompts.labels(0) if isinstance(judge, LabelJudge) else []
@@ -174,9 +174,9 @@ async def judged(judge: Judge, model: FakeModel, text: str) -> list[float]:
 
 
 async def share_right(judge: Judge, model: FakeModel) -> float:
-    """Of texts that it was not fitted to."""
+    """The accuracy on texts that the judge was not fitted to."""
     texts = [f"{value} {i}" for value in VALUES for i in range(1000, 1100)]
-    found = [np.argmax(await judged(judge, model, text)) == truth(text) for text in texts]
+    found = [np.argmax(await probabilities_of(judge, model, text)) == truth(text) for text in texts]
     return found.count(True) / len(found)
 
 
@@ -184,7 +184,7 @@ async def share_right(judge: Judge, model: FakeModel) -> float:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-async def test_a_head_is_chosen_after_the_layer_that_tells_the_labels(layer: int) -> None:
+async def test_a_head_is_chosen_after_the_layer_that_predicts_the_labels(layer: int) -> None:
     model = FakeModel(states=lambda text, i: telling(text, i) if i == layer else silent(text, i))
     judge = await fit(model)
     assert isinstance(judge, HeadJudge)
@@ -195,7 +195,7 @@ async def test_a_head_is_chosen_after_the_layer_that_tells_the_labels(layer: int
     assert await share_right(judge, model) > 0.95
 
 
-async def test_label_scores_are_kept_where_hidden_states_tell_nothing() -> None:
+async def test_label_scores_are_chosen_if_hidden_states_are_uninformative() -> None:
     model = FakeModel(label_scores=lambda text: telling(text, 0)[:3])
     judge = await fit(model)
     assert isinstance(judge, LabelJudge)
@@ -205,20 +205,20 @@ async def test_label_scores_are_kept_where_hidden_states_tell_nothing() -> None:
     assert await share_right(judge, model) > 0.95
 
 
-async def test_label_scores_are_kept_where_a_head_is_no_better() -> None:
-    # Two of three examples are told, by both alike.
-    def told(text: str) -> Row:
+async def test_label_scores_are_chosen_if_a_head_is_no_better() -> None:
+    # Both predict the same two of three examples.
+    def hints(text: str) -> Row:
         return one_hot(3, (truth(text) + (zlib.crc32(text.encode()) % 3 == 0)) % 3)
 
     model = FakeModel(
-        label_scores=lambda text: told(text),
-        states=lambda text, layer: np.concatenate([told(text), 0.1 * noise(text, 3, layer)]),
+        label_scores=lambda text: hints(text),
+        states=lambda text, layer: np.concatenate([hints(text), 0.1 * noise(text, 3, layer)]),
     )
     assert isinstance(await fit(model), LabelJudge)
 
 
 @pytest.mark.parametrize(("max_ratio", "kind"), [(0.0, LabelJudge), (100.0, HeadJudge)])
-async def test_the_log_loss_of_a_head_may_be_that_share_of_the_label_scores(
+async def test_a_head_is_chosen_up_to_the_maximum_loss_ratio(
     monkeypatch: pytest.MonkeyPatch, max_ratio: float, kind: type[Judge]
 ) -> None:
     monkeypatch.setattr(fitting, "MAX_LOSS_RATIO", max_ratio)
@@ -241,7 +241,7 @@ async def test_a_head_and_the_label_scores_are_compared_on_the_same_examples() -
 BIAS = np.array([6.0, 0.0, -3.0])
 
 
-async def test_the_prior_is_taken_off_where_it_helps() -> None:
+async def test_the_prior_is_subtracted_if_this_helps() -> None:
     model = FakeModel(label_scores=lambda text: telling(text, 0)[:3] + BIAS)
     judge = await fit(model)
     assert isinstance(judge, LabelJudge)
@@ -250,14 +250,14 @@ async def test_the_prior_is_taken_off_where_it_helps() -> None:
     assert await share_right(judge, model) > 0.95
 
 
-async def test_the_prior_is_left_where_it_is_none() -> None:
+async def test_the_prior_is_not_subtracted_if_there_is_none() -> None:
     model = FakeModel(label_scores=lambda text: hinting(text)[:3])
     judge = await fit(model, prompts_of(task(examples(num_each=300))))
     assert isinstance(judge, LabelJudge) and judge.prior == ()
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 10.0])
-async def test_probabilities_are_as_good_as_they_claim_however_sure_the_model_is(
+async def test_probabilities_are_calibrated_however_sure_the_model_is(
     factor: float,
 ) -> None:
     def claimed(text: str) -> Row:
@@ -275,13 +275,13 @@ async def test_probabilities_are_as_good_as_they_claim_however_sure_the_model_is
     assert isinstance(judge, LabelJudge) and judge.validation is not None
     assert judge.temperature == pytest.approx(factor, rel=0.35)
     texts = [f"{value} {i}" for value in VALUES for i in range(1000, 1100)]
-    found = np.array([await judged(judge, model, text) for text in texts])
+    found = np.array([await probabilities_of(judge, model, text) for text in texts])
     loss = log_loss(np.log(found), np.array(list(map(truth, texts))))
     assert loss == pytest.approx(judge.validation.log_loss, abs=0.15)
 
 
-async def test_the_validation_of_a_head_is_that_of_examples_left_out() -> None:
-    # Each kind is told in its own way: heads know nothing of a kind that they have not seen.
+async def test_a_head_is_validated_on_held_out_examples() -> None:
+    # Each kind shows its labels differently, so heads cannot judge kinds they have not seen.
     def states(text: str, layer: int) -> Row:
         kind = int(text.split()[1]) % 5
         return 3 * one_hot(15, 3 * kind + truth(text)) + 0.1 * noise(text, 15, layer)
@@ -361,7 +361,7 @@ async def test_examples_beyond_the_context_are_left_out() -> None:
         (0, VALUES),
     ],
 )
-async def test_where_too_few_examples_fit_the_context_the_prior_is_taken_off(
+async def test_if_too_few_examples_fit_the_context_the_prior_is_subtracted(
     num_fitting: int, values: tuple[str, ...]
 ) -> None:
     of = [
@@ -380,19 +380,19 @@ async def test_where_too_few_examples_fit_the_context_the_prior_is_taken_off(
     else:
         assert judge == LabelJudge(tuple(BIAS))
         assert set(model.texts) == set(REFERENCE_TEXTS)
-    probabilities = await judged(judge, model, "up 1000")
+    probabilities = await probabilities_of(judge, model, "up 1000")
     assert len(probabilities) == 3
     assert sum(probabilities) == pytest.approx(1)
 
 
-async def test_a_task_without_examples_has_the_prior_taken_off() -> None:
+async def test_the_prior_of_a_task_without_examples_is_subtracted() -> None:
     model = FakeModel(label_scores=lambda text: BIAS)
     assert await fit(model, prompts_of(task([]))) == LabelJudge(tuple(BIAS))
     assert set(model.texts) == set(REFERENCE_TEXTS)
 
 
-async def test_label_scores_are_chosen_even_where_their_examples_are_of_one_kind() -> None:
-    # Kinds that take turns: every sixth example of a label is of the same one.
+async def test_label_scores_are_chosen_even_if_their_examples_are_of_one_kind() -> None:
+    # Alternating kinds: every sixth example of a label has the same kind.
     of = examples(num_kinds=LABEL_SCORES_STRIDE)
     model = FakeModel(label_scores=lambda text: telling(text, 0)[:3])
     judge = await fit(model, prompts_of(task(of)))
@@ -475,17 +475,17 @@ async def test_reference_texts_that_do_not_fit_the_context_are_left_out() -> Non
     assert judge.prior == pytest.approx(tuple(expected))
 
 
-async def test_where_no_reference_text_fits_the_context_nothing_is_taken_off() -> None:
+async def test_if_no_reference_text_fits_the_context_nothing_is_subtracted() -> None:
     model = FakeModel(label_scores=said_of_references)
     judge = await bounded(measure_prior(model, prompts_of(max_context=7 + 13 + 1)))
     assert judge == LabelJudge()
     assert not model.calls
 
 
-# --- what judges say ------------------------------------------------------------------
+# --- probabilities of judges ----------------------------------------------------------
 
 
-def test_a_label_judge_takes_off_the_prior_and_divides_by_the_temperature() -> None:
+def test_a_label_judge_subtracts_the_prior_and_divides_by_the_temperature() -> None:
     scores = Scores([math.log(0.5), math.log(0.2), math.log(0.1)], num_cached=0)
     assert LabelJudge().probabilities(scores) == pytest.approx([5 / 8, 2 / 8, 1 / 8])
     prior = (math.log(0.5), math.log(0.1), math.log(0.1))
@@ -532,13 +532,13 @@ def test_candidate_layers_rise_and_leave_a_part_of_the_model_out(num_layers: int
     assert layers[-1] < num_layers or num_layers < 3
 
 
-def test_what_all_prompts_share_is_what_comes_before_the_text() -> None:
+def test_all_prompts_share_what_comes_before_the_text() -> None:
     prompts = prompts_of()
     assert prompts.num_shared == len("Judge.|")
     assert prompts.encode("x")[: prompts.num_shared] == prompts.encode("我")[: prompts.num_shared]
 
 
-def test_labels_need_room_behind_the_prompt_for_all_but_their_last_tokens() -> None:
+def test_labels_need_room_after_the_prompt_for_all_but_their_last_tokens() -> None:
     tokenizer = cast(ChatTokenizer, FakeTokenizer())
     # <up>, <down> and <flat> have 16 tokens; the last of each is only looked at.
     found = TaskPrompts(task(), tokenizer, 50 + 13 + 1).labels(50)
@@ -547,7 +547,7 @@ def test_labels_need_room_behind_the_prompt_for_all_but_their_last_tokens() -> N
         TaskPrompts(task(), tokenizer, 50 + 13).labels(50)
 
 
-def test_a_head_that_claims_too_much_is_cooled() -> None:
+def test_an_overconfident_head_gets_a_higher_temperature() -> None:
     """Dimensions that say the same are counted each by itself, for the covariance is shrunk."""
     rng = np.random.default_rng(0)
     means = 0.7 * rng.normal(size=(3, 4))
@@ -577,5 +577,5 @@ def test_a_head_that_claims_too_much_is_cooled() -> None:
     assert found.log_loss == pytest.approx(judge.validation.log_loss, abs=0.1)
 
 
-def test_what_has_more_parameters_must_be_better() -> None:
+def test_a_judge_with_more_parameters_must_be_better() -> None:
     assert 0 < MAX_LOSS_RATIO < 1

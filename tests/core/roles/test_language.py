@@ -1,4 +1,4 @@
-"""Which language a text is answered in: the documented rule, script by script."""
+"""The language of an answer: the documented rule, script by script."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_latin_is_english(text: str) -> None:
         pytest.param(":-)", id="a smiley"),
     ],
 )
-def test_what_has_no_word_at_all_is_english(text: str) -> None:
+def test_a_text_without_words_is_english(text: str) -> None:
     assert language_of(text) == ENGLISH
 
 
@@ -76,7 +76,7 @@ def test_every_other_script_is_english(text: str) -> None:
         "明日の会議は何時からですか？",
     ],
 )
-def test_japanese_is_english_whatever_han_it_has(text: str) -> None:
+def test_japanese_with_han_is_english(text: str) -> None:
     assert language_of(text) == ENGLISH
 
 
@@ -148,7 +148,7 @@ def test_a_text_that_begins_with_a_word_is_chinese_from_more_than_twice_as_many_
 @pytest.mark.parametrize(
     "text", ["5个苹果 for me and you", "😄 好的 so so", "“你好” to you all", "_1_ 好 so so"]
 )
-def test_digits_emoji_and_signs_are_no_beginning(text: str) -> None:
+def test_digits_emoji_and_signs_do_not_count_as_the_beginning(text: str) -> None:
     # Begun with a word, each of them would be English.
     assert language_of(text) == CHINESE
     assert language_of(f"a {text}") == ENGLISH

@@ -1,4 +1,4 @@
-"""Figures of judgements against scikit-free formulas and known values."""
+"""Metrics compared with independent formulas and known values."""
 
 import math
 
@@ -18,7 +18,7 @@ GIVEN = [0, 0, 0, 1, 1, 1, 0, 2]
 PROBABILITIES = np.full((8, 3), 0.05) + 0.85 * np.eye(3)[GIVEN]
 
 
-def test_the_figures_are_those_counted_by_hand() -> None:
+def test_metrics_equal_those_counted_by_hand() -> None:
     found = quality(GIVEN, TRUE, PROBABILITIES)
     assert found.accuracy == 5 / 8
     assert found.confusion == ((3, 1, 1), (1, 2, 0), (0, 0, 0))
@@ -31,7 +31,7 @@ def test_the_figures_are_those_counted_by_hand() -> None:
     assert found.calibration_error == pytest.approx(abs(0.9 - 5 / 8))
 
 
-def test_a_label_that_is_never_given_has_no_precision() -> None:
+def test_a_label_that_is_never_predicted_has_no_precision() -> None:
     found = quality([0, 0], [0, 1], np.array([[0.6, 0.4]] * 2))
     assert found.per_label[1] is not None
     assert (found.per_label[1].precision, found.per_label[1].f1) == (0.0, 0.0)
@@ -45,7 +45,7 @@ def test_the_interval_is_wilsons() -> None:
     assert low < 1 and high == 1
 
 
-def test_confidence_that_is_right_as_often_as_it_says_has_no_error() -> None:
+def test_a_calibrated_confidence_has_no_error() -> None:
     probabilities = np.array([[0.75, 0.25]] * 4)
     assert calibration_error(probabilities, [True, True, True, False]) == 0
 
@@ -54,20 +54,20 @@ def test_confidence_that_is_right_as_often_as_it_says_has_no_error() -> None:
     ("better", "worse", "chance"),
     [(0, 0, 1.0), (5, 0, 1 / 32), (3, 1, 5 / 16), (1, 3, 15 / 16), (500, 500, 0.5126)],
 )
-def test_the_chance_of_a_gain_is_that_of_coins(better: int, worse: int, chance: float) -> None:
+def test_the_sign_test_is_that_of_coin_tosses(better: int, worse: int, chance: float) -> None:
     assert chance_of(better, worse) == pytest.approx(chance, abs=1e-4)
 
 
-def test_a_power_law_goes_on_as_one() -> None:
+def test_a_power_law_is_extrapolated() -> None:
     num_rows = [50, 100, 200, 400]
     accuracies = [1 - 2 * n**-0.4 for n in num_rows]
     assert expected_accuracy(num_rows, accuracies, 800) == pytest.approx(1 - 2 * 800**-0.4)
 
 
-def test_more_rows_are_never_expected_to_do_harm() -> None:
+def test_more_rows_never_lower_the_expected_accuracy() -> None:
     expected = expected_accuracy([10, 20, 40], [0.9, 0.8, 0.7], 80)
     assert 0.7 < expected < 0.9
 
 
-def test_an_accuracy_of_one_goes_on_without_infinities() -> None:
+def test_an_accuracy_of_one_is_extrapolated_without_infinities() -> None:
     assert math.isfinite(expected_accuracy([10, 20], [1.0, 1.0], 40))

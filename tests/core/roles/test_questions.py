@@ -17,14 +17,14 @@ def test_a_predicate_is_answered_yes_or_no() -> None:
     assert task.instructions.startswith("The customer is angry.\n")
 
 
-def test_the_options_are_listed_with_what_they_mean() -> None:
+def test_options_are_listed_with_their_descriptions() -> None:
     task = choice("Which team?", [("billing", None), ("technical", "crashes and outages")])
     assert answers_of(task) == ["billing", "technical"]
     assert task.instructions.startswith("Which team?\n")
     assert task.instructions.endswith("\n- billing\n- technical: crashes and outages")
 
 
-def test_levels_are_listed_from_the_lowest_on() -> None:
+def test_levels_are_listed_from_the_lowest() -> None:
     task = score("How urgent?", [("low", None), ("high", "today")])
     assert answers_of(task) == ["low", "high"]
     assert "from lowest to highest:\n- low\n- high: today" in task.instructions

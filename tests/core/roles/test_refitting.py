@@ -1,4 +1,4 @@
-"""Heads fitted to rows of one's own, beside examples that are like them or are not."""
+"""Heads fitted to a user's own rows, with examples that resemble them or do not."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ NUM_LABELS, SIZE = 3, 12
 
 
 def drawn(
-    num_texts: int, seed: int, shift: float = 0.0, telling_layer: int = 0, num_labels: int = 3
+    num_texts: int, seed: int, shift: float = 0.0, informative_layer: int = 0, num_labels: int = 3
 ) -> Measured:
-    """States of two layers, of which one tells the labels; `shift` turns these round."""
+    """States of two layers, one of which predicts the labels; `shift` rotates its dimensions."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num_texts) % num_labels
     states = rng.normal(size=(num_texts, 2, SIZE)).astype(np.float32)
-    states[:, telling_layer, :NUM_LABELS] += 2 * np.eye(NUM_LABELS)[labels]
-    states[:, telling_layer] = np.roll(states[:, telling_layer], round(shift), axis=1)
+    states[:, informative_layer, :NUM_LABELS] += 2 * np.eye(NUM_LABELS)[labels]
+    states[:, informative_layer] = np.roll(states[:, informative_layer], round(shift), axis=1)
     return Measured(states, labels)
 
 
@@ -32,8 +32,8 @@ def accuracy(rows: Measured, examples: Measured, test: Measured) -> float:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_layer_that_tells_the_labels_is_chosen(layer: int) -> None:
-    recipe = choose_recipe(drawn(60, 0, telling_layer=layer), none(), NUM_LABELS)
+def test_the_layer_that_predicts_the_labels_is_chosen(layer: int) -> None:
+    recipe = choose_recipe(drawn(60, 0, informative_layer=layer), none(), NUM_LABELS)
     assert recipe.layer_index == layer and recipe.example_weight == 0
 
 
@@ -44,27 +44,27 @@ def test_examples_that_are_like_the_rows_help() -> None:
     assert accuracy(rows, examples, test) > accuracy(rows, none(), test)
 
 
-def test_examples_that_say_the_contrary_are_left_out() -> None:
+def test_contradicting_examples_are_left_out() -> None:
     rows, examples, test = drawn(120, 1), drawn(600, 2, shift=1), drawn(600, 3)
     recipe = choose_recipe(rows, examples, NUM_LABELS)
     assert recipe.example_weight == 0
     assert accuracy(rows, examples, test) == accuracy(rows, none(), test) > 0.75
 
 
-def test_a_label_without_rows_is_told_by_the_examples() -> None:
+def test_a_label_without_rows_is_learned_from_the_examples() -> None:
     rows, examples = drawn(60, 1, num_labels=2), drawn(300, 2)
     recipe = choose_recipe(rows, examples, NUM_LABELS)
     assert recipe.example_weight in EXAMPLE_WEIGHTS[1:]
     assert recipe.fit(rows, examples).weights.shape == (SIZE, NUM_LABELS)
 
 
-def test_labels_with_a_gap_between_them_are_dealt_out() -> None:
+def test_labels_with_a_gap_in_their_numbers_are_spread_evenly() -> None:
     rows = drawn(60, 1, num_labels=2)
     rows = Measured(rows.states, 2 * rows.labels)
     assert choose_recipe(rows, drawn(300, 2), NUM_LABELS).example_weight > 0
 
 
-def test_a_probability_is_as_sure_as_rows_left_out_were_right() -> None:
+def test_probabilities_are_calibrated_on_held_out_rows() -> None:
     rows, test = drawn(90, 1), drawn(3000, 2)
     recipe = choose_recipe(rows, none(), NUM_LABELS)
     scores = recipe.fit(rows, none()).scores(test.states[:, recipe.layer_index])
@@ -86,7 +86,7 @@ def repeated(states: Floats, labels: Indices, times: int) -> tuple[Floats, Indic
     )
 
 
-def test_a_weight_is_as_good_as_repetition() -> None:
+def test_a_weight_equals_repetition() -> None:
     rows = drawn(60, 4)
     states = rows.states[:, 0]
     weights = np.repeat(np.array([1, 3], np.float32), 30)
@@ -96,7 +96,7 @@ def test_a_weight_is_as_good_as_repetition() -> None:
     assert a - a[:, :1] == pytest.approx(b - b[:, :1], abs=1e-3)
 
 
-def test_equal_weights_are_as_good_as_none() -> None:
+def test_equal_weights_equal_none() -> None:
     rows = drawn(60, 4)
     states = rows.states[:, 0]
     [weighted] = fit_heads(states, rows.labels, [0.5], np.full(60, 0.1, np.float32))

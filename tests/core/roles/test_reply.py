@@ -65,7 +65,7 @@ STRICT_TEMPLATE = """\
 
 
 class FakeGenerator:
-    """Takes notes of what it is asked and answers with the events it was given."""
+    """Records its calls, and answers with the events it was given."""
 
     def __init__(self, *events: Event) -> None:
         self.events = events or (FinishedEvent(FinishReason.STOP),)
@@ -105,7 +105,7 @@ class FakeGenerator:
 
 
 class FakeClassifier:
-    """Says one label of everything, or fails."""
+    """Gives every text the same label, or fails."""
 
     def __init__(self, label: Label = POSITIVE, error: Exception | None = None) -> None:
         self._label, self._error = label, error
@@ -219,7 +219,7 @@ def cue(label: Label, language: str = "en") -> str:
 
 
 def called_and_answered(result: str) -> list[Message]:
-    """A call of a tool, and what it gave."""
+    """A call of a tool, and its result."""
     function = {"name": "weather", "arguments": "{}"}
     calls = [{"id": "call_1", "type": "function", "function": function}]
     return [
@@ -259,7 +259,7 @@ def text_of(tokenizer: ChatTokenizer, ids: list[int]) -> str:
 
 
 def says(tokenizer: ChatTokenizer, text: str, *end: Event) -> FakeGenerator:
-    """A generator that writes the text and then ends by itself, or as told."""
+    """A generator that writes the text and then ends by itself, or with this reason."""
     written = [TokenEvent(token_id) for token_id in tokenizer.encode_text(text)]
     return FakeGenerator(*written, *(end or (FinishedEvent(FinishReason.STOP),)))
 
@@ -478,7 +478,7 @@ async def test_a_label_without_cue_leaves_the_conversation_as_it_is(
 
 @pytest.mark.parametrize("style", [STYLE, IN_SYSTEM, BEHIND], ids=lambda style: style.cue_position)
 @pytest.mark.parametrize("result", ["rain", "I love it!"])
-async def test_behind_the_result_of_a_tool_there_is_no_cue(
+async def test_after_the_result_of_a_tool_there_is_no_cue(
     make: Callable[..., Replier], tokenizer: ChatTokenizer, style: ReplyStyle, result: str
 ) -> None:
     generator, classifier = FakeGenerator(), FakeClassifier(NEGATIVE)
@@ -514,7 +514,7 @@ def test_a_cue_changes_no_message_of_the_conversation_itself(position: str) -> N
     assert conversation == [system("a"), user("b"), assistant("c")]
 
 
-async def test_the_mood_that_the_reply_reads_stands_behind_what_the_user_said(
+async def test_the_reply_reads_the_mood_after_the_users_message(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator = FakeGenerator()
@@ -559,7 +559,7 @@ async def test_persona_and_cue_are_in_the_language_of_the_user(
     assert generator.prompt_ids == tokenizer.encode_chat(expected)
 
 
-async def test_the_language_is_that_of_the_last_user_message_alone(
+async def test_the_language_is_that_of_the_last_user_message_only(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator = FakeGenerator()
@@ -589,7 +589,7 @@ async def test_a_persona_in_one_language_serves_users_of_every_other(
     assert generator.prompt_ids == tokenizer.encode_chat([system(CHINESE_PERSONA), user(text)])
 
 
-async def test_there_is_no_persona_where_there_are_tools(
+async def test_there_is_no_persona_with_tools(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator, tools = FakeGenerator(), [Tool("find", {"type": "object"})]
@@ -599,7 +599,7 @@ async def test_there_is_no_persona_where_there_are_tools(
     assert generator.prompt_ids == tokenizer.encode_chat(cued, tools)
 
 
-# --- a conversation that stays as it is -----------------------------------------------
+# --- a conversation that is not changed -----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -635,7 +635,7 @@ async def test_the_conversation_is_computed_while_it_is_judged(
 
 
 @pytest.mark.parametrize("style", [STYLE, BEHIND], ids=lambda style: style.cue_position)
-async def test_a_cue_at_the_end_leaves_what_was_computed_beside_the_pass(
+async def test_a_cue_at_the_end_reuses_what_was_computed_during_the_pass(
     make: Callable[..., Replier], tokenizer: ChatTokenizer, style: ReplyStyle
 ) -> None:
     generator = FakeGenerator()
@@ -646,7 +646,7 @@ async def test_a_cue_at_the_end_leaves_what_was_computed_beside_the_pass(
     assert generator.prompt_ids[: len(begin)] == begin
 
 
-async def test_a_cue_at_the_beginning_leaves_nothing_to_compute_beside_the_pass(
+async def test_with_a_cue_at_the_beginning_nothing_is_computed_during_the_pass(
     make: Callable[..., Replier],
 ) -> None:
     generator, classifier = FakeGenerator(), FakeClassifier()
@@ -727,7 +727,7 @@ async def test_a_reply_without_tasks_has_no_analyses(make: Callable[..., Replier
     assert (await ask(make(FakeGenerator()), [user("Hi")])).analyses == {}
 
 
-async def test_tasks_are_judged_once_and_told_in_the_order_asked_for(
+async def test_tasks_are_judged_once_and_reported_in_the_requested_order(
     make: Callable[..., Replier],
 ) -> None:
     classifier = ByTask()
@@ -742,7 +742,7 @@ async def test_tasks_are_judged_once_and_told_in_the_order_asked_for(
     assert sorted(classifier.asked) == [("intent", "Hi"), ("sentiment", "Hi")]
 
 
-async def test_without_sentiment_tasks_are_judged_but_the_answer_is_told_nothing(
+async def test_without_sentiment_tasks_are_judged_but_the_answer_has_no_cue(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator, classifier = FakeGenerator(), ByTask()
@@ -754,7 +754,7 @@ async def test_without_sentiment_tasks_are_judged_but_the_answer_is_told_nothing
     assert generator.prompt_ids == tokenizer.encode_chat([user("Hi")])
 
 
-async def test_a_task_that_fails_takes_neither_the_others_nor_the_answer_with_it(
+async def test_a_task_that_fails_fails_neither_the_others_nor_the_answer(
     make: Callable[..., Replier], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(text: str, work: Work) -> list[str]:
@@ -770,7 +770,7 @@ async def test_a_task_that_fails_takes_neither_the_others_nor_the_answer_with_it
     assert "the emotion pass failed" in caplog.text and "no broken pass" in caplog.text
 
 
-async def test_where_nothing_is_said_tasks_find_nothing(make: Callable[..., Replier]) -> None:
+async def test_without_text_tasks_find_nothing(make: Callable[..., Replier]) -> None:
     classifier = ByTask()
     replier = make(FakeGenerator(), classifier, others=[EMOTION], extractors={"loud": shout})
     reply = await ask(replier, [user(" ")], tasks=["emotion", "loud"])
@@ -836,7 +836,7 @@ async def test_leaving_one_choice_aborts_them_all(
     assert generator.num_aborts >= 2
 
 
-async def test_a_task_without_cue_judges_but_tells_the_reply_nothing(
+async def test_a_task_without_cues_judges_but_adds_none(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     generator = FakeGenerator()
@@ -905,7 +905,7 @@ async def test_neither_role_ever_reads_the_instruction_of_the_other(
     assert PERSONA not in reads and "I feel" not in reads
 
 
-async def test_the_analyst_reads_the_last_user_message_alone(make: Callable[..., Replier]) -> None:
+async def test_the_analyst_reads_the_last_user_message_only(make: Callable[..., Replier]) -> None:
     classifier = FakeClassifier()
     messages = [user("a"), assistant("b"), user("c"), system("d"), assistant("e")]
     await ask(make(FakeGenerator(), classifier), messages)
@@ -922,7 +922,7 @@ async def test_the_analyst_reads_the_last_user_message_alone(make: Callable[...,
     ],
     ids=["no user", "only an answer", "an empty message", "white space last"],
 )
-async def test_where_the_user_said_nothing_there_is_nothing_to_judge(
+async def test_without_a_users_text_there_is_nothing_to_judge(
     make: Callable[..., Replier], messages: list[Message]
 ) -> None:
     generator, classifier = FakeGenerator(), FakeClassifier()
@@ -995,7 +995,7 @@ async def test_a_closed_engine_is_an_error_of_the_reply(make: Callable[..., Repl
         await ask(make(Closed(), FakeClassifier(error=EngineClosedError())), [user("Hi")])
 
 
-# --- a cue that cannot be told --------------------------------------------------------
+# --- a cue that cannot be added -------------------------------------------------------
 
 
 def the_warning(caplog: pytest.LogCaptureFixture) -> str:
@@ -1027,7 +1027,7 @@ async def test_a_cue_that_does_not_fit_is_dropped_with_a_warning_and_the_answer_
     assert "".join(await read(reply)) == "Hello!"
 
 
-async def test_a_cue_that_just_fits_is_told(
+async def test_a_cue_that_just_fits_is_added(
     make: Callable[..., Replier], tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     generator = FakeGenerator()
@@ -1114,7 +1114,7 @@ async def test_a_conversation_too_long_is_refused_with_the_numbers_before_any_pa
 
 
 @pytest.mark.parametrize("with_sentiment", [True, False])
-async def test_a_conversation_that_the_template_refuses_is_the_clients_mistake(
+async def test_a_conversation_that_the_template_refuses_is_an_invalid_request(
     make: Callable[..., Replier], with_sentiment: bool
 ) -> None:
     generator, classifier = FakeGenerator(), FakeClassifier()
@@ -1189,7 +1189,7 @@ async def test_a_stop_string_ends_the_reply_with_stop_and_aborts_the_rest(
     assert 0 < reply.num_completion_tokens < len(generator.events) - 1
 
 
-async def test_what_only_resembles_a_stop_string_comes_at_the_end(
+async def test_text_that_only_resembles_a_stop_string_comes_at_the_end(
     make: Callable[..., Replier], tokenizer: ChatTokenizer
 ) -> None:
     reply = await ask(make(says(tokenizer, "Hello th")), [user("Hi")], stop=["there"])

@@ -1,4 +1,4 @@
-"""Prompts as data: the built-in ones, a file of one's own, and all that can be wrong with it."""
+"""Prompts as data: the built-in ones, a user's own file, and its possible errors."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def test_a_builtin_instruction_is_one_line_without_space_around_it(name: str) ->
     assert "\n" not in instructions
 
 
-def test_the_builtin_sentiment_tells_the_reply_a_clear_mood_in_both_languages() -> None:
+def test_the_builtin_sentiment_has_cues_for_clear_moods_in_both_languages() -> None:
     positive, negative, neutral = BUILTIN["sentiment"].labels
     for label in (positive, negative):
         assert label.cue is not None and set(label.cue) == {"zh", "en"}
@@ -127,7 +127,7 @@ def test_the_builtin_sentiment_tells_the_reply_a_clear_mood_in_both_languages() 
     assert BUILTIN["sentiment"].poles == ("positive", "negative")
 
 
-def test_the_builtin_intent_tells_the_reply_nothing() -> None:
+def test_the_builtin_intent_has_no_cues() -> None:
     assert [label.cue for label in BUILTIN["intent"].labels] == [None] * 4
     assert BUILTIN["intent"].poles is None
 
@@ -144,7 +144,7 @@ def test_the_builtin_reply_has_a_persona_in_both_languages_and_the_cue_at_the_us
     assert PROMPTS.reply.cue_position == "user"
 
 
-def test_a_task_file_holds_its_own_tasks_alone(write: Callable[[str], Path]) -> None:
+def test_a_task_file_contains_its_own_tasks_only(write: Callable[[str], Path]) -> None:
     prompts = read_task_file(write(MOOD))
     assert set(prompts.tasks) == {"mood"}
     assert prompts.reply == ReplyStyle()
@@ -339,7 +339,7 @@ def test_examples_are_read_from_the_file_beside_the_task_file(
     first = {"text": "真棒　！", "label": "up", "kind": "review", "lang": "zh"}
     (tmp_path / "moods.jsonl").write_text(lines(first, *rows), encoding="utf-8")
     read = read_task_file(write(LEARNED)).tasks["mood"].examples
-    # Fields that nobody knows, such as the language, are for people.
+    # Unknown fields, such as the language, are for people.
     assert read[0] == Example(text="真棒　！", label="up", kind="review")
     assert [(each.text, each.label, each.kind) for each in read[1:]] == [
         (row["text"], row["label"], "") for row in rows
@@ -513,7 +513,7 @@ def test_the_builtin_emotion_examples_are_at_least_sixty_a_label_and_language() 
 
 
 @pytest.mark.parametrize("name", BUILTIN)
-def test_no_builtin_example_stands_there_twice_and_each_has_a_kind(name: str) -> None:
+def test_builtin_examples_are_unique_and_each_has_a_kind(name: str) -> None:
     read = BUILTIN[name].examples
     texts = Counter(" ".join(each.text.casefold().split()) for each in read)
     assert [text for text, count in texts.items() if count > 1] == []

@@ -1,4 +1,4 @@
-"""Prompts continued as they are: what the engine is asked for, and what it is spared."""
+"""Prompts continued as they are: what the engine computes, and what it need not compute."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ MAX_CONTEXT = 20
 
 
 class FakeEngine:
-    """Takes notes of what it is asked; every answer is token 5."""
+    """Records its calls; every answer is token 5."""
 
     def __init__(self) -> None:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
@@ -55,7 +55,7 @@ def completer(generator: FakeEngine, tokenizer: ChatTokenizer) -> Completer:
     return Completer(cast(Engine, generator), tokenizer, max_context=MAX_CONTEXT)
 
 
-async def test_texts_are_encoded_as_they_are_and_ids_left_alone(
+async def test_texts_are_encoded_as_they_are_and_ids_are_unchanged(
     completer: Completer, generator: FakeEngine, tokenizer: ChatTokenizer
 ) -> None:
     text = "你好<|im_end|>"
@@ -89,7 +89,7 @@ async def test_several_choices_compute_each_prompt_once_and_differ_in_their_seed
     assert choices.num_completion_tokens == 4
 
 
-async def test_each_continuation_is_capped_by_the_room_behind_its_prompt(
+async def test_each_continuation_is_capped_by_the_room_after_its_prompt(
     completer: Completer, generator: FakeEngine
 ) -> None:
     await completer.complete({"prompt[0]": [7], "prompt[1]": [7] * 19}, PARAMS, [])
@@ -97,7 +97,7 @@ async def test_each_continuation_is_capped_by_the_room_behind_its_prompt(
 
 
 @pytest.mark.parametrize("prompt", [[7] * MAX_CONTEXT, "word " * 99], ids=["ids", "text"])
-async def test_nothing_is_computed_where_one_prompt_is_too_long(
+async def test_nothing_is_computed_if_one_prompt_is_too_long(
     completer: Completer, generator: FakeEngine, prompt: Prompt
 ) -> None:
     with pytest.raises(ContextLengthError) as caught:

@@ -1,4 +1,4 @@
-"""Text pieces out of token bytes, wherever the borders between the tokens fall."""
+"""Pieces of text from token bytes, for any boundaries between the tokens."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ def every_split(data: bytes) -> Iterator[list[bytes]]:
 
 
 def read(tokens: Sequence[bytes], stop: Sequence[str] = ()) -> tuple[list[str], bool]:
-    """What every push gave, then what was flushed unless it stopped; and whether it stopped."""
+    """The results of every push and, unless it stopped, of the flush; and whether it stopped."""
     detokenizer = Detokenizer(tokens, stop)
     pieces = [detokenizer.push(token_id) for token_id in range(len(tokens))]
     pieces.append("" if detokenizer.is_stopped else detokenizer.flush())
@@ -60,7 +60,7 @@ def read(tokens: Sequence[bytes], stop: Sequence[str] = ()) -> tuple[list[str], 
         ("好x😀", ["😀", "x"], "好"),
     ],
 )
-def test_a_stop_string_ends_the_text_wherever_the_token_borders_fall(
+def test_a_stop_string_ends_the_text_for_any_token_boundaries(
     text: str, stop: list[str], expected: str
 ) -> None:
     for tokens in every_split(text.encode()):
@@ -91,7 +91,7 @@ def test_text_that_only_resembles_a_stop_string_comes_whole(text: str, stop: lis
 
 
 @pytest.mark.parametrize("stop", [["abcd", "bc"], ["bc", "abcd"], ["再见吗", "见"]])
-def test_the_text_is_the_same_for_all_borders_if_one_stop_string_lies_inside_another(
+def test_the_text_is_the_same_for_all_boundaries_if_one_stop_string_contains_another(
     stop: list[str],
 ) -> None:
     text = "x" + max(stop, key=len)
@@ -99,7 +99,7 @@ def test_the_text_is_the_same_for_all_borders_if_one_stop_string_lies_inside_ano
     assert len(texts) == 1, texts
 
 
-def test_no_piece_ever_holds_the_beginning_of_a_stop_string_that_comes() -> None:
+def test_no_piece_contains_the_beginning_of_a_stop_string() -> None:
     for tokens in every_split("ab😀STOP".encode()):
         given = ""
         for piece in read(tokens, ["😀STOP"])[0]:
@@ -139,7 +139,9 @@ def test_the_longest_possible_beginning_is_held_back_of_several_stop_strings() -
         ("a<c>b", ["a<c>b"], "a<c>b"),
     ],
 )
-def test_stop_strings_count_up_to_a_text_only(text: str, stop: list[str], expected: str) -> None:
+def test_stop_strings_count_only_before_the_pattern(
+    text: str, stop: list[str], expected: str
+) -> None:
     for tokens in every_split(text.encode()):
         detokenizer = Detokenizer(tokens, stop, stop_until=regex.compile("<c>"))
         pieces = [detokenizer.push(token_id) for token_id in range(len(tokens))]
@@ -155,7 +157,7 @@ def test_nothing_comes_after_a_stop_string() -> None:
     assert detokenizer.flush() == ""
 
 
-def test_an_empty_stop_string_is_a_mistake_of_the_caller() -> None:
+def test_an_empty_stop_string_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         Detokenizer([b"a"], ["a", ""])
 
@@ -189,14 +191,14 @@ def test_every_character_comes_at_once_when_its_last_byte_is_there(text: str) ->
         pytest.param(b"\xff\xfe\xf0\x9f\x98\x80\xf0", id="an emoji among rubbish"),
     ],
 )
-def test_bytes_that_are_no_text_are_left_out(data: bytes) -> None:
+def test_bytes_that_are_not_utf_8_are_left_out(data: bytes) -> None:
     for tokens in every_split(data):
         pieces, _ = read(tokens)
         assert "".join(pieces) == data.decode(errors="ignore"), tokens
         assert "\ufffd" not in "".join(pieces)
 
 
-def test_a_stop_string_is_found_where_left_out_bytes_lay_inside() -> None:
+def test_a_stop_string_is_found_across_left_out_bytes() -> None:
     for tokens in every_split(b"aS\xffT\xe4\xbdOPb"):
         pieces, is_stopped = read(tokens, ["STOP"])
         assert is_stopped and "".join(pieces) == "a", tokens
@@ -205,7 +207,7 @@ def test_a_stop_string_is_found_where_left_out_bytes_lay_inside() -> None:
 # --- flush ----------------------------------------------------------------------------
 
 
-def test_flush_gives_what_was_held_back_once() -> None:
+def test_flush_returns_what_was_held_back_once() -> None:
     detokenizer = Detokenizer([b"abST"], ["STOP"])
     assert detokenizer.push(0) == "ab"
     assert detokenizer.flush() == "ST"
@@ -213,13 +215,13 @@ def test_flush_gives_what_was_held_back_once() -> None:
     assert not detokenizer.is_stopped
 
 
-def test_flush_gives_no_half_character() -> None:
+def test_flush_returns_no_half_character() -> None:
     detokenizer = Detokenizer(["好".encode()[:2]])
     assert detokenizer.push(0) == ""
     assert detokenizer.flush() == ""
 
 
-def test_a_token_without_bytes_gives_nothing_and_breaks_nothing() -> None:
+def test_a_token_without_bytes_has_no_effect() -> None:
     assert read(["好".encode()[:1], b"", "好".encode()[1:]])[0] == ["", "", "好", ""]
 
 

@@ -57,7 +57,7 @@ def test_texts_and_conversations_get_the_same_ids(
     assert ours.encode_chat(messages) == theirs.encode_chat(messages)
 
 
-def test_the_tokens_are_the_same_and_those_that_only_fill_up_are_none(
+def test_the_tokens_are_the_same_without_those_that_only_pad(
     ours: ChatTokenizer, theirs: ChatTokenizer
 ) -> None:
     assert ours.vocab_size == theirs.vocab_size
@@ -66,7 +66,7 @@ def test_the_tokens_are_the_same_and_those_that_only_fill_up_are_none(
     assert ours.token_strs(ids) == theirs.token_strs(ids)
 
 
-def test_files_that_do_not_say_how_texts_are_split_are_read(
+def test_files_that_name_no_pre_tokenizer_are_read(
     folder: Path, tmp_path: Path, theirs: ChatTokenizer
 ) -> None:
     path = tmp_path / "old.gguf"

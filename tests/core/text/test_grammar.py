@@ -1,4 +1,4 @@
-"""Grammars: whatever tokens a model likes best, what comes out fits."""
+"""Grammars: whatever tokens a model prefers, its text fits."""
 
 import copy
 import functools
@@ -60,12 +60,12 @@ def allowed_ids(mask: bytes, vocab_size: int) -> list[int]:
 
 @functools.cache
 def closing_ids(tokenizer: ChatTokenizer) -> frozenset[int]:
-    """What ends strings, lists and objects, or begins to end a call."""
+    """Tokens that end strings, lists and objects, or begin to end a call."""
     return frozenset(i for i, data in enumerate(tokenizer.token_bytes) if data[:1] in b'"}]<')
 
 
 def walk(grammar: Grammar, tokenizer: ChatTokenizer, rng: random.Random) -> str:
-    """What a model without any taste writes that ends strings, lists and itself when it can."""
+    """The text of a random model that ends strings, lists and its answer as soon as it can."""
     state, end = grammar.begin(), tokenizer.marker_id("<|im_end|>")
     data = b""
     for _ in range(MAX_TOKENS):
@@ -94,7 +94,7 @@ def accepts(grammar: Grammar, tokenizer: ChatTokenizer, text: str) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_json_object_is_one(
+def test_a_json_object_is_valid(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer, seed: int
 ) -> None:
     text = walk(compiler.json_schema({"type": "object"}), tokenizer, random.Random(seed))
@@ -170,7 +170,7 @@ def test_a_schema_that_cannot_be_guaranteed_is_refused(
     assert word in str(caught.value) and str(caught.value)
 
 
-def test_a_schema_that_cannot_be_followed_says_so_when_it_turns_out(
+def test_a_schema_that_is_too_complex_fails_during_generation(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer
 ) -> None:
     state = compiler.json_schema(TOO_COMPLEX).begin()
@@ -180,7 +180,7 @@ def test_a_schema_that_cannot_be_followed_says_so_when_it_turns_out(
         state.accept(opening)
 
 
-def test_two_completions_of_one_grammar_stand_apart(
+def test_two_completions_of_one_grammar_are_independent(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer
 ) -> None:
     grammar = compiler.json_schema({"enum": ["left", "right"]})
@@ -219,7 +219,7 @@ TIME = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
         (CALL.replace("city", "town"), True, True, False),
     ],
 )
-def test_calls_have_exactly_the_form_that_is_read_back(
+def test_calls_have_exactly_the_form_that_is_parsed(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer,
     text: str, is_required: bool, is_parallel: bool, fits: bool,
 ) -> None:  # fmt: skip
@@ -254,7 +254,7 @@ BARE_TIME = '{\n    "name": "clock",\n    "arguments": {}\n}'
         ('{"name": "get_weather", "input": {}}', True, True),
     ],
 )
-def test_json_that_names_a_tool_is_its_call_where_any_text_may_stand(
+def test_json_that_names_a_tool_is_a_call_where_any_text_is_allowed(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer, text: str, is_parallel: bool, fits: bool
 ) -> None:
     output = OutputFormat(tools=[WEATHER, CLOCK], is_parallel=is_parallel)
@@ -263,7 +263,7 @@ def test_json_that_names_a_tool_is_its_call_where_any_text_may_stand(
     assert accepts(grammar, tokenizer, text) == fits
     if not fits:
         return
-    # The reader finds calls exactly where the grammar has some.
+    # `Answer` finds calls exactly where the grammar has some.
     answer = Answer(output.call_opening)
     answer.add(text)
     answer.end()
@@ -374,7 +374,7 @@ def test_every_part_of_a_format_counts(
     assert accepts(grammar, tokenizer, fitting) and not accepts(grammar, tokenizer, wrong)
 
 
-def test_where_any_text_will_do_there_is_no_grammar(compiler: GrammarCompiler) -> None:
+def test_where_any_text_is_allowed_there_is_no_grammar(compiler: GrammarCompiler) -> None:
     assert compiler.compile(OutputFormat()) is None
 
 
@@ -420,13 +420,15 @@ def test_the_same_tools_are_compiled_once(
     forgetful.compile(OutputFormat(tools=[CLOCK]))
     forgetful.compile(OutputFormat(tools=[WEATHER, CLOCK], is_parallel=False))
     assert len(compiled) == 3
-    # Whoever follows it leaves it as it was.
+    # Using a grammar does not change it.
     assert first is not None
     for _ in range(2):
         assert accepts(first, tokenizer, TIME)
 
 
-def test_only_those_used_last_are_kept(forgetful: GrammarCompiler, compiled: list[str]) -> None:
+def test_the_most_recently_used_grammars_are_cached(
+    forgetful: GrammarCompiler, compiled: list[str]
+) -> None:
     for number in [*range(MAX_KEPT), 0, MAX_KEPT, 0]:
         forgetful.json_schema({"const": number})
     assert len(compiled) == MAX_KEPT + 1
@@ -434,7 +436,7 @@ def test_only_those_used_last_are_kept(forgetful: GrammarCompiler, compiled: lis
     assert len(compiled) == MAX_KEPT + 2
 
 
-def test_a_grammar_that_is_very_long_is_not_kept(
+def test_a_grammar_that_is_very_long_is_not_cached(
     compiler: GrammarCompiler, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grammar_module, "MAX_KEPT_CHARS", 1000)
@@ -444,7 +446,9 @@ def test_a_grammar_that_is_very_long_is_not_kept(
     assert len(compiled) == 3
 
 
-def test_a_grammar_that_fails_is_not_kept(forgetful: GrammarCompiler, compiled: list[str]) -> None:
+def test_a_grammar_that_fails_is_not_cached(
+    forgetful: GrammarCompiler, compiled: list[str]
+) -> None:
     for _ in range(2):
         with pytest.raises(GrammarError):
             forgetful.json_schema({"not": {}})
@@ -460,7 +464,7 @@ def test_threads_may_compile_at_once(forgetful: GrammarCompiler) -> None:
     assert len({id(grammar) for grammar in grammars[100:]}) == 5
 
 
-def test_text_that_must_come_keeps_its_unicode_form(
+def test_forced_text_keeps_its_unicode_form(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer
 ) -> None:
     word = "cafe\u0301"  # not composed
@@ -480,7 +484,7 @@ def test_text_that_must_come_keeps_its_unicode_form(
     [
         (["耳机"], True),
         (["耳机", "sounds great"], True),
-        (["耳机", "耳机"], True),  # repeats are dropped by whoever reads the lines
+        (["耳机", "耳机"], True),  # the reader of the lines drops repeats
         (["机"], False),  # half a word
         (["耳机的音质，"], False),
         (["音质sounds"], False),
@@ -514,7 +518,7 @@ def follows(grammar: Grammar, tokenizer: ChatTokenizer, text: str) -> bool:
     return end in allowed_ids(state.allowed(), tokenizer.vocab_size)
 
 
-def test_a_word_that_was_cut_is_not_put_together_again(
+def test_a_word_that_was_cut_is_not_joined_again(
     compiler: GrammarCompiler, tokenizer: ChatTokenizer
 ) -> None:
     grammar = compiler.pieces("w" * (MAX_WORD_CHARS + 1), 1)

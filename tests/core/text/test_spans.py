@@ -56,7 +56,7 @@ def test_sentences_leave_out_only_white_space(text: str) -> None:
 
 
 @given(st.text())
-def test_words_stand_in_their_order_and_are_bounded(text: str) -> None:
+def test_words_are_in_order_and_bounded(text: str) -> None:
     end = 0
     for span in words(text):
         assert span.offset >= end
@@ -66,5 +66,5 @@ def test_words_stand_in_their_order_and_are_bounded(text: str) -> None:
     assert end <= len(text)
 
 
-def test_a_word_without_an_end_is_cut() -> None:
+def test_a_very_long_word_is_cut() -> None:
     assert [span.length for span in words("a" * 70)] == [MAX_WORD_CHARS, MAX_WORD_CHARS, 6]

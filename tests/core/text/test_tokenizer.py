@@ -1,4 +1,4 @@
-"""Conversations as token ids: transformers is the slow twin, and no text can fool the template."""
+"""Conversations as token ids: equal to those of transformers, and safe from markers in texts."""
 
 import itertools
 import json
@@ -149,14 +149,14 @@ def test_endings_encoded_together_equal_each_conversation_encoded_alone(
         ]
 
 
-def test_what_endings_share_reaches_up_to_their_turn(tokenizer: ChatTokenizer) -> None:
+def test_the_prefix_of_endings_reaches_up_to_their_turn(tokenizer: ChatTokenizer) -> None:
     conversation = [{"role": "user", "content": "an input of some length"}]
     shared, [rest] = tokenizer.encode_chats(conversation, [{"role": "user", "content": "Is it?"}])
     assert shared[-1] == tokenizer.marker_id("<|im_start|>")
     assert rest[: len(tokenizer.encode_text("user"))] == tokenizer.encode_text("user")
 
 
-def test_calls_of_tools_stand_before_endings_as_they_do_elsewhere(
+def test_tool_calls_before_endings_are_rendered_as_elsewhere(
     tokenizer: ChatTokenizer,
 ) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "<tool_call>"}}}
@@ -273,7 +273,7 @@ def test_token_bytes_joined_equal_the_text(
     assert decoded == text
 
 
-def test_text_is_composed_as_the_checkpoint_asks(tokenizer: ChatTokenizer) -> None:
+def test_text_is_normalised_as_the_checkpoint_requires(tokenizer: ChatTokenizer) -> None:
     decomposed = "cafe\u0301 u\u0308ber"
     ids = tokenizer.encode_text(decomposed)
     assert ids == tokenizer.encode_text("café über")
@@ -326,7 +326,7 @@ def test_an_assistant_message_that_is_not_the_last_is_closed(tokenizer: ChatToke
 # --- other checkpoints ----------------------------------------------------------------
 
 
-def test_an_added_token_that_is_no_special_one_is_text_for_readers_but_never_from_users(
+def test_an_added_token_that_is_not_special_is_decoded_but_never_encoded_from_users(
     copy_with: Callable[..., Path],
 ) -> None:
     def add_tool_call(content: dict[str, Any]) -> None:
@@ -345,7 +345,7 @@ def test_an_added_token_that_is_no_special_one_is_text_for_readers_but_never_fro
     assert plain_text(tokenizer, ids) == "<tool_call><tool_call>"
 
 
-def test_a_marker_that_begins_another_one_does_not_take_its_place(
+def test_a_marker_that_is_a_prefix_of_another_does_not_replace_it(
     copy_with: Callable[..., Path],
 ) -> None:
     def add_longer(content: dict[str, Any]) -> None:
@@ -361,7 +361,7 @@ def test_a_marker_that_begins_another_one_does_not_take_its_place(
     assert plain_text(tokenizer, ids) == "<|im_end|>!"
 
 
-def test_the_template_is_told_not_to_think_aloud(copy_with: Callable[..., Path]) -> None:
+def test_thinking_is_turned_off_in_the_template(copy_with: Callable[..., Path]) -> None:
     template = "{% if enable_thinking is false %}quiet{% else %}aloud{% endif %}"
     tokenizer = ChatTokenizer.from_folder(copy_with(template=template))
     assert plain_text(tokenizer, tokenizer.encode_chat(chat("user: Hi"))) == "quiet"
@@ -396,7 +396,7 @@ def test_a_hostile_template_reaches_nothing_and_is_a_checkpoint_error(
         ChatTokenizer.from_folder(copy_with(template=hostile))
 
 
-def test_a_template_that_breaks_on_what_is_said_refuses_it(copy_with: Callable[..., Path]) -> None:
+def test_a_template_that_fails_on_a_message_refuses_it(copy_with: Callable[..., Path]) -> None:
     template = "{% if messages | length > 1 %}{{ messages.__class__.__mro__ }}{% endif %}"
     tokenizer = ChatTokenizer.from_folder(copy_with(template=template))
     with pytest.raises(ChatTemplateError):

@@ -1,4 +1,4 @@
-"""Tools: how a model is told of them, and how its calls are read."""
+"""Tools: their description to the model, and the parsing of its calls."""
 
 import json
 import random
@@ -41,20 +41,20 @@ def result(content: str) -> dict[str, Any]:
 # --- the prompt -----------------------------------------------------------------------
 
 
-def test_tools_stand_at_the_end_of_the_system_message() -> None:
+def test_tools_are_at_the_end_of_the_system_message() -> None:
     [system, said] = without_tools([{"role": "system", "content": "Be brief."}, user("a")], [TOOL])
     assert system["content"].startswith("Be brief.\n\n# Tools\n")
     assert json.dumps(TOOL.for_template()) in system["content"]
     assert said == user("a")
 
 
-def test_tools_make_a_system_message_where_there_is_none() -> None:
+def test_tools_add_a_system_message_if_there_is_none() -> None:
     [system, said] = without_tools([user("a")], [TOOL])
     assert (system["role"], system["content"][:7]) == ("system", "# Tools")
     assert said == user("a")
 
 
-def test_a_conversation_without_tools_stays_as_it_is() -> None:
+def test_a_conversation_without_tools_is_unchanged() -> None:
     messages = [user("a"), {"role": "assistant", "content": "b"}, user("c")]
     assert without_tools(messages, []) == messages
 
@@ -157,7 +157,7 @@ NO_CALL = 'Use {"name": "Bob", "age": 3}:\n```json\n{"name": "look"}\n```\n[{'
         ('{"a": "<tool_call>b</tool_call>"}', '{"a": "<tool_call>b</tool_call>"}', []),
     ],
 )
-def test_an_answer_is_told_apart_wherever_its_pieces_end(
+def test_an_answer_is_split_the_same_wherever_its_pieces_end(
     answer: str, text: str, calls: list[tuple[str, str]]
 ) -> None:
     rng = random.Random(0)
@@ -182,7 +182,7 @@ def test_calls_have_ids_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("answer", [BARE, FENCED])
-def test_calls_need_their_tags_where_json_is_the_answer(answer: str) -> None:
+def test_calls_need_their_tags_if_the_answer_is_json(answer: str) -> None:
     assert read(list(answer), tools=()) == (answer, [])
 
 
