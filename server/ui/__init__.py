@@ -1,1 +1,1 @@
-"""The page at `/`: a client of the public API like any other. Needs the extra `ui`."""
+"""The page at `/`: a client of the public API. Needs the extra `ui`."""

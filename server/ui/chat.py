@@ -1,4 +1,4 @@
-"""The chat tab: what happens when something is said, stopped, retried, undone or edited."""
+"""Streams the answer to the last turn of a conversation, and prepares what the chat tab shows."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -10,7 +10,7 @@ import gradio as gr
 import pandas as pd
 from openai import APIError, AuthenticationError
 
-from server.ui.client import connect, own_url, seen_url, served_model, stream_chat
+from server.ui.client import browser_url, connect, own_url, served_model, stream_chat
 from server.ui.commands import curl_line, python_lines
 from server.ui.conversation import Turn, request_messages
 from server.ui.failures import explain, warn
@@ -19,7 +19,7 @@ from server.ui.texts import language_of, name_of, say, with_names
 
 @dataclass(frozen=True)
 class Options:
-    """What the side bar says. Without has_own_sampling, the server's applies."""
+    """The settings of the sidebar. has_own_sampling: whether to send temperature and max_tokens."""
 
     system_prompt: str
     has_own_sampling: bool
@@ -31,18 +31,18 @@ class Options:
 
 
 class Meter:
-    """How fast an answer comes."""
+    """Measures how fast an answer arrives."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
         self._first = self._last = 0.0
         self._usage: dict[str, Any] = {}
 
-    def text_came(self) -> None:
+    def record_text(self) -> None:
         self._last = time.perf_counter()
         self._first = self._first or self._last
 
-    def usage_came(self, usage: dict[str, Any]) -> None:
+    def record_usage(self, usage: dict[str, Any]) -> None:
         self._usage = usage
 
     def figures(self) -> tuple[str, str, str]:
@@ -56,12 +56,12 @@ class Meter:
 
 
 def chat_body(model: str, turns: list[Turn], options: Options) -> dict[str, Any]:
-    """The request that answers the last turn."""
-    own = {"temperature": options.temperature, "max_tokens": int(options.max_tokens)}
+    """The request for an answer to the last turn."""
+    sampling = {"temperature": options.temperature, "max_tokens": int(options.max_tokens)}
     return {
         "model": model,
         "messages": request_messages(turns, options.system_prompt),
-        **(own if options.has_own_sampling else {}),
+        **(sampling if options.has_own_sampling else {}),
         "stream": True,
         "stream_options": {"include_usage": True},
         "sentiment": options.with_sentiment,
@@ -71,19 +71,22 @@ def chat_body(model: str, turns: list[Turn], options: Options) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class View:
-    """What a step of an answer shows; None leaves a component as it is."""
+    """An update of the chat tab; None leaves a component unchanged.
+
+    has_sentiment: whether the last turn has just got its sentiment.
+    """
 
     turns: list[Turn]
     figures: tuple[str, str, str] | None = None
     lines: tuple[str, str] | None = None
-    is_judged: bool = False
+    has_sentiment: bool = False
     is_key_needed: bool = False
 
 
 async def answer(
     turns: list[Turn], options: Options, request: gr.Request
 ) -> AsyncGenerator[View, None]:
-    """Answers the last of the turns, which are changed as the answer comes."""
+    """Streams the answer to the last turn; modifies that turn."""
     turn, meter = turns[-1], Meter()
     yield View(turns)
     try:
@@ -100,13 +103,13 @@ async def answer(
                     if piece.sentiment is not None:
                         labels = model.tasks.get("sentiment", [])
                         turn["sentiment"] = with_names(piece.sentiment, labels)
-                        yield View(turns, lines=lines, is_judged=True)
+                        yield View(turns, lines=lines, has_sentiment=True)
                     if piece.text:
-                        meter.text_came()
+                        meter.record_text()
                         turn["answer"] += piece.text
                         yield View(turns)
                     if piece.usage is not None:
-                        meter.usage_came(piece.usage)
+                        meter.record_usage(piece.usage)
             yield View(turns, figures=meter.figures(), lines=lines)
     except APIError as error:
         language = language_of(request)
@@ -115,23 +118,23 @@ async def answer(
 
 
 def _lines(request: gr.Request, body: dict[str, Any], options: Options) -> tuple[str, str]:
-    url, has_key = seen_url(request), bool(options.api_key)
+    url, has_key = browser_url(request), bool(options.api_key)
     return curl_line(url, body, has_key=has_key), python_lines(url, body, has_key=has_key)
 
 
 def mood_label(turns: list[Turn], request: gr.Request) -> Any:
-    """The probabilities of the last judgement, marked when they came from the cache."""
-    judged = [turn["sentiment"] for turn in turns if turn["sentiment"]]
-    if not judged:
+    """The probabilities of the last sentiment; the title says if they come from the cache."""
+    sentiments = [turn["sentiment"] for turn in turns if turn["sentiment"]]
+    if not sentiments:
         return gr.Label(value=None, visible=False)
-    last, language = judged[-1], language_of(request)
+    last, language = sentiments[-1], language_of(request)
     probabilities = {name_of(each, language): each["probability"] for each in last["probabilities"]}
     key = "mood_cached" if last["cached"] else "mood"
     return gr.Label(value=probabilities, label=say(key, language), visible=True)
 
 
 def mood_plot(turns: list[Turn], request: gr.Request) -> Any:
-    """A line for each label over the turns; nothing before the second point."""
+    """A line for each label over the turns; hidden until two turns have a sentiment."""
     language = language_of(request)
     rows = [
         {
@@ -143,9 +146,9 @@ def mood_plot(turns: list[Turn], request: gr.Request) -> Any:
         if turn["sentiment"]
         for each in turn["sentiment"]["probabilities"]
     ]
-    is_worth_it = len({row["turn"] for row in rows}) > 1
+    is_visible = len({row["turn"] for row in rows}) > 1
     return gr.LinePlot(
-        pd.DataFrame(rows) if is_worth_it else None,
+        pd.DataFrame(rows) if is_visible else None,
         title=say("mood_turns", language),
-        visible=is_worth_it,
+        visible=is_visible,
     )

@@ -1,4 +1,4 @@
-"""The chat tab: where its components stand, and which event leads to which function."""
+"""The components of the chat tab and their event handlers."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -10,14 +10,14 @@ from server.ui import chat
 from server.ui.conversation import (
     Conversations,
     Turn,
-    keep,
     new_turn,
     plain,
+    save_conversation,
     shown_messages,
     title,
     turn_at,
 )
-from server.ui.side_bar import QUIETLY, SideBar
+from server.ui.side_bar import PRIVATE, SideBar
 from server.ui.texts import language_of, local, say
 
 OPENERS = (
@@ -26,17 +26,17 @@ OPENERS = (
     "I finally got the job!",
     "My flight was cancelled and nobody helped.",
 )
-AT_ONCE = {**QUIETLY, "queue": False}
+UNQUEUED = {**PRIVATE, "queue": False}
 
 
 class ChatTab:
-    """The conversation, its mood, and what lies beneath."""
+    """The conversation, its mood, and the details under the hood."""
 
     def __init__(self, page: gr.Blocks, side: SideBar) -> None:
         self._side = side
-        # All conversations stay in the browser; the one that is open is here while it is.
+        # The browser stores all conversations; the server holds the open one only.
         self._saved = gr.BrowserState([], storage_key="qwen-all-in-one", secret="no secret")
-        self._current = gr.State()  # its number among the saved; None while it is new
+        self._current = gr.State()  # index of the open one in `_saved`; None if it is not saved
         self._turns = gr.State([])
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
@@ -45,10 +45,10 @@ class ChatTab:
                 self._lay_out_mood()
         with gr.Accordion(local("under_the_hood"), open=False, elem_id="hood"):
             self._lay_out_hood()
-        # What is kept of the open conversation, and where it is shown.
-        self._kept = [self._turns, self._saved, self._current, self._said]
+        # The state of the open conversation, and the components that show it.
+        self._state = [self._turns, self._saved, self._current, self._message]
         shown = [self._chatbot, self._label, self._plot, side.conversations]
-        self._shown = [*self._kept, *shown]
+        self._shown = [*self._state, *shown]
         self._connect(page)
 
     def _lay_out_conversation(self) -> None:
@@ -66,7 +66,7 @@ class ChatTab:
             placeholder=local("greeting"),
             examples=[{"text": text} for text in OPENERS],
         )
-        self._said = gr.Textbox(
+        self._message = gr.Textbox(
             elem_id="message",
             placeholder=local("message"),
             show_label=False,
@@ -86,7 +86,7 @@ class ChatTab:
             y_title=" ",
             color_title=" ",
             height=280,
-            # A title instead: below a label, what it takes of the height is cut off.
+            # The plot has a title instead: below a label Gradio cuts off the plot's last pixels.
             show_label=False,
             elem_id="mood-plot",
             visible=False,
@@ -106,41 +106,41 @@ class ChatTab:
                 self._python = gr.Code(language="python", show_label=False, wrap_lines=True)
 
     def _connect(self, page: gr.Blocks) -> None:
-        said, turns = self._said, self._turns
+        message, turns = self._message, self._turns
         chatbot, side = self._chatbot, self._side
-        # Nothing else on load: whoever is quick has already said something.
-        page.load(_list_saved, [self._saved], [side.conversations], **AT_ONCE)
-        begun = [turns, said]
+        # Load nothing else: the user may have sent a message by then.
+        page.load(_list_saved, [self._saved], [side.conversations], **UNQUEUED)
+        changed = [turns, message]
         answers = [
-            self._answer_after(said.submit(_say, [said, turns], begun, **AT_ONCE)),
-            self._answer_after(chatbot.example_select(_say_opener, [turns], begun, **AT_ONCE)),
-            self._answer_after(chatbot.retry(_retry, [turns], begun, **AT_ONCE)),
-            self._answer_after(chatbot.edit(_edit, [turns], begun, **AT_ONCE)),
+            self._answer_after(message.submit(_send, [message, turns], changed, **UNQUEUED)),
+            self._answer_after(chatbot.example_select(_send_opener, [turns], changed, **UNQUEUED)),
+            self._answer_after(chatbot.retry(_retry, [turns], changed, **UNQUEUED)),
+            self._answer_after(chatbot.edit(_edit, [turns], changed, **UNQUEUED)),
         ]
-        stopped = said.stop(None, cancels=answers, **AT_ONCE)
+        stopped = message.stop(None, cancels=answers, **UNQUEUED)
         self._finish_after(stopped)
-        # What still comes belongs to the conversation that is left, which ends as if stopped.
-        left = side.new.click(None, cancels=answers, **AT_ONCE)
-        left.then(_open_new, self._kept, self._shown, **AT_ONCE)
-        left = side.conversations.input(None, cancels=answers, **AT_ONCE)
-        left.then(_open, [side.conversations, *self._kept], self._shown, **AT_ONCE)
-        undone = chatbot.undo(_undo, [turns], begun, **AT_ONCE)
+        # Opening another conversation first stops the answer of the open one.
+        stopped = side.new.click(None, cancels=answers, **UNQUEUED)
+        stopped.then(_open_new, self._state, self._shown, **UNQUEUED)
+        stopped = side.conversations.input(None, cancels=answers, **UNQUEUED)
+        stopped.then(_open, [side.conversations, *self._state], self._shown, **UNQUEUED)
+        undone = chatbot.undo(_undo, [turns], changed, **UNQUEUED)
         self._finish_after(undone)
-        cleared = chatbot.clear(_clear, None, begun, **AT_ONCE)
+        cleared = chatbot.clear(_clear, None, changed, **UNQUEUED)
         self._finish_after(cleared)
 
-    def _answer_after(self, begun: Any) -> Any:
+    def _answer_after(self, event: Any) -> Any:
         hood = [*self._figures, self._curl, self._python]
-        answering = begun.success(
+        answering = event.success(
             self._answer,
             [self._turns, *self._side.options],
-            [self._turns, self._chatbot, self._label, self._plot, *hood, *self._side.asking],
+            [self._turns, self._chatbot, self._label, self._plot, *hood, *self._side.key_outputs],
             concurrency_limit=None,
-            **QUIETLY,
+            **PRIVATE,
         )
-        # Not `then`, which a cancelled answer would start, too: what cancels one finishes it, and
-        # of two at once the second would undo what the first did.
-        answering.success(_finish, self._kept, self._shown, **AT_ONCE)
+        # Not `then`: it would also finish a cancelled answer, which the cancelling event finishes.
+        # Of two at once, the second would undo the first.
+        answering.success(_finish, self._state, self._shown, **UNQUEUED)
         return answering
 
     async def _answer(
@@ -166,7 +166,7 @@ class ChatTab:
                     self._turns: view.turns,
                     self._chatbot: shown_messages(view.turns, language_of(request)),
                 }
-                if view.is_judged:
+                if view.has_sentiment:
                     changes[self._label] = chat.mood_label(turns, request)
                     changes[self._plot] = chat.mood_plot(turns, request)
                 if view.figures is not None:
@@ -176,14 +176,14 @@ class ChatTab:
                 yield changes | (self._side.ask_for_key() if view.is_key_needed else {})
 
     def _finish_after(self, event: Any) -> Any:
-        return event.then(_finish, self._kept, self._shown, **AT_ONCE)
+        return event.then(_finish, self._state, self._shown, **UNQUEUED)
 
 
 def _open_new(
-    turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
+    turns: list[Turn], saved: Conversations, current: int | None, message: str, request: gr.Request
 ) -> tuple[Any, ...]:
-    _, saved, _, said = keep(turns, saved, current, said)
-    return _show([], saved, None, said, request)
+    _, saved, _, message = save_conversation(turns, saved, current, message)
+    return _show([], saved, None, message, request)
 
 
 def _open(
@@ -191,13 +191,14 @@ def _open(
     turns: list[Turn],
     saved: Conversations,
     current: int | None,
-    said: str,
+    message: str,
     request: gr.Request,
 ) -> tuple[Any, ...]:
-    _, kept, _, said = keep(turns, saved, current, said)
+    num_before = len(saved)
+    _, saved, _, message = save_conversation(turns, saved, current, message)
     if current is not None and current < number:
-        number -= len(saved) - len(kept)  # nothing was left of the one before it
-    return _show(kept[number], kept, number, said, request)
+        number -= num_before - len(saved)  # the open one had no answer and was deleted
+    return _show(saved[number], saved, number, message, request)
 
 
 def _list_saved(saved: Conversations, request: gr.Request) -> Any:
@@ -205,30 +206,31 @@ def _list_saved(saved: Conversations, request: gr.Request) -> Any:
 
 
 def _list_of(saved: Conversations, current: int | None, request: gr.Request) -> Any:
-    """The newest first."""
+    """The list of conversations, the newest first."""
     fallback = say("new_conversation", language_of(request))
     choices = [(title(turns, fallback), number) for number, turns in enumerate(saved)]
     return gr.Radio(choices[::-1], value=current, visible=bool(choices))
 
 
-def _say(text: str, turns: list[Turn]) -> tuple[list[Turn], Any]:
-    return _begun([*turns, new_turn(text.strip())] if text.strip() else turns)
+def _send(text: str, turns: list[Turn]) -> tuple[list[Turn], Any]:
+    return _started([*turns, new_turn(text.strip())] if text.strip() else turns)
 
 
-def _say_opener(opener: gr.SelectData, turns: list[Turn]) -> tuple[list[Turn], Any]:
-    return _begun([*turns, new_turn(opener.value["text"])])
+def _send_opener(opener: gr.SelectData, turns: list[Turn]) -> tuple[list[Turn], Any]:
+    return _started([*turns, new_turn(opener.value["text"])])
 
 
 def _retry(turns: list[Turn]) -> tuple[list[Turn], Any]:
-    return _begun([*turns[:-1], new_turn(turns[-1]["user"])])
+    return _started([*turns[:-1], new_turn(turns[-1]["user"])])
 
 
 def _edit(edit: gr.EditData, turns: list[Turn]) -> tuple[list[Turn], Any]:
     index = edit.index if isinstance(edit.index, int) else edit.index[0]
-    return _begun([*turns[: turn_at(turns, index)], new_turn(plain(edit.value))])
+    return _started([*turns[: turn_at(turns, index)], new_turn(plain(edit.value))])
 
 
-def _begun(turns: list[Turn]) -> tuple[list[Turn], Any]:
+def _started(turns: list[Turn]) -> tuple[list[Turn], Any]:
+    """The turns, and the empty message box with a stop button."""
     return turns, gr.Textbox("", submit_btn=False, stop_btn=True)
 
 
@@ -241,19 +243,19 @@ def _clear() -> tuple[list[Turn], Any]:
 
 
 def _finish(
-    turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
+    turns: list[Turn], saved: Conversations, current: int | None, message: str, request: gr.Request
 ) -> tuple[Any, ...]:
-    return _show(*keep(turns, saved, current, said), request)
+    return _show(*save_conversation(turns, saved, current, message), request)
 
 
 def _show(
-    turns: list[Turn], saved: Conversations, current: int | None, said: str, request: gr.Request
+    turns: list[Turn], saved: Conversations, current: int | None, message: str, request: gr.Request
 ) -> tuple[Any, ...]:
     return (
         turns,
         saved,
         current,
-        gr.Textbox(said, submit_btn=True, stop_btn=False),
+        gr.Textbox(message, submit_btn=True, stop_btn=False),
         shown_messages(turns, language_of(request)),
         chat.mood_label(turns, request),
         chat.mood_plot(turns, request),

@@ -1,4 +1,4 @@
-"""Many texts judged: batch after batch, so that chats get their turn in between."""
+"""Classifies many texts in batches, so that chats can run between two of them."""
 
 import time
 from collections import Counter
@@ -14,15 +14,15 @@ from server.ui.client import classify
 from server.ui.lines import batches, read_file, read_lines, to_csv
 from server.ui.texts import Language, name_of
 
-# One batch is in the engine at a time, and no chat waits for more than that.
+# The engine has one batch at a time; a chat waits for one at most.
 BATCH_SIZE = 16
 MAX_ROWS = 200
 SHOW_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
-class Judged:
-    """How far a run has come. is_due: whether it is time to show it. task: as `task_of`."""
+class Run:
+    """The results of a run so far. is_due: whether to show them now. task: as from `task_of`."""
 
     texts: Sequence[str]
     results: list[dict[str, Any]]
@@ -30,11 +30,11 @@ class Judged:
     task: Mapping[str, Any]
 
     def label_of(self, text: str) -> str:
-        """What the text was judged to be."""
+        """The label that the text got."""
         return str(self.results[self.texts.index(text)]["label"])
 
     def rows(self, language: Language) -> list[list[str]]:
-        """The first of them, for a table."""
+        """The first MAX_ROWS texts with label and confidence, for the table."""
         pairs = zip(self.texts, self.results[:MAX_ROWS], strict=False)
         return [
             [text, name_of(result, language), f"{result['confidence']:.0%}"]
@@ -42,39 +42,39 @@ class Judged:
         ]
 
     def distribution(self, language: Language) -> pd.DataFrame:
-        """How many texts got each label, the most frequent first."""
+        """The number of texts with each label, the most frequent label first."""
         counts = Counter(name_of(result, language) for result in self.results)
         return pd.DataFrame(counts.most_common(), columns=["label", "count"])
 
     def csv(self) -> bytes:
-        """All of them."""
+        """All results."""
         return to_csv(self.texts[: len(self.results)], self.results)
 
 
 def gather_texts(pasted: str, file: str | None) -> list[str]:
-    """What was pasted, then what is in the file."""
+    """The texts of the pasted lines, then those of the file."""
     return read_lines(pasted) + (read_file(Path(file)) if file else [])
 
 
 def task_of(name: str, labels: str, instructions: str) -> dict[str, Any] | None:
-    """The task as /v1/classify reads it; None if there are labels, but not two."""
+    """The fields of a /v1/classify request; None if there is one label only."""
     own = list(dict.fromkeys(read_lines(labels.replace(",", "\n").replace("，", "\n"))))
     if not own:
         return {"task": name}
     if len(own) < 2:
         return None
-    said = instructions.strip() or f"请判断这段文字属于哪一类，只能回答：{'、'.join(own)}。"
-    return {"instructions": said, "labels": own}
+    prompt = instructions.strip() or f"请判断这段文字属于哪一类，只能回答：{'、'.join(own)}。"
+    return {"instructions": prompt, "labels": own}
 
 
-async def judge(
+async def classify_batches(
     client: AsyncOpenAI, texts: Sequence[str], task: Mapping[str, Any]
-) -> AsyncIterator[Judged]:
-    """Judges the texts in batches, and tells after each how far it has come."""
+) -> AsyncIterator[Run]:
+    """Classifies the texts in batches; yields the results so far after each batch."""
     results: list[dict[str, Any]] = []
     shown_at = 0.0
     for batch in batches(texts, BATCH_SIZE):
         results += await classify(client, batch, task)
         is_due = time.monotonic() - shown_at > SHOW_INTERVAL_S or len(results) == len(texts)
         shown_at = time.monotonic() if is_due else shown_at
-        yield Judged(texts, results, is_due, task)
+        yield Run(texts, results, is_due, task)

@@ -1,4 +1,4 @@
-"""The curl and Python lines that send the request the page has just sent."""
+"""The curl and Python lines that repeat the page's last request."""
 
 import json
 import shlex
@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# What the body of a chat may have that is none of OpenAI's.
+# Fields of a chat request that are not OpenAI's.
 OWN_FIELDS = ("sentiment", "tasks")
 
 
 def arguments_of(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a chat as the openai client takes it."""
-    known = {name: value for name, value in body.items() if name not in OWN_FIELDS}
+    """The body of a chat request as arguments of the openai client."""
+    arguments = {name: value for name, value in body.items() if name not in OWN_FIELDS}
     own = {name: body[name] for name in OWN_FIELDS if name in body}
-    return {**known, **({"extra_body": own} if own else {})}
+    return {**arguments, **({"extra_body": own} if own else {})}
 
 
 def curl_line(url: str, body: Mapping[str, Any], *, has_key: bool) -> str:
-    """For a POSIX shell. The key stays in a variable: it is nobody's to show."""
+    """For a POSIX shell. Names the variable of the key, not the key."""
     words = ["curl", "-N", f"{url}/v1/chat/completions", "-H", "content-type: application/json"]
     line = shlex.join(words)
     if has_key:

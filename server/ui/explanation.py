@@ -1,15 +1,15 @@
-"""One judged text in colours: its sentences by their label, its words by their share."""
+"""Colours one classified text: its sentences by label, its words by weight."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.ui.texts import Language, name_of
 
-# What gr.HighlightedText shows: pieces of a text, each with a label, a weight or nothing.
+# The value of gr.HighlightedText: pieces of a text, each with a label, a weight or None.
 Pieces = list[tuple[str, str | float | None]]
 
 
-# Of a task's labels in their order: sentiment's are positive, negative, neutral.
+# In the order of a task's labels; those of sentiment are positive, negative, neutral.
 COLORS = ("#16a34a", "#dc2626", "#6b7280", "#2563eb", "#d97706", "#9333ea", "#0891b2")
 
 
@@ -28,7 +28,7 @@ def sentence_pieces(text: str, result: Mapping[str, Any], language: Language) ->
 
 
 def word_pieces(text: str, result: Mapping[str, Any]) -> Pieces:
-    """The words, each with its share in the label, from -1 to 1: the largest is 1 or -1."""
+    """The words, each with its weight, scaled so that the largest is 1 or -1."""
     weights = [word["weight"] for word in result["words"]]
     largest = max(map(abs, weights), default=0.0) or 1.0
     return _pieces(text, result["words"], [round(weight / largest, 3) for weight in weights])
@@ -37,7 +37,7 @@ def word_pieces(text: str, result: Mapping[str, Any]) -> Pieces:
 def _pieces(
     text: str, spans: Sequence[Mapping[str, Any]], values: Sequence[str | float]
 ) -> Pieces:  # fmt: skip
-    """The whole text: the spans with their values, and what stands between them."""
+    """The whole text: the spans with their values, the gaps between them with None."""
     pieces: Pieces = []
     end = 0
     for span, value in zip(spans, values, strict=True):

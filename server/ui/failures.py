@@ -1,4 +1,4 @@
-"""What a person reads when a call fails."""
+"""The messages that the page shows when a call fails."""
 
 import html
 
@@ -15,15 +15,13 @@ from server.ui.texts import Language, say
 
 
 def warn(message: str, language: Language) -> None:
-    """Shows the sentence for a while. What follows the event still runs, as it would not on errors.
-
-    The page takes it for HTML, and it may repeat what a user wrote.
-    """
+    """Shows a message for a few seconds. Unlike an error, it lets chained events run."""
+    # Gradio reads the message as HTML, and it may quote the user.
     gr.Warning(html.escape(message, quote=False), title=say("notice", language))
 
 
 def explain(error: APIError, language: Language) -> str:
-    """One sentence, and what to do."""
+    """What happened and what to do, in one sentence."""
     if isinstance(error, AuthenticationError):
         return say("key_needed", language)
     if isinstance(error, RateLimitError):
@@ -32,6 +30,6 @@ def explain(error: APIError, language: Language) -> str:
         return say("restarting", language)
     if isinstance(error, InternalServerError) and error.status_code == 503:
         return say("restarting", language)
-    # The client puts the status in front of what the server says.
-    said = error.body.get("message") if isinstance(error.body, dict) else None
-    return said or error.message
+    # error.message begins with the status; the body has the server's own message.
+    message = error.body.get("message") if isinstance(error.body, dict) else None
+    return message or error.message

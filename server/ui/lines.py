@@ -1,4 +1,4 @@
-"""The texts of a pasted list or a file, and the CSV of what they were judged to be."""
+"""Reads texts from pasted lines or a file; writes results as CSV."""
 
 import csv
 import io
@@ -30,13 +30,13 @@ def read_file(path: Path) -> list[str]:
 
 
 def batches(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """The texts in order, so many at once."""
+    """The texts in order, at most `size` at once."""
     for start in range(0, len(texts), size):
         yield texts[start : start + size]
 
 
 def to_csv(texts: Sequence[str], results: Sequence[Mapping[str, Any]]) -> bytes:
-    """One row a text. The mark at the beginning has spreadsheets read it as UTF-8."""
+    """One row per text. Begins with a byte order mark, so that spreadsheets read it as UTF-8."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(["text", "label", "confidence"])
@@ -46,7 +46,7 @@ def to_csv(texts: Sequence[str], results: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def to_labelled_csv(labels: Mapping[str, str]) -> bytes:
-    """Texts with their right labels, to fit a judge to. labels: by text."""
+    """Rows for `fit`. labels: text -> correct label."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(["text", "label"])
@@ -55,7 +55,7 @@ def to_labelled_csv(labels: Mapping[str, str]) -> bytes:
 
 
 def _inert(cell: str) -> str:
-    # A spreadsheet would take it for a formula.
+    # Otherwise a spreadsheet takes the cell for a formula.
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 

@@ -1,4 +1,4 @@
-"""The page as a whole: its look, its tabs, and what Gradio is told not to do."""
+"""The page as a whole: its style, its tabs, and the options that turn off parts of Gradio."""
 
 import gradio as gr
 from starlette.applications import Starlette
@@ -9,7 +9,7 @@ from server.ui.classify_tab import ClassifyTab
 from server.ui.side_bar import SideBar
 from server.ui.texts import I18N, TITLE, local
 
-# Emoji first: many a font for letters has some of its own, in black and white.
+# Emoji first: many text fonts contain black-and-white emoji.
 SYSTEM_FONTS = ("Emoji", "system-ui", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "sans-serif")
 MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 CSS = """
@@ -24,13 +24,13 @@ body:not(.dark) .gradio-container { --checkbox-border-color: var(--neutral-300);
 """
 
 
-# Seconds between two looks into the queue of events, and between two looks for progress. Gradio's
-# 1 and 10 ms cost a tenth of a core, whether the page is open or not.
+# How often Gradio polls its event queue and an event's progress. Its defaults of 1 and 10 ms use a
+# tenth of a core, even while no page is open.
 QUEUE_INTERVAL_S, PROGRESS_INTERVAL_S = 0.02, 0.1
 
 
 def build_page() -> Starlette:
-    """The page as an application of its own."""
+    """The page as an ASGI application."""
     app, layout = Starlette(), _layout()
     layout._queue.sleep_when_free = QUEUE_INTERVAL_S
     layout._queue.progress_update_sleep_when_free = PROGRESS_INTERVAL_S
@@ -54,7 +54,7 @@ def build_page() -> Starlette:
 
 
 def _layout() -> gr.Blocks:
-    # Files of uploads and downloads are deleted after an hour.
+    # Every 10 minutes, uploaded and downloaded files older than an hour are deleted.
     page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600))
     with page:
         side = SideBar()

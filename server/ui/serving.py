@@ -1,7 +1,7 @@
-"""The page among the server's routes: which paths are its own, its headers, how it ends.
+"""Serves the page beside the API: its paths, headers and shutdown.
 
-It stands before the API's key and gate: the page itself is no secret and no work, and what it
-asks of the API comes back through both like anybody's request.
+The page itself needs no API key and no place in the queue. Its calls of the API need both, as those
+of any client do.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ HEADERS = {
     "content-security-policy": "; ".join(
         [
             "default-src 'self'",
-            # Gradio starts itself with inline scripts, and its plots compile theirs.
+            # Gradio starts with inline scripts, and its plots compile code.
             "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
             "style-src 'self' 'unsafe-inline'",
             "img-src 'self' data: blob:",
@@ -42,7 +42,7 @@ HEADERS = {
 
 
 class PageMiddleware:
-    """Gives the page what is the page's."""
+    """Sends requests for the page's paths to the page, all others to the application."""
 
     def __init__(self, app: ASGIApp, page: "Page") -> None:
         self._app, self._page = app, page
@@ -53,19 +53,19 @@ class PageMiddleware:
 
 
 class Page:
-    """The page as an application of its own."""
+    """The page as an ASGI application."""
 
     middleware = PageMiddleware
 
     def __init__(self, max_body_bytes: int, scheme: str) -> None:
-        """max_body_bytes: of a file or a message to the page. scheme: what the server speaks."""
+        """max_body_bytes: of an upload or an event. scheme: the server's own, http or https."""
         self._max_body_bytes = max_body_bytes
         self._scheme = scheme
         self._app: ASGIApp | None = None
-        self._answering: set[asyncio.Future[None]] = set()
+        self._tasks: set[asyncio.Future[None]] = set()
 
     def owns(self, scope: Scope) -> bool:
-        """Whether the request is the page's to answer."""
+        """Whether the request is for the page."""
         if scope["type"] != "http":
             return False
         path = scope["path"]
@@ -75,15 +75,15 @@ class Page:
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Builds the page and starts its queue, which ends behind the block."""
-        # Not before: without a running event loop Gradio makes some, and never closes them.
+        """Builds the page and runs its queue until the block ends."""
+        # Not earlier: without a running event loop Gradio creates some and never closes them.
         app = build_page()
         self._app = BodyMiddleware(app, self._max_body_bytes)
         async with app.router.lifespan_context(app):
             yield
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers until the answer is complete or the page is closed."""
+        """Returns when the response is complete or the page is closed."""
         assert self._app is not None
         is_open = False
 
@@ -95,19 +95,19 @@ class Page:
             await send(message)
 
         scope[OWN_SCHEME] = self._scheme
-        work = asyncio.ensure_future(self._app(scope, receive, send_with_headers))
-        self._answering.add(work)
+        task = asyncio.ensure_future(self._app(scope, receive, send_with_headers))
+        self._tasks.add(task)
         try:
-            await asyncio.wait([work])
-            if not work.cancelled():
-                work.result()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
             elif is_open:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self._answering.discard(work)
-            work.cancel()
+            self._tasks.discard(task)
+            task.cancel()
 
     def close(self) -> None:
-        """Ends all answers: an open page would hold its connections for ever."""
-        for work in self._answering:
-            work.cancel()
+        """Ends all responses: an open page would keep its connections forever."""
+        for task in self._tasks:
+            task.cancel()

@@ -1,4 +1,4 @@
-"""The side bar: conversations to open, what every request is sent with, the API key."""
+"""The sidebar: conversations, settings of the requests, the API key."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from server.ui.browser import KEEP_KEY, RECALL_KEY
 from server.ui.client import connect, own_url, served_model
 from server.ui.texts import TITLE, local
 
-# How events run that nobody waits for or calls from elsewhere.
-QUIETLY: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+# Options of an event that shows no progress and is not part of Gradio's API.
+PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-# In a narrower window it would cover the chat.
+# In pixels. In a narrower window the sidebar would cover the chat.
 MIN_WIDTH = 768
 
 
 class SideBar:
-    """Conversations, and what every request is sent with."""
+    """Conversations, and the settings of the requests."""
 
     def __init__(self) -> None:
-        # Closed until it is known that it does not cover a phone's whole screen.
+        # Closed until the width is known: it would cover a phone's whole screen.
         self._width = gr.Number(visible=False)  # of the browser's window, in pixels
-        with gr.Sidebar(open=False) as self.itself:
+        with gr.Sidebar(open=False) as self.panel:
             gr.Markdown(f"## {TITLE}")
             self.api_key = gr.Textbox(
                 label=local("api_key"),
@@ -42,7 +42,7 @@ class SideBar:
                     label=local("system_prompt"), info=local("system_prompt_info"), lines=2
                 )
                 self._sentiment = gr.Checkbox(True, label=local("sentiment"))
-                # Those that the server has, when it has been asked.
+                # Filled with the server's tasks by `_list_tasks`.
                 self._tasks = gr.CheckboxGroup(
                     [], label=local("analyses"), elem_id="analyses", visible=False
                 )
@@ -67,35 +67,35 @@ class SideBar:
         ]
 
     @property
-    def asking(self) -> list[Any]:
-        """What `ask_for_key` changes."""
-        return [self.itself, self.api_key]
+    def key_outputs(self) -> list[Any]:
+        """The components that `ask_for_key` changes."""
+        return [self.panel, self.api_key]
 
     def ask_for_key(self) -> dict[Any, Any]:
-        """Shows the field for the key, which nobody needs before a server has refused them."""
-        return {self.itself: gr.Sidebar(open=True), self.api_key: gr.Textbox(visible=True)}
+        """Shows the field for the key, which is hidden until the server refuses a request."""
+        return {self.panel: gr.Sidebar(open=True), self.api_key: gr.Textbox(visible=True)}
 
     def connect(self, page: gr.Blocks) -> None:
-        """What happens here without the tabs."""
-        self._has_own.input(_show_if, [self._has_own], [self._sampling], queue=False, **QUIETLY)
+        """Connects the events that do not concern the tabs."""
+        self._has_own.input(_show_if, [self._has_own], [self._sampling], queue=False, **PRIVATE)
         page.load(
-            _open_if_wide, [self._width], [self.itself], js="() => innerWidth", queue=False,
-            **QUIETLY,
+            _open_if_wide, [self._width], [self.panel], js="() => innerWidth", queue=False,
+            **PRIVATE,
         )  # fmt: skip
         listing = [_list_tasks, [self.api_key], [self._tasks]]
-        recalled = page.load(None, None, [self.api_key], js=RECALL_KEY, **QUIETLY)
-        recalled.then(*listing, **QUIETLY)
-        gr.on([self.api_key.submit, self.api_key.blur], *listing, **QUIETLY)
-        self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **QUIETLY)
+        recalled = page.load(None, None, [self.api_key], js=RECALL_KEY, **PRIVATE)
+        recalled.then(*listing, **PRIVATE)
+        gr.on([self.api_key.submit, self.api_key.blur], *listing, **PRIVATE)
+        self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **PRIVATE)
 
 
 async def _list_tasks(api_key: str, request: gr.Request) -> Any:
-    """All but the mood, which has a box of its own."""
+    """The tasks to choose from: all but sentiment, which has its own box."""
     try:
         async with connect(own_url(request), api_key) as client:
             names = [name for name in (await served_model(client)).tasks if name != "sentiment"]
     except APIError:
-        return gr.skip()  # whoever says something is told
+        return gr.skip()  # the next message shows the error
     return gr.CheckboxGroup(names, visible=bool(names))
 
 
@@ -103,5 +103,5 @@ def _open_if_wide(width: float) -> Any:
     return gr.Sidebar(open=width >= MIN_WIDTH)
 
 
-def _show_if(is_wanted: bool) -> Any:
-    return gr.Column(visible=is_wanted)
+def _show_if(is_visible: bool) -> Any:
+    return gr.Column(visible=is_visible)

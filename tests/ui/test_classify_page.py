@@ -44,7 +44,7 @@ def test_the_results_are_in_the_language_of_the_page(
 ) -> None:
     with visit(mini.url, "zh-CN", color_scheme="dark", **PHONE) as page:
         page.classify(write(tmp_path / "reviews.txt", REVIEWS))
-        expect(page.page.locator("#results")).to_contain_text("把握")
+        expect(page.page.locator("#results")).to_contain_text("置信度")
         expect(page.page.locator("#results")).to_contain_text("😄 正面")
         page.page.locator("#distribution").scroll_into_view_if_needed()
         page.save_screenshot("classify-phone-dark-zh")
@@ -69,7 +69,7 @@ def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
     with visit(mini.url) as page:
         page.classify(write(tmp_path / "many.txt", "\n".join(lines)))
         note = page.page.locator("#note")
-        expect(note).to_contain_text(f"of {NUM_LINES} judged")
+        expect(note).to_contain_text(f"of {NUM_LINES} classified")
         page.open_chat()
         page.say("Do you still have time for me?")
         page.until_answered(1)
@@ -77,7 +77,7 @@ def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
         assert f"{NUM_LINES} of {NUM_LINES}" not in note.inner_text()
         is_answered.set()
         expect(note).to_contain_text(
-            f"{NUM_LINES} of {NUM_LINES} judged; the table shows the first 200"
+            f"{NUM_LINES} of {NUM_LINES} classified; the table shows the first 200"
         )
         rows = page.download()
         assert [row["text"] for row in rows] == lines
@@ -94,10 +94,10 @@ def test_what_was_judged_before_a_stop_can_be_downloaded(
     lines = [f"This is number {number}." for number in range(3_000)]
     with visit(mini.url) as page:
         page.classify(write(tmp_path / "many.txt", "\n".join(lines)))
-        expect(page.page.locator("#note")).to_contain_text("of 3000 judged")
+        expect(page.page.locator("#note")).to_contain_text("of 3000 classified")
         page.page.locator("#stop").click()
         rows = page.download()
-        done = re.match(r"(\d+) of 3000 judged", page.page.locator("#note").inner_text())
+        done = re.match(r"(\d+) of 3000 classified", page.page.locator("#note").inner_text())
         assert done is not None
         assert len(rows) == int(done[1]) < 3_000
         assert [row["text"] for row in rows] == lines[: len(rows)]
@@ -152,7 +152,7 @@ def test_a_row_is_explained_in_colours_and_its_label_corrected(
         expect(page.page.locator("#sentences")).to_contain_text("😢 negative")
         expect(page.page.locator("#sentences")).to_contain_text("😄 positive")
         expect(page.page.locator("#words")).to_contain_text("屏幕")
-        page.page.locator("#right-label input").click()
+        page.page.locator("#correct-label input").click()
         page.page.get_by_role("option", name="neutral").click()
         expect(page.page.locator("#note")).to_contain_text("1 corrected")
         page.save_screenshot("classify-explained-en")
@@ -170,10 +170,10 @@ def test_on_a_phone_the_explanation_fits(
         page.classify(write(tmp_path / "one.txt", text))
         page.page.locator("#results").get_by_text(text).locator("visible=true").first.click()
         expect(page.page.locator("#sentences")).to_contain_text("负面")
-        page.page.locator("#right-label input").click()
+        page.page.locator("#correct-label input").click()
         expect(page.page.get_by_role("option")).to_contain_text(["😄 正面", "😢 负面", "😐 中性"])
         page.page.get_by_role("option", name="正面").click()
-        expect(page.page.locator("#note")).to_contain_text("已改正 1 条")
+        expect(page.page.locator("#note")).to_contain_text("已更正 1 条")
         page.page.locator("#words").scroll_into_view_if_needed()
         page.save_screenshot("classify-explained-phone-zh")
         assert page.width() <= 390

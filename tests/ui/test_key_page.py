@@ -28,7 +28,7 @@ def locked(
 def be_refused(page: Visit) -> None:
     expect(page.api_key).to_have_count(0)
     page.say("hello")
-    expect(page.page.get_by_text("asks for an API key")).to_be_visible()
+    expect(page.page.get_by_text("requires an API key")).to_be_visible()
     expect(page.message).to_have_value("hello")
 
 
@@ -60,10 +60,10 @@ def test_the_classify_tab_asks_for_the_key_too(locked: LiveServer, visit: VisitP
         page.open_classify()
         page.page.locator("#lines textarea").fill("fine")
         page.page.locator("#run").click()
-        expect(page.page.get_by_text("asks for an API key")).to_be_visible()
+        expect(page.page.get_by_text("requires an API key")).to_be_visible()
         page.api_key.fill("sk-wrong")
         page.page.locator("#run").click()
-        expect(page.page.get_by_text("asks for an API key")).to_have_count(2)
+        expect(page.page.get_by_text("requires an API key")).to_have_count(2)
         page.api_key.fill(KEY)
         page.page.locator("#run").click()
         assert len(page.download()) == 1

@@ -18,7 +18,7 @@ import pytest
 from openai import BadRequestError
 
 from server.ui.chat import Options, chat_body
-from server.ui.classify import MAX_ROWS, Judged, task_of
+from server.ui.classify import MAX_ROWS, Run, task_of
 from server.ui.client import connect, stream_chat
 from server.ui.commands import arguments_of, curl_line, python_lines
 from server.ui.conversation import (
@@ -198,16 +198,16 @@ def test_what_the_server_says_is_told_without_the_status() -> None:
 
 def test_a_table_shows_the_first_rows_and_the_csv_has_all() -> None:
     results = [{"label": "a", "text": "b", "confidence": 0.5}] * (MAX_ROWS + 1)
-    judged = Judged(["x"] * 1000, results, is_due=True, task={"task": "a"})
-    assert judged.rows("zh") == [["x", "b", "50%"]] * MAX_ROWS
-    assert len(judged.csv().decode("utf-8-sig").splitlines()) == 1 + len(results)
-    assert judged.distribution("en").values.tolist() == [["a", len(results)]]
+    run = Run(["x"] * 1000, results, is_due=True, task={"task": "a"})
+    assert run.rows("zh") == [["x", "b", "50%"]] * MAX_ROWS
+    assert len(run.csv().decode("utf-8-sig").splitlines()) == 1 + len(results)
+    assert run.distribution("en").values.tolist() == [["a", len(results)]]
 
 
 def test_a_label_has_a_name_in_either_language() -> None:
     labels = [{"value": "positive", "text": "正面", "emoji": "😄"}]
-    judged = {"probabilities": [{"value": "positive", "probability": 1}, {"value": "new"}]}
-    known, unknown = with_names(judged, labels)["probabilities"]
+    result = {"probabilities": [{"value": "positive", "probability": 1}, {"value": "new"}]}
+    known, unknown = with_names(result, labels)["probabilities"]
     assert (name_of(known, "zh"), name_of(known, "en")) == ("😄 正面", "😄 positive")
     assert name_of(unknown, "zh") == "new"
 
