@@ -1,1 +1,1 @@
-"""The subcommand `fit`: makes a task's judge from a file of labelled texts."""
+"""The subcommand `fit`: fits a task's judge to a file of labelled texts."""

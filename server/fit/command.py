@@ -1,6 +1,7 @@
 """`fit`: reads rows, fits a judge to them, tests it, and writes it if it is better.
 
-Exit codes: 0 written; 1 not: it is no better, or something cannot be used; 2 no such option.
+Exit codes: 0 written; 1 not written: the judge is not better, or an input cannot be used; 2 unknown
+option.
 """
 
 import asyncio
@@ -32,12 +33,12 @@ from server.loading import Model, check_task, find_model, load_engine, prompts_o
 from server.logs import configure_logs
 from server.reasons import first_line
 
-# The options that decide which weights a server has.
+# The options that decide which weights a server loads.
 IDENTITY = ("model", "revision", "dtype")
 
 
 def fit(arguments: list[str]) -> None:
-    """The command; ends the process with a sentence where nothing is written."""
+    """Runs the command. If nothing is written, exits with a one-sentence error."""
     settings = read_settings(FitSettings, arguments)
     configure_logs("warning", "text")
     try:
@@ -54,11 +55,11 @@ def run(settings: FitSettings) -> Report:
     """Reads, fits, prints and writes.
 
     Raises:
-        FitError: the rows or the options cannot be used, or what was fitted is no better.
-        CheckpointError, TaskFileError: as when a server is started.
+        FitError: the rows or the options cannot be used, or the judge is not better.
+        CheckpointError, TaskFileError: as when a server starts.
         OSError, SafetensorError: the folder cannot be written.
     """
-    other_tables(settings.out)  # read early: nobody should wait to learn that it is wrong
+    other_tables(settings.out)  # checked first: fitting takes a while
     model = find_model(settings.server)
     prompts, selection = _selected(settings, model)
     if model.checkpoint.warning:
@@ -70,7 +71,7 @@ def run(settings: FitSettings) -> Report:
     for line in report.as_lines():
         print(line)
     if not (fitted.comparison.is_gain or settings.force):
-        raise FitError("nothing was written, for it is no better; --force writes it all the same")
+        raise FitError("nothing was written: the judge is not better; --force writes it anyway")
     write_fitted(settings.out, prompts, identity, report, soft_prompt)
     print("\n".join(_how_to_serve(settings, soft_prompt is not None)))
     return report
@@ -78,21 +79,21 @@ def run(settings: FitSettings) -> Report:
 
 def _selected(settings: FitSettings, model: Model) -> tuple[TaskPrompts, Selection]:
     """The task and the rows, checked before the weights are read."""
-    rows, bad = read_rows(
+    rows, bad_rows = read_rows(
         settings.rows,
         text_column=settings.text_column,
         label_column=settings.label_column,
         encoding=settings.encoding,
     )
-    rows, unwanted = renamed(rows, settings.labels)
+    rows, excluded = renamed(rows, settings.labels)
     task = task_of(
         model.task_file.tasks, settings.task, settings.instruction, [each.label for each in rows]
     )
     is_tuned = settings.method == "prompt"
     if is_tuned and task.adapter:
         raise FitError(
-            f"the task {task.name!r} is judged with the adapter {task.adapter!r}; --method prompt "
-            "tunes on the base model, so give a task without one"
+            f"the task {task.name!r} uses the adapter {task.adapter!r}, and --method prompt tunes "
+            "on the base model; name a task without an adapter"
         )
     room = MAX_VIRTUAL_TOKENS if is_tuned else 0
     prompts = prompts_of(task, replace(model, max_context=model.max_context - room))
@@ -106,13 +107,13 @@ def _selected(settings: FitSettings, model: Model) -> tuple[TaskPrompts, Selecti
     )
     if is_tuned:
         check_tuning(selection, task, model.checkpoint.path)
-    return prompts, replace(selection, left_out=[*bad, *unwanted, *selection.left_out])
+    return prompts, replace(selection, left_out=[*bad_rows, *excluded, *selection.left_out])
 
 
 def _fitted(
     settings: FitSettings, model: Model, prompts: TaskPrompts, selection: Selection
 ) -> tuple[Fitted, SoftPrompt | None, str]:
-    """What was fitted; the soft prompt that it needs, if any; and what identifies the model."""
+    """The fitted judge, its soft prompt if it has one, and the identity of the model."""
     is_tuned = settings.method == "prompt"
     layers = () if is_tuned else candidate_layers(model.config.num_layers)
     engine, cache = load_engine(model, settings.server)
@@ -140,7 +141,7 @@ def _measured(
     total = len(selection.test)
     if layers:
         total += len(selection.train) + len(prompts.examples[0])
-    # disable=None: on a terminal only, so that no log is full of it.
+    # disable=None: shown on a terminal only, not in logs.
     with tqdm(total=total, desc="reading rows", leave=False, disable=None) as bar:
         return asyncio.run(measure_rows(engine, prompts, selection, present, layers, bar.update))
 
@@ -160,7 +161,7 @@ def _how_to_serve(settings: FitSettings, has_adapter: bool) -> Iterator[str]:
         ("tasks", settings.out),
     ]
     words = [word for name, value in options for word in (f"--{name}", str(value))]
-    yield f"Written to {settings.out}; the page is {settings.out / f'{stem}-report.html'}."
+    yield f"Written to {settings.out}; the report is {settings.out / f'{stem}-report.html'}."
     yield "Serve it with:"
     yield ""
     yield f"  python -m server {shlex.join(words)}"

@@ -1,4 +1,4 @@
-"""Why nothing can be fitted."""
+"""The error of `fit`."""
 
 
 class FitError(Exception):

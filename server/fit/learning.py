@@ -1,4 +1,4 @@
-"""Fits a head to rows, judges the test part before and after, and says how it will go on.
+"""Fits a head to rows, compares it with the present judge, and computes a learning curve.
 
 Knows the engine's scores, not files.
 """
@@ -19,18 +19,18 @@ from server.core.roles.refitting import Measured, Recipe, choose_recipe
 from server.core.roles.tasks import Task
 from server.fit.selection import SEED, Selection
 
-# A gain that chance alone gives more often than this counts as none.
+# The largest p-value that counts as a gain.
 MAX_CHANCE = 0.05
 CURVE_SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
-# The points of the curve that are not all rows are means over so many draws.
+# A point of the curve that does not use all rows is the mean over this many draws.
 CURVE_DRAWS = 5
-# Of each label: one text has no covariance.
+# Rows of each label in a draw: one text has no covariance.
 MIN_DRAWN = 2
 
 
 @dataclass(frozen=True)
 class Judgements:
-    """What a judge says of N texts: indices of labels, and probabilities (N, K)."""
+    """A judge's labels of N texts, as indices, and probabilities: (N, K)."""
 
     labels: list[int]
     probabilities: Doubles
@@ -40,7 +40,7 @@ class Judgements:
 class Comparison:
     """The present judge and the new one on the test part.
 
-    num_better, num_worse: texts that the new one alone judges right, and wrong.
+    num_better, num_worse: texts that only the new judge labels correctly, and only the present one.
     """
 
     before: Quality
@@ -50,18 +50,18 @@ class Comparison:
 
     @property
     def chance(self) -> float:
-        """How often chance alone gives such a gain or a larger one."""
+        """The p-value: how often chance alone gives this gain or a larger one."""
         return chance_of(self.num_better, self.num_worse)
 
     @property
     def is_gain(self) -> bool:
-        """Whether the new judge is better by more than chance gives."""
+        """Whether the new judge is significantly better."""
         return self.chance <= MAX_CHANCE
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracies on the test part of heads fitted to fewer rows, and the one to expect of more."""
+    """Test accuracy of heads fitted to fewer rows, and the accuracy to expect of twice the rows."""
 
     num_rows: tuple[int, ...]
     accuracies: tuple[float, ...]
@@ -70,7 +70,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A judge of all rows; the figures are those of one that had not seen the test part."""
+    """A judge fitted to all rows; its figures are those of a judge not fitted to the test part."""
 
     judge: Judge
     comparison: Comparison
@@ -80,7 +80,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the model computed of the rows and the examples. test_scores: as a judge needs them."""
+    """The model's results for the rows and the examples. test_scores: as judges need them."""
 
     layers: tuple[int, ...]
     test_scores: list[Scores]
@@ -95,8 +95,8 @@ async def measure_rows(
 ) -> Measurements:  # fmt: skip
     """Runs all rows and the task's examples through the analyst's prompt.
 
-    present: the judge whose needs of the test part are met, too. layers: those that a head may be
-    fitted to. Without any, the test part alone is run. report: called after each text.
+    present: a judge that will label the test part. layers: the layers that a head may be fitted to;
+    if empty, only the test part is run. report: called after each text.
     """
     all_layers = tuple(sorted({*layers, *present.layers}))
     examples, example_ids = prompts.examples if layers else ([], [])
@@ -119,7 +119,7 @@ async def measure_rows(
 
 
 def learn(task: Task, present: Judge, measured: Measurements) -> Fitted:
-    """The head whose recipe cross-validation chose on the rows that are not of the test part."""
+    """The best head. Cross-validation on the rows outside the test part chooses its recipe."""
     train, test, examples = measured.train, measured.test, measured.examples
     recipe = choose_recipe(train, examples, len(task.labels))
     layer = measured.layers[recipe.layer_index]
@@ -143,7 +143,7 @@ def learn(task: Task, present: Judge, measured: Measurements) -> Fitted:
 
 
 def judgements_of(task: Task, judge: Judge, measured: Measurements) -> Judgements:
-    """What a judge says of the test part."""
+    """A judge's labels of the test part."""
     indices = [measured.layers.index(layer) for layer in judge.layers]
     all_scores = [
         replace(scores, hidden_states=states[indices])
@@ -153,7 +153,7 @@ def judgements_of(task: Task, judge: Judge, measured: Measurements) -> Judgement
 
 
 def judgements(task: Task, judge: Judge, all_scores: Sequence[Scores]) -> Judgements:
-    """What a judge says of texts, as the server would, with the task's fallback."""
+    """A judge's labels of texts, with the task's fallback, as in the server."""
     decided = [decide(task, judge, scores, 0) for scores in all_scores]
     return Judgements(
         [task.labels.index(each.label) for each in decided],
@@ -162,14 +162,14 @@ def judgements(task: Task, judge: Judge, all_scores: Sequence[Scores]) -> Judgem
 
 
 def compare(before: Judgements, after: Judgements, true: Indices) -> Comparison:
-    """Two judgements of texts whose labels are known."""
+    """Compares two judges' labels with the true labels."""
     labels = true.tolist()
-    was_right, is_right = np.array(before.labels) == true, np.array(after.labels) == true
+    was_correct, is_correct = np.array(before.labels) == true, np.array(after.labels) == true
     return Comparison(
         quality(before.labels, labels, before.probabilities),
         quality(after.labels, labels, after.probabilities),
-        num_better=int((is_right & ~was_right).sum()),
-        num_worse=int((was_right & ~is_right).sum()),
+        num_better=int((is_correct & ~was_correct).sum()),
+        num_worse=int((was_correct & ~is_correct).sum()),
     )
 
 
@@ -186,23 +186,23 @@ def _curve(recipe: Recipe, train: Measured, test: Measured, examples: Measured) 
     num_rows, accuracies = [], []
     for share in CURVE_SHARES:
         draws = list(_draws(train.labels, share))
-        found = [_accuracy(recipe, train[chosen], test, examples) for chosen in draws]
+        per_draw = [_accuracy(recipe, train[indices], test, examples) for indices in draws]
         num_rows.append(len(draws[0]))
-        accuracies.append(float(np.mean(found)))
+        accuracies.append(float(np.mean(per_draw)))
     return Curve(
         tuple(num_rows), tuple(accuracies), expected_accuracy(num_rows, accuracies, 2 * len(train))
     )
 
 
 def _draws(labels: Indices, share: float) -> Iterator[Indices]:
-    """Indices of a share of each label's texts; several times, if it is not all."""
+    """Random indices of a share of each label's texts, CURVE_DRAWS times; once if it is all."""
     random = np.random.default_rng(SEED)
-    places = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    indices_by_label = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     for _ in range(1 if share == 1 else CURVE_DRAWS):
         yield np.concatenate(
             [
                 random.permutation(each)[: max(MIN_DRAWN, round(share * len(each)))]
-                for each in places
+                for each in indices_by_label
             ]
         )
 

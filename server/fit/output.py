@@ -1,4 +1,4 @@
-"""Writes what was fitted: one folder that `--tasks` serves."""
+"""Writes a fitted task as a folder for `--tasks`."""
 
 import json
 import re
@@ -20,9 +20,9 @@ from server.fit.tuning import SoftPrompt
 def write_fitted(
     folder: Path, prompts: TaskPrompts, model: str, report: Report, soft_prompt: SoftPrompt | None
 ) -> None:
-    """Writes the task file, the judge and the report. Other tasks that the folder has stay.
+    """Writes the task file, the judge and the report. Keeps other tasks of the folder.
 
-    model: as for `write_fitted_judge`. soft_prompt: what the judge needs beside the model.
+    model: as for `write_fitted_judge`. soft_prompt: the judge's soft prompt, if it has one.
 
     Raises:
         OSError, SafetensorError: a file cannot be written.
@@ -37,7 +37,7 @@ def write_fitted(
     figures = json.dumps(report.as_json(), ensure_ascii=False, indent=1)
     (folder / f"{stem}-report.json").write_text(f"{figures}\n", encoding="utf-8")
     (folder / f"{stem}-report.html").write_text(report.as_page(), encoding="utf-8")
-    # Last: it names the other files.
+    # Last, because it names the other files.
     tables = other_tables(folder) | {task.name: table}
     (folder / TASK_FILE_NAME).write_text(
         tomli_w.dumps(tables, multiline_strings=True), encoding="utf-8"
@@ -45,20 +45,20 @@ def write_fitted(
 
 
 def adapter_folder(folder: Path, task_name: str) -> Path:
-    """Where the soft prompt of a task lies, in peft's format."""
+    """The folder of a task's soft prompt, in peft's format."""
     return folder / f"{file_stem(task_name)}-adapter"
 
 
 def file_stem(task_name: str) -> str:
-    """How the files of a task are called."""
+    """How the names of a task's files begin."""
     return re.sub(r"[^\w-]", "_", task_name)
 
 
 def other_tables(folder: Path) -> dict[str, Any]:
-    """What the task file of the folder holds already.
+    """The tables of the folder's task file; empty if it has none.
 
     Raises:
-        FitError: there is one that cannot be read, or the folder is none.
+        FitError: the task file cannot be read, or `folder` is a file.
     """
     path = folder / TASK_FILE_NAME
     if folder.exists() and not folder.is_dir():
@@ -66,9 +66,12 @@ def other_tables(folder: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FitError(f"--out {folder}: cannot read its {TASK_FILE_NAME}: {error}") from error
+        raise FitError(
+            f"--out {folder}: cannot read its {TASK_FILE_NAME} ({error}); correct that file, or "
+            "name another folder"
+        ) from error
 
 
 def _table(task: Task) -> dict[str, Any]:
-    """The task as a task file has it, without its examples, for its judge knows what they say."""
+    """The task as a table of a task file, without its examples: the judge was fitted to them."""
     return task.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""What came of a fit, for people: lines for the console and a page with pictures."""
+"""The report of a fit: lines for the console, JSON, and an HTML page with charts."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ from server.fit.rows import BadRow
 from server.fit.selection import Selection
 
 TEMPLATE = "report.html.jinja"
-# So many lines of the file are named for one reason.
-MAX_NAMED = 5
+# Line numbers listed for each reason.
+MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was fitted to what, and how it does. file: of the rows."""
+    """The fitted judge, its data and its figures. file: the file of the rows."""
 
     task: Task
     model_id: str
@@ -31,7 +31,7 @@ class Report:
     fitted: Fitted
 
     def as_json(self) -> dict[str, Any]:
-        """All figures."""
+        """All figures as JSON."""
         selection, comparison = self.selection, self.fitted.comparison
         return {
             "task": self.task.name,
@@ -55,7 +55,7 @@ class Report:
         }
 
     def as_lines(self) -> Iterator[str]:
-        """What the console shows."""
+        """The lines for the console."""
         comparison = self.fitted.comparison
         yield from self.about_rows()
         yield f"fitted: {self.fitted.recipe}"
@@ -70,16 +70,16 @@ class Report:
         yield verdict(comparison)
 
     def about_rows(self) -> Iterator[str]:
-        """How many rows are used, and which are not."""
+        """How many rows are used, and which rows are left out."""
         selection = self.selection
         yield (
-            f"{self.file}: {len(selection.train)} rows to fit to, {len(selection.test)} to test "
-            f"with, {len(selection.left_out)} left out"
+            f"{self.file}: {len(selection.train)} training rows, {len(selection.test)} test rows, "
+            f"{len(selection.left_out)} left out"
         )
         yield from left_out_lines(selection.left_out)
 
     def as_page(self) -> str:
-        """The same as HTML that needs nothing else."""
+        """The same as a self-contained HTML page."""
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent),
             autoescape=True,
@@ -97,24 +97,24 @@ class Report:
 
 
 def left_out_lines(left_out: Sequence[BadRow]) -> Iterator[str]:
-    """One line a reason, with the first lines of the file that have it."""
+    """One line per reason, with the first line numbers of the file."""
     lines_of = defaultdict(list)
     for each in left_out:
         lines_of[each.reason].append(each.line)
     for reason, lines in lines_of.items():
-        named = ", ".join(map(str, sorted(lines)[:MAX_NAMED]))
-        more = f" and {len(lines) - MAX_NAMED} more" if len(lines) > MAX_NAMED else ""
-        yield f"  left out, {len(lines)}: {reason}: line {named}{more}"
+        listed = ", ".join(map(str, sorted(lines)[:MAX_LISTED]))
+        more = f" and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
+        yield f"  left out, {len(lines)}: {reason}: line {listed}{more}"
 
 
 def verdict(comparison: Comparison) -> str:
-    """Whether it is better, and by what rule, in one sentence."""
+    """Whether the new judge is better, with the figures of the test, in one sentence."""
     better, worse = comparison.num_better, comparison.num_worse
-    changed = f"of the test rows, {better} became right and {worse} wrong"
+    changed = f"{better} test rows became correct and {worse} wrong"
     chance = f"chance alone gives this or more in {comparison.chance:.1%} of cases"
     if comparison.is_gain:
-        return f"It is better: {changed}; {chance}."
-    return f"It is not better beyond chance: {changed}; {chance} ({MAX_CHANCE:.0%} is the limit)."
+        return f"The new judge is better: {changed}; {chance}."
+    return f"The new judge is not better: {changed}; {chance} (the limit is {MAX_CHANCE:.0%})."
 
 
 def _table(values: Sequence[str], comparison: Comparison) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _confusion(title: str, values: Sequence[str], each: Quality) -> Iterator[str
     widths = [max(6, len(value)) + 2 for value in values]
     first = max(len(title), *map(len, values)) + 2
     header = "".join(f"{value:>{w}}" for value, w in zip(values, widths, strict=True))
-    yield f"{title:{first}}{header}   (a row each true label)"
+    yield f"{title:{first}}{header}   (rows: true labels; columns: given labels)"
     for value, counts in zip(values, each.confusion, strict=True):
         cells = "".join(f"{count:>{w}}" for count, w in zip(counts, widths, strict=True))
         yield f"{value:{first}}{cells}"
@@ -150,7 +150,8 @@ def _confusion(title: str, values: Sequence[str], each: Quality) -> Iterator[str
 
 def _curve(curve: Curve) -> Iterator[str]:
     points = (f"{n}: {a:.3f}" for n, a in zip(curve.num_rows, curve.accuracies, strict=True))
-    yield f"accuracy by rows fitted to: {', '.join(points)}"
+    yield f"accuracy by number of training rows: {', '.join(points)}"
     yield (
-        f"with twice the rows ({2 * curve.num_rows[-1]}) expect about {curve.expected_of_twice:.2f}"
+        f"expected with twice the rows ({2 * curve.num_rows[-1]}): "
+        f"about {curve.expected_of_twice:.2f}"
     )

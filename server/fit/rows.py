@@ -11,14 +11,14 @@ from pathlib import Path
 from server.fit.errors import FitError
 
 DELIMITERS = ",;\t"
-# Of the names of columns, and of the characters of one, in a message.
+# In an error message: column names, and characters of each.
 MAX_SHOWN = 20
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A text and its label as the file has it. line: where the row begins, from 1."""
+    """A text and its label as in the file. line: the row's first line, counted from 1."""
 
     line: int
     text: str
@@ -36,10 +36,10 @@ class BadRow:
 def read_rows(
     path: Path, *, text_column: str, label_column: str, encoding: str
 ) -> tuple[list[Row], list[BadRow]]:
-    """The rows of a file, and those that have no text or no label.
+    """The rows of a file, and its bad rows, such as those without a text or a label.
 
-    A file whose name ends in .jsonl, .ndjson or .json is JSON Lines, any other is CSV with a
-    header, its cells between commas, semicolons or tabs.
+    A file named *.jsonl, *.ndjson or *.json is read as JSON Lines, any other as CSV with a header
+    and commas, semicolons or tabs between cells.
 
     Raises:
         FitError: the file cannot be read, is neither, or lacks a column.
@@ -49,14 +49,14 @@ def read_rows(
         raise FitError(f"{path} is empty")
     columns = (text_column, label_column)
     is_json = path.suffix.lower() in JSON_SUFFIXES
-    found = _json_rows(content, columns) if is_json else _csv_rows(path, content, columns)
-    rows, bad = [], []
-    for each in found:
+    all_rows = _json_rows(content, columns) if is_json else _csv_rows(path, content, columns)
+    rows, bad_rows = [], []
+    for each in all_rows:
         if isinstance(each, Row):
             rows.append(each)
         else:
-            bad.append(each)
-    return rows, bad
+            bad_rows.append(each)
+    return rows, bad_rows
 
 
 def _read_text(path: Path, encoding: str) -> str:
@@ -66,11 +66,13 @@ def _read_text(path: Path, encoding: str) -> str:
         raise FitError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise FitError(
-            f"{path} is not text in {encoding} (at byte {error.start}); save it as UTF-8, or say "
-            "what it is, such as --encoding gb18030"
+            f"{path} is not text in {encoding} (at byte {error.start}); save it as UTF-8, or give "
+            "its encoding, such as --encoding gb18030"
         ) from error
     except (LookupError, UnicodeError) as error:
-        raise FitError(f"--encoding {encoding!r} cannot be read: {error}") from error
+        raise FitError(
+            f"--encoding {encoding!r} cannot be used: {error}; give one such as utf-8 or gb18030"
+        ) from error
 
 
 def _csv_rows(path: Path, content: str, columns: tuple[str, str]) -> Iterator[Row | BadRow]:
@@ -79,47 +81,45 @@ def _csv_rows(path: Path, content: str, columns: tuple[str, str]) -> Iterator[Ro
     )
     try:
         header = [cell.strip() for cell in next(reader)]
-        places = [_place(path, header, column) for column in columns]
+        indices = [_index(path, header, column) for column in columns]
         end = reader.line_num
         for cells in reader:
             line, end = end + 1, reader.line_num
             if any(cells):
-                read: list[object] = [
-                    _unguarded(cells[i]) if i < len(cells) else None for i in places
+                values: list[object] = [
+                    _unguarded(cells[i]) if i < len(cells) else None for i in indices
                 ]
-                yield _row(line, read, columns)
+                yield _row(line, values, columns)
     except csv.Error as error:
         raise FitError(
-            f"{path}, line {reader.line_num}: is not CSV ({error}); a text with a quotation mark "
-            "in it stands between quotation marks, and that mark is written twice"
+            f"{path}, line {reader.line_num}: is not CSV ({error}); put a text that contains "
+            "quotation marks between quotation marks, and double those inside"
         ) from error
 
 
 def _unguarded(cell: str) -> str:
-    """Without the quotation mark that keeps spreadsheets from computing a cell, as the page's
-    downloads have it.
-    """
+    """Removes the quotation mark that the page's downloads put before a cell like a formula."""
     return re.sub(r"^'(?=[=+\-@\t\r])", "", cell)
 
 
 def _delimiter(content: str) -> str:
-    """The one that the first line has most often."""
+    """The delimiter that is most frequent in the first line."""
     first_line = content.split("\n", 1)[0]
     return max(DELIMITERS, key=first_line.count)
 
 
-def _place(path: Path, header: list[str], column: str) -> int:
+def _index(path: Path, header: list[str], column: str) -> int:
     if column not in header:
         shown = ", ".join(repr(name[:MAX_SHOWN]) for name in header[:MAX_SHOWN])
         raise FitError(
             f"{path} has no column {column!r}; its first line has {shown}; "
-            "choose among them with --text-column and --label-column"
+            "choose columns with --text-column and --label-column"
         )
     return header.index(column)
 
 
 def _json_rows(content: str, columns: tuple[str, str]) -> Iterator[Row | BadRow]:
-    # Not splitlines: JSON strings may hold other line separators as they are.
+    # Not splitlines: JSON strings may contain other line separators unescaped.
     for line, text in enumerate(content.split("\n"), start=1):
         if not text.strip():
             continue
@@ -131,16 +131,16 @@ def _json_rows(content: str, columns: tuple[str, str]) -> Iterator[Row | BadRow]
         if isinstance(fields, dict):
             yield _row(line, [fields.get(column) for column in columns], columns)
         else:
-            yield BadRow(line, "is no JSON object")
+            yield BadRow(line, "is not a JSON object")
 
 
-def _row(line: int, cells: list[object], columns: tuple[str, str]) -> Row | BadRow:
-    text, label = map(_as_text, cells)
+def _row(line: int, values: list[object], columns: tuple[str, str]) -> Row | BadRow:
+    text, label = map(_as_text, values)
     if not text:
         return BadRow(line, f"has no {columns[0]}")
     return Row(line, text, label) if label else BadRow(line, f"has no {columns[1]}")
 
 
-def _as_text(cell: object) -> str:
-    # JSON has numbers and true, too, which are labels as they are written.
-    return json.dumps(cell) if isinstance(cell, int | float) else str(cell or "").strip()
+def _as_text(value: object) -> str:
+    # A number or boolean of JSON is a label as JSON writes it.
+    return json.dumps(value) if isinstance(value, int | float) else str(value or "").strip()

@@ -1,4 +1,4 @@
-"""Which rows are used: their labels, repetitions, how many, and which are kept aside for the test.
+"""Selects rows: maps their labels, drops repetitions, limits their number, splits off a test part.
 
 Knows tasks, not models.
 """
@@ -15,14 +15,14 @@ from server.core.roles.tasks import MIN_EXAMPLES, Label, Task
 from server.fit.errors import FitError
 from server.fit.rows import BadRow, Row
 
-# Chooses the rows of the test part, and of more rows than are wanted; the same each time.
+# Seed of every random choice, which is therefore the same each time.
 SEED = 0
 MAX_LABELS = 255
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A text as it is judged, and the index of its label. line: in the file."""
+    """A normalised text and the index of its label. line: in the file."""
 
     line: int
     text: str
@@ -31,7 +31,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows to fit to, those to test with, and what became of the others."""
+    """The training rows, the test rows, and the rows left out with reasons."""
 
     train: list[LabelledText]
     test: list[LabelledText]
@@ -41,18 +41,22 @@ class Selection:
 def task_of(
     tasks: Mapping[str, Task], name: str, instruction: str | None, labels: Sequence[str]
 ) -> Task:
-    """The task of that name, or a new one of the instruction with the labels.
+    """The task of that name, or a new one with the instruction and the labels.
 
     Raises:
-        FitError: there is no such task and no instruction for one, or there are both.
+        FitError: the name is unknown and there is no instruction, or both exist; or the new task is
+            invalid.
     """
     if name in tasks and instruction is None:
         return tasks[name]
     if name in tasks:
-        raise FitError(f"the task {name!r} has an instruction; name a new task for another one")
+        raise FitError(
+            f"the task {name!r} already has an instruction; leave out --instruction, or name a new "
+            "task"
+        )
     if instruction is None:
         raise FitError(
-            f"there is no task {name!r}, only {', '.join(tasks)}; a new one needs --instruction"
+            f"there is no task {name!r}, only {', '.join(tasks)}; a new task needs --instruction"
         )
     distinct = tuple(dict.fromkeys(labels))
     if not 2 <= len(distinct) <= MAX_LABELS:
@@ -64,24 +68,24 @@ def task_of(
             labels=tuple(Label(value=label, text=label) for label in distinct),
         )
     except ValidationError as error:
-        raise FitError(f"the task {name!r} cannot be: {error.errors()[0]['msg']}") from error
+        raise FitError(f"the task {name!r} is invalid: {error.errors()[0]['msg']}") from error
 
 
 def renamed(rows: Sequence[Row], names: Mapping[str, str]) -> tuple[list[Row], list[BadRow]]:
-    """The rows with the labels that `names` gives theirs, and those whose label it empties."""
-    kept = [Row(each.line, each.text, names.get(each.label, each.label)) for each in rows]
-    without = "has a label that --labels leaves out"
+    """The rows with labels replaced as in `names`, and the rows whose label becomes empty."""
+    new_rows = [Row(each.line, each.text, names.get(each.label, each.label)) for each in rows]
+    reason = "has a label that --labels leaves out"
     return (
-        [each for each in kept if each.label],
-        [BadRow(each.line, without) for each in kept if not each.label],
+        [each for each in new_rows if each.label],
+        [BadRow(each.line, reason) for each in new_rows if not each.label],
     )
 
 
 def labelled(rows: Sequence[Row], task: Task) -> list[LabelledText]:
-    """The rows with the indices of their labels, which they have by value or text.
+    """The rows with the indices of their labels. A row names a label by its value or its text.
 
     Raises:
-        FitError: a label is none of the task's.
+        FitError: a label is not one of the task's.
     """
     indices = {
         name.casefold(): i
@@ -90,11 +94,10 @@ def labelled(rows: Sequence[Row], task: Task) -> list[LabelledText]:
     }
     for row in rows:
         if row.label.casefold() not in indices:
-            known = ", ".join(task.values)
             raise FitError(
-                f"line {row.line}: the label {row.label!r} is none of the task {task.name!r}: "
-                f"{known}; say which is meant with --labels {row.label}=LABEL, or leave such rows "
-                f"out with --labels {row.label}="
+                f"line {row.line}: the task {task.name!r} has no label {row.label!r}, only "
+                f"{', '.join(task.values)}; rename it with --labels {row.label}=LABEL, or leave "
+                f"such rows out with --labels {row.label}="
             )
     return [
         LabelledText(row.line, normalise(row.text), indices[row.label.casefold()]) for row in rows
@@ -109,10 +112,10 @@ def select(
     max_rows: int,
     test_share: float,
 ) -> Selection:
-    """Divides the rows; no text is in both parts, nor one of the task's own examples in either.
+    """Splits the rows. The two parts share no text, and neither has one of the task's examples.
 
     Raises:
-        FitError: too few rows of a label are left.
+        FitError: a label has too few rows left.
     """
     distinct, left_out = _distinct(texts, task)
     if len(distinct) > max_rows:
@@ -131,33 +134,33 @@ def select(
 def divided(
     rows: Sequence[LabelledText], share: float
 ) -> tuple[list[LabelledText], list[LabelledText]]:
-    """The rows but a share of each label's, and that share, in random order."""
+    """Splits off a random share of each label's rows; returns the other rows, then the share."""
     shuffled = random.Random(SEED).sample(rows, len(rows))
     counts = Counter(each.label for each in rows)
-    num_aside: Counter[int] = Counter()
+    num_split_off: Counter[int] = Counter()
     kept: list[LabelledText] = []
-    aside: list[LabelledText] = []
+    split_off: list[LabelledText] = []
     for each in shuffled:
-        is_aside = num_aside[each.label] < round(share * counts[each.label])
-        num_aside[each.label] += is_aside
-        (aside if is_aside else kept).append(each)
-    return kept, aside
+        is_split_off = num_split_off[each.label] < round(share * counts[each.label])
+        num_split_off[each.label] += is_split_off
+        (split_off if is_split_off else kept).append(each)
+    return kept, split_off
 
 
 def _distinct(texts: Sequence[LabelledText], task: Task) -> tuple[list[LabelledText], list[BadRow]]:
     labels_of = defaultdict(set)
     for each in texts:
         labels_of[each.text].add(each.label)
-    known = {normalise(example.text) for example in task.examples}
+    example_texts = {normalise(example.text) for example in task.examples}
     kept: dict[str, LabelledText] = {}
     left_out = []
     for each in texts:
-        if each.text in known:
+        if each.text in example_texts:
             left_out.append(BadRow(each.line, "is one of the task's own examples"))
         elif len(labels_of[each.text]) > 1:
-            left_out.append(BadRow(each.line, "has a text that stands with two labels"))
+            left_out.append(BadRow(each.line, "has a text with two labels in the file"))
         elif each.text in kept:
-            left_out.append(BadRow(each.line, "has a text that came before"))
+            left_out.append(BadRow(each.line, "repeats a text"))
         else:
             kept[each.text] = each
     return list(kept.values()), left_out
@@ -166,15 +169,15 @@ def _distinct(texts: Sequence[LabelledText], task: Task) -> tuple[list[LabelledT
 def _check_counts(rows: Sequence[LabelledText], task: Task) -> None:
     counts = Counter(each.label for each in rows)
     if len(counts) < 2:
-        has = f"one label only, {task.values[min(counts)]!r}" if counts else "no label"
+        labels = f"only one label, {task.values[min(counts)]!r}" if counts else "no label"
         raise FitError(
-            f"the rows that can be used have {has}; two labels are needed at least, each with "
+            f"the rows that can be used have {labels}; at least two labels are needed, each with "
             f"{MIN_EXAMPLES} rows"
         )
     for i, value in enumerate(task.values):
         if not counts[i] and not any(example.label == value for example in task.examples):
             raise FitError(
-                f"the label {value!r} has no rows, nor has the task examples of it; "
+                f"the label {value!r} has neither rows nor examples of the task; "
                 f"{MIN_EXAMPLES} rows are needed"
             )
         if 0 < counts[i] < MIN_EXAMPLES:

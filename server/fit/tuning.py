@@ -1,4 +1,4 @@
-"""The method `prompt`: a soft prompt that starts from the task's instruction, trained by peft."""
+"""The method `prompt`: trains a soft prompt, initialised from the task's instruction, with peft."""
 
 import importlib
 import importlib.util
@@ -18,22 +18,22 @@ from server.fit.learning import Fitted, Judgements, compare, judgements
 from server.fit.selection import LabelledText, Selection, divided
 from server.loading import Model
 
-# Room that a soft prompt takes in the context.
+# Tokens that a soft prompt takes in the context.
 MAX_VIRTUAL_TOKENS = 64
 NUM_EPOCHS = 8
-# Of the rows to fit to; they say when to stop and how sure to be.
+# Share of the training rows that chooses the epoch and the temperature.
 HELD_OUT_SHARE = 0.2
 
 
 class SoftPrompt(Protocol):
-    """What writing needs of a tuned soft prompt."""
+    """A tuned soft prompt that can be written."""
 
     def save(self, folder: Path) -> None:
-        """Writes it as peft does."""
+        """Writes it in peft's format."""
 
 
 def check_tuning(selection: Selection, task: Task, checkpoint: Path) -> None:
-    """Before the weights are read.
+    """Checks that `tune` can run. Called before the weights are read.
 
     Raises:
         FitError: peft is not installed, it cannot read the checkpoint, or a label has no rows.
@@ -45,9 +45,9 @@ def check_tuning(selection: Selection, task: Task, checkpoint: Path) -> None:
         )
     if importlib.util.find_spec("peft") is None:
         raise FitError("--method prompt needs peft: pip install 'qwen-all-in-one[tune]'")
-    known = {each.label for each in selection.train}
+    labels = {each.label for each in selection.train}
     for i, value in enumerate(task.values):
-        if i not in known:
+        if i not in labels:
             raise FitError(
                 f"the label {value!r} has no rows; --method prompt needs rows of every label"
             )
@@ -56,13 +56,13 @@ def check_tuning(selection: Selection, task: Task, checkpoint: Path) -> None:
 def tune(
     model: Model, prompts: TaskPrompts, selection: Selection, before: Judgements
 ) -> tuple[Fitted, SoftPrompt]:
-    """The judge of the labels' texts behind a soft prompt, and the soft prompt.
+    """Trains a soft prompt; returns a label judge that uses it, and the soft prompt.
 
-    before: what the present judge says of the test part.
+    before: the present judge's labels of the test part.
     """
     task, label_ids = prompts.task, prompts.labels(0)
     train, held_out = divided(selection.train, HELD_OUT_SHARE)
-    # Not imported before it is wanted: peft takes seconds, and servers do without it.
+    # Imported here: peft takes seconds to load, and servers do not need it.
     tuning = importlib.import_module("server.core.engine.model.tuning")
     soft_prompt = tuning.SoftPrompt(
         model.checkpoint.path, task.instructions, label_ids, MAX_VIRTUAL_TOKENS
@@ -86,7 +86,7 @@ def tune(
     after = judgements(task, judge, [Scores(row.tolist(), 0) for row in test_scores])
     comparison = compare(before, after, np.array([each.label for each in selection.test]))
     recipe = (
-        f"a soft prompt of {soft_prompt.num_virtual_tokens} vectors that started from the "
-        f"instruction, tuned on the rows"
+        f"a soft prompt of {soft_prompt.num_virtual_tokens} vectors, initialised from the "
+        f"instruction and tuned on the rows"
     )
     return Fitted(judge, comparison, recipe), soft_prompt

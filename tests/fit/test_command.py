@@ -91,9 +91,9 @@ def test_a_new_task_is_fitted_written_and_served(
 ) -> None:
     assert fit(monkeypatch, table(tmp_path / "rows.csv", told()), *options) == ""
     printed = capsys.readouterr().out
-    assert "42 rows to fit to, 18 to test with, 0 left out" in printed
-    assert "It is better" in printed and f"--tasks {tmp_path / 'out'}" in printed
-    assert "with twice the rows (84) expect about" in printed
+    assert "42 training rows, 18 test rows, 0 left out" in printed
+    assert "The new judge is better" in printed and f"--tasks {tmp_path / 'out'}" in printed
+    assert "expected with twice the rows (84): about" in printed
 
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -127,7 +127,7 @@ def test_the_report_has_the_figures_and_needs_nothing_else(
     assert len(report["curve"]["num_rows"]) == 4
     assert {each["line"] for each in report["rows"]["left_out"]} == {62, 63}
     page = (tmp_path / "out" / "things-report.html").read_text()
-    assert page.count("<svg") == 2 and "It is better" in page
+    assert page.count("<svg") == 2 and "The new judge is better" in page
     assert f"{report['after']['accuracy']:.3f}" in page
     assert "http" not in page and "<script" not in page
     # No text of anybody is in either.
@@ -222,7 +222,7 @@ def test_what_is_no_better_is_not_written_unless_forced(
 ) -> None:
     rows = table(tmp_path / "rows.csv", untold())
     assert "--force writes it" in fit(monkeypatch, rows, *options)
-    assert "It is not better beyond chance" in capsys.readouterr().out
+    assert "The new judge is not better" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert fit(monkeypatch, rows, *options, "--force") == ""
     assert (tmp_path / "out" / "tasks.toml").is_file()
@@ -234,10 +234,10 @@ def test_what_is_no_better_is_not_written_unless_forced(
         (told()[::2], (), "the rows have 1 label"),
         (told(9), (), "the label 'animal' has 9 rows that can be used; 10 are needed"),
         ([], (), "the rows have 0 labels"),
-        (told(), ("--task", "sentiment"), "the task 'sentiment' has an instruction"),
+        (told(), ("--task", "sentiment"), "the task 'sentiment' already has an instruction"),
         (told(), ("--label-column", "kind"), "has no column 'kind'"),
         (told(), ("--encoding", "utf-32"), "is not text in utf-32"),
-        (told(), ("--labels", "animal"), "--labels 'animal': each must be NAME=LABEL"),
+        (told(), ("--labels", "animal"), "--labels 'animal': give NAME=LABEL pairs"),
         (told(), ("--test-share", "0.9"), "--test-share '0.9'"),
         (told(), ("--tasks", "/no/such.toml"), "cannot read the task file /no/such.toml"),
         (told(), ("--model", "/no/such/model"), "neither a folder"),
@@ -265,7 +265,7 @@ def test_a_label_that_the_task_lacks_is_one_sentence(
 ) -> None:
     path = table(tmp_path / "rows.csv", told())
     says = fit(monkeypatch, path, "--model", "mini", "--out", tmp_path / "out")
-    assert "line 2: the label 'animal' is none of the task 'sentiment'" in says
+    assert "line 2: the task 'sentiment' has no label 'animal'" in says
 
 
 def test_a_folder_with_a_broken_task_file_is_one_sentence(

@@ -77,7 +77,7 @@ def test_lines_that_are_no_json_objects_are_named(tmp_path: Path) -> None:
     assert rows == []
     assert [(each.line, each.reason) for each in bad] == [
         (1, "is not JSON"),
-        (2, "is no JSON object"),
+        (2, "is not a JSON object"),
         (3, "has no text"),
         (4, "has no label"),
         (5, "is not JSON"),

@@ -64,8 +64,8 @@ def test_a_new_task_has_the_labels_of_the_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "instruction", "labels", "says"),
     [
-        ("kind", None, ["a", "b"], "no task 'kind', only mood; a new one needs --instruction"),
-        ("mood", "Which?", ["a", "b"], "has an instruction"),
+        ("kind", None, ["a", "b"], "no task 'kind', only mood; a new task needs --instruction"),
+        ("mood", "Which?", ["a", "b"], "already has an instruction"),
         ("kind", "Which?", ["a", "a"], "have 1 label; a task has 2 to 255"),
         ("kind", "Which?", [], "have 0 labels"),
         ("kind", "Which?", [str(i) for i in range(256)], "have 256 labels"),
@@ -172,7 +172,7 @@ def test_a_label_without_rows_is_known_of_the_examples() -> None:
     [
         (texts(num_bad=9), "the label 'bad' has 9 rows that can be used; 10 are needed"),
         (texts(num_bad=1), "the label 'bad' has 1 row that"),
-        (texts(num_bad=0), "one label only, 'good'; two labels are needed at least"),
+        (texts(num_bad=0), "only one label, 'good'; at least two labels are needed"),
         ([], "have no label"),
     ],
 )
@@ -183,7 +183,7 @@ def test_too_few_rows_say_how_many_are_needed(of: list[LabelledText], says: str)
 
 def test_a_label_without_rows_and_examples_says_how_many_are_needed() -> None:
     task = TASK.model_copy(update={"labels": (*LABELS, Label(value="so-so", text="中"))})
-    with pytest.raises(FitError, match="'so-so' has no rows, nor has the task examples"):
+    with pytest.raises(FitError, match="'so-so' has neither rows nor examples"):
         chosen(texts(), task)
 
 
