@@ -1,7 +1,7 @@
-"""Everything `make bench` measures, on a real checkpoint or a random one.
+"""All measurements of `make bench`.
 
-Engines alone, then over HTTP, beside their peers, on the checkpoint that QWEN_REAL names, else on
-random weights of Qwen1.5-0.5B's shape. Prints tables for people and, last, one line of JSON.
+Measures engines alone, then over HTTP, beside their peers, on the checkpoint in QWEN_REAL or on
+random weights of Qwen1.5-0.5B's shape. Prints tables and, last, one line of JSON.
 
     QWEN_REAL=DIR python -m benchmarks --rounds 5
 """

@@ -1,18 +1,18 @@
-"""Whether vLLM behind this server says what the engine of this process says.
+"""Compares the answers of vLLM behind this server with those of the local engine.
 
     python -m benchmarks.agreement --model DIR --engine http://HOST:PORT
 
-Each of 100 conversations is answered at temperature 0 by both, ten at a time, the own engine in
-bfloat16. On either side moods are judged by the scores of the labels, the prior taken off, for vLLM
-gives no hidden states. Without --engine the other side is the own engine once more, which answers
-one at a time: so much does bfloat16 alone change. `make vllm` sets vLLM up; it is started by
+Both answer 100 conversations at temperature 0, ten at a time, the local engine in bfloat16. Both
+judge moods by label scores minus the prior, because vLLM returns no hidden states. Without --engine
+the local engine is compared with itself, answering one conversation at a time: this shows the
+effect of bfloat16 alone. `make vllm` installs vLLM; start it with
 
     VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve DIR \\
         --dtype bfloat16 --enforce-eager --max-model-len 4096 --port 8100
 
-Prints in how many conversations labels, texts and both are the same, and, last, one line of JSON.
-Where texts part, the gap is what the own engine's log-probability (nats) of its own token is above
-that of the other's: a logit of 16 to 32 in bfloat16 has a step of 0.125.
+Prints in how many conversations labels, texts and both are equal, and, last, one line of JSON. The
+gap at the first different token is the local engine's log-probability (nats) of its own token minus
+that of the other's token. A bfloat16 logit of 16 to 32 has a step of 0.125.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from server.services import Services
 
 SEED, MAX_TOKENS = 0, 24
 NUM_TOGETHER = 10
-# Parts of the texts that are compared, too, in tokens.
+# The first tokens of the texts are also compared.
 BEGINNINGS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a conversation. confidence: of the label."""
+    """The answer to a conversation, and its label."""
 
     label: str | None
     confidence: float
@@ -54,12 +54,12 @@ class Answer:
         return [token.token_id for token in self.tokens]
 
     def num_shared(self, other: "Answer") -> int:
-        """Tokens until the texts part."""
+        """The number of tokens before the first difference."""
         pairs = zip(self.token_ids, other.token_ids, strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def gap(self, other: "Answer") -> float | None:
-        """Where the texts part; None: they do not, or one ends there."""
+        """At the first different token; None if there is none or a text ends there."""
         for own, theirs in zip(self.tokens, other.tokens, strict=False):
             if own.token_id != theirs.token_id:
                 assert own.logprob is not None
@@ -69,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Side:
-    """What answers, and how many conversations at a time."""
+    """A server's services, and how many conversations they answer at a time."""
 
     services: Services
     num_together: int
@@ -77,14 +77,14 @@ class Side:
 
 @contextmanager
 def own_engine(model: str) -> Iterator[Services]:
-    """In bfloat16, and without heads."""
+    """The local engine in bfloat16, without heads."""
     settings = Settings(model=model, dtype="bfloat16")
-    found = find_model(settings)
-    engine, _ = load_engine(found, settings)
+    loaded = find_model(settings)
+    engine, _ = load_engine(loaded, settings)
     try:
-        judges = PriorLoader(engine, found.tokenizer, max_context=found.max_context)
-        judges.load(found.chat_tasks)
-        yield assemble(found, settings, engine, judges)
+        judges = PriorLoader(engine, loaded.tokenizer, max_context=loaded.max_context)
+        judges.load(loaded.chat_tasks)
+        yield assemble(loaded, settings, engine, judges)
     finally:
         engine.close()
 
@@ -102,22 +102,22 @@ def other_side(own: Services, model: str, engine: str | None) -> Iterator[Side]:
 
 
 async def answer(services: Services, messages: Conversation, max_tokens: int) -> Answer:
-    said = [ChatMessage.model_validate(message).for_template() for message in messages]
+    conversation = [ChatMessage.model_validate(message).for_template() for message in messages]
     params = replace(
         sampling_params(services, SEED), temperature=0.0, max_tokens=max_tokens, num_logprobs=20
     )
-    reply = await services.replier.reply(said, params, (), with_sentiment=True)
+    reply = await services.replier.reply(conversation, params, (), with_sentiment=True)
     [pieces] = await reply.read()
-    mood = reply.sentiment
+    sentiment = reply.sentiment
     return Answer(
-        label=mood.label.value if mood else None,
-        confidence=mood.confidence if mood else 0.0,
+        label=sentiment.label.value if sentiment else None,
+        confidence=sentiment.confidence if sentiment else 0.0,
         tokens=tuple(token for piece in pieces for token in piece.tokens),
     )
 
 
 def is_same(a: Answer, b: Answer, num_tokens: int | None = None) -> bool:
-    """num_tokens: of the texts, their first ones; None: all."""
+    """num_tokens: compares only the first tokens; None: all."""
     return a.label == b.label and a.token_ids[:num_tokens] == b.token_ids[:num_tokens]
 
 
@@ -138,7 +138,7 @@ async def answer_group(side: Side, group: Sequence[Conversation], max_tokens: in
 async def answer_all(
     sides: Sequence[Side], all_messages: Sequence[Conversation], max_tokens: int
 ) -> list[tuple[Answer, Answer]]:
-    """By both sides, group by group, one side after the other."""
+    """Answers with both sides in turn, group by group."""
     pairs: list[tuple[Answer, Answer]] = []
     for begin in range(0, len(all_messages), NUM_TOGETHER):
         group = all_messages[begin : begin + NUM_TOGETHER]
@@ -146,11 +146,11 @@ async def answer_all(
         for a, b in zip(own, other, strict=True):
             pairs.append((a, b))
             if not is_same(a, b):
-                said = [
+                lines = [
                     [each.label, round(each.confidence, 3), text_of(sides[0], each)]
                     for each in (a, b)
                 ]
-                print(f"{len(pairs):3} gap {a.gap(b)}", *said, sep="\n    ", flush=True)
+                print(f"{len(pairs):3} gap {a.gap(b)}", *lines, sep="\n    ", flush=True)
         num_same = sum(is_same(a, b) for a, b in pairs)
         print(f"{len(pairs)} of {len(all_messages)}, {num_same} the same", file=sys.stderr)
     return pairs
@@ -159,9 +159,9 @@ async def answer_all(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="as the server's own option")
-    parser.add_argument("--engine", help="as the server's own option; default: the own engine")
-    parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="of conversations")
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="of an answer")
+    parser.add_argument("--engine", help="as the server's own option; default: the local engine")
+    parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="conversations")
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="per answer")
     args = parser.parse_args()
     chosen = conversations()[: args.num]
     with own_engine(args.model) as own, other_side(own, args.model, args.engine) as other:
@@ -179,10 +179,10 @@ def main() -> None:
             for number in BEGINNINGS
         },
         "largest difference of confidence": max(abs(a.confidence - b.confidence) for a, b in pairs),
-        "same label, texts that part": len(gaps),
-        "gaps there, median": statistics.median(gaps) if gaps else 0.0,
-        "gaps there, largest": max(gaps, default=0.0),
-        "tokens until they part or end": sum(a.num_shared(b) for a, b in pairs),
+        "same label, different texts": len(gaps),
+        "median gap": statistics.median(gaps) if gaps else 0.0,
+        "largest gap": max(gaps, default=0.0),
+        "tokens before the first difference": sum(a.num_shared(b) for a, b in pairs),
     }
     for name, number in result.items():
         print(f"{name:34} {number:.4g}")

@@ -1,6 +1,6 @@
-"""The checkpoint that is measured: a real one, or random weights of Qwen1.5-0.5B's exact shape.
+"""The measured checkpoint: a real one, or random weights of Qwen1.5-0.5B's exact shape.
 
-Speed hardly depends on the weights' values; perplexity does. This makes the random one:
+Speed hardly depends on the weights' values; perplexity does. This writes the random one:
 
     python -m benchmarks.checkpoint --out benchmarks/cache/qwen-random
 """
@@ -15,8 +15,6 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
 
-# The real tokenizer, where it is at hand; otherwise the bundled one, whose ids are fewer.
-TOKENIZER_FOLDERS = (Path("../shared/qwen1.5-0.5b-chat"), BUNDLED_FOLDER)
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
@@ -35,27 +33,34 @@ def qwen_shape() -> Qwen2Config:
 
 
 def real_checkpoint() -> Path | None:
-    """The folder that QWEN_REAL names; None if it names none."""
+    """The folder in QWEN_REAL, or None."""
     folder = os.environ.get("QWEN_REAL")
     return Path(folder) if folder else None
 
 
-def make_checkpoint(folder: Path = DEFAULT_FOLDER) -> Path:
-    """Writes the random checkpoint unless it is there; 930 MB."""
+def make_checkpoint(folder: Path = DEFAULT_FOLDER, tokenizer: Path = BUNDLED_FOLDER) -> Path:
+    """Writes the random checkpoint, 930 MB, unless it exists.
+
+    tokenizer: a folder with tokenizer files. The bundled model's has fewer ids than Qwen's.
+    """
     if (folder / "model.safetensors").exists():
         return folder
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(qwen_shape()).bfloat16()
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[151_645, 151_643])
     model.save_pretrained(folder)
-    source = next(path for path in TOKENIZER_FOLDERS if path.is_dir())
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copy(source / name, folder)
+        if (tokenizer / name).exists():
+            shutil.copy(tokenizer / name, folder)
     return folder
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
-    print(make_checkpoint(parser.parse_args().out))
+    parser.add_argument(
+        "--tokenizer", type=Path, default=BUNDLED_FOLDER,
+        help="folder with tokenizer files; default: the bundled model's",
+    )  # fmt: skip
+    args = parser.parse_args()
+    print(make_checkpoint(args.out, args.tokenizer))

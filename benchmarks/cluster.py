@@ -1,9 +1,9 @@
-"""What replicas of a cluster give together, and what its entrance costs, over HTTP.
+"""The throughput of a cluster's replicas, and the cost of its entrance, over HTTP.
 
 Deploys the server on a Ray cluster of this machine: first one replica, then two, each with one
-thread. Measures labels and chats of 60 tokens per second, and the CPU time that Serve's proxy and
-the entrance take for each. Then times how an entrance routes among many replicas and writes their
-/metrics. Prints a table for people and, last, one line of JSON.
+thread. Measures labels and chats of 60 tokens per second, and the CPU time of Serve's proxy and the
+entrance for each. Then times how long an entrance takes to route among many replicas and to write
+their /metrics. Prints a table and, last, one line of JSON.
 
     python -m benchmarks.cluster --model DIR
 """
@@ -34,7 +34,7 @@ from server.metrics import SECONDS, Metrics
 from server.routes import ROUTES
 
 NUM_TEXTS, NUM_ANSWER_TOKENS = 32, 60
-# How many requests of each case are under way for each replica.
+# Concurrent requests per replica in each case.
 CASES = {"labels": 2, "chats": 8, "known_labels": 16}
 SECONDS_EACH = 7
 NUM_CHOICES = 200
@@ -43,7 +43,7 @@ PROXY, ENTRANCE = "ray::ProxyActor", "ray::ServeReplica:qwen:Entrance"
 
 
 class Cases:
-    """Each method sends one request and returns how many units of work it was."""
+    """Each method sends one request and returns its number of units of work."""
 
     def __init__(self, client: httpx.AsyncClient, model: str) -> None:
         self._client, self._model, self._numbers = client, model, itertools.count()
@@ -82,7 +82,7 @@ class Cases:
 async def rate(
     case: Callable[[], Awaitable[float]], num_clients: int, seconds: float
 ) -> tuple[float, float]:
-    """Units a second, and how many there were."""
+    """Units per second, and the number of units."""
     await case()
     begin = time.perf_counter()
 
@@ -108,8 +108,8 @@ def cpu_s(name: str) -> float:
 async def measure(
     url: str, num_replicas: int, names: list[str], seconds: float
 ) -> dict[str, float]:
-    """Rates of so many replicas, and milliseconds of CPU that their front takes for a unit."""
-    found: dict[str, float] = {}
+    """Throughput of the replicas, and CPU milliseconds of proxy and entrance per unit."""
+    figures: dict[str, float] = {}
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
@@ -117,33 +117,33 @@ async def measure(
         for name in names:
             case, number = getattr(cases, name), CASES[name]
             before = {process: cpu_s(process) for process in (PROXY, ENTRANCE)}
-            found[f"{name}_per_s"], total = await rate(case, number * num_replicas, seconds)
+            figures[f"{name}_per_s"], total = await rate(case, number * num_replicas, seconds)
             for process, label in ((PROXY, "proxy"), (ENTRANCE, "entrance")):
-                found[f"{label}_ms_per_{name}"] = 1000 * (cpu_s(process) - before[process]) / total
-            print(
-                num_replicas, "replicas:", {key: round(found[key], 2) for key in found}, flush=True
-            )
-    return found
+                cpu_ms = 1000 * (cpu_s(process) - before[process])
+                figures[f"{label}_ms_per_{name}"] = cpu_ms / total
+            rounded = {key: round(value, 2) for key, value in figures.items()}
+            print(num_replicas, "replicas:", rounded, flush=True)
+    return figures
 
 
 def metrics_s(num_replicas: int) -> float:
-    """How long an entrance takes to write /metrics of so many replicas, beside asking them."""
+    """Seconds in which an entrance writes /metrics, without the time to request them."""
     metrics = Metrics()
     for route in ROUTES:
         for status in (200, 400, 429):
             metrics.request_answered(route.path, status, SECONDS[0])
-    told = [
+    all_metrics = [
         metric for i in range(num_replicas) for metric in labelled(metrics.registry, f"name{i}")
     ]
     begin = time.perf_counter()
     registry = CollectorRegistry()
-    registry.register(Families(told))
+    registry.register(Families(all_metrics))
     generate_latest(registry)
     return time.perf_counter() - begin
 
 
 async def routing_us(num_replicas: int, num_requests: int) -> float:
-    """How long an entrance takes to choose among replicas that have so many requests each."""
+    """Microseconds in which an entrance chooses a replica. num_requests: of each replica."""
     deployment = DeploymentID("Replica", "qwen")
     router = ConversationRouter(deployment, DeploymentHandleSource.REPLICA)
     router.initialize_state(max_num_seqs=16, max_requests=80)
@@ -190,7 +190,7 @@ def main() -> None:
         sizes[number] = {"metrics_s": metrics_s(number), "idle_us": idle, "full_us": full}
         print(
             f"{number:4} replicas: /metrics {sizes[number]['metrics_s']:.3f} s,"
-            f" routing {idle:.0f} us, {full:.0f} us where all are full"
+            f" routing {idle:.0f} us, {full:.0f} us if all are full"
         )
     print(json.dumps({"model": args.model, "replicas": results, "sizes": sizes}))
 

@@ -1,9 +1,9 @@
-"""Our engine beside its peers on one checkpoint: speed, perplexity, memory, time to be ready.
+"""Compares our engine with its peers on one checkpoint: speed, perplexity, memory, loading time.
 
-The checkpoint is the folder that QWEN_REAL names, else random weights of Qwen1.5-0.5B's shape,
-of which no perplexity is measured. Engines run in processes of their own and are measured in
-turns, round by round; ratios are taken within a round, because absolute numbers of a shared
-machine are noisy. Prints tables for people and, last, one line of JSON.
+The checkpoint is the folder in QWEN_REAL, or random weights of Qwen1.5-0.5B's shape, whose
+perplexity is not measured. Each engine runs in its own process; they are measured in turns, round
+by round. Ratios are taken within a round, because absolute numbers of a shared machine are noisy.
+Prints tables and, last, one line of JSON.
 
     QWEN_REAL=DIR python -m benchmarks.compare --engines ours-int8 openvino-int8 --rounds 5
 """
@@ -24,8 +24,8 @@ from benchmarks.figures import Figures, Goal, print_medians, report_goals, summa
 from benchmarks.perplexity import TEXTS
 from benchmarks.worker import Worker
 
-# Name, request, tokens of one answer. Tokens per second is what is reported. Cases of several
-# streams come last, so that llama.cpp's memory for them is not there before.
+# Name -> request, tokens of one answer; tokens per second are reported. Cases with several streams
+# come last: llama.cpp allocates memory for them.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "decode 1 stream": ({"case": "decode", "num_streams": 1, "num_cached": 100}, 1),
     "decode 1 stream at 2000": ({"case": "decode", "num_streams": 1, "num_cached": 2000}, 1),
@@ -46,7 +46,7 @@ Q4_0 = ("llama.cpp-q4_0", "llama.cpp-q4_0-noflash")
 
 
 def goal(engine: str, case: str, peers: Sequence[str], reach: str) -> Goal:
-    """Against the best of the peers in the same case."""
+    """A goal against the best of the peers in the same case."""
     return Goal((engine, case), [(peer, case) for peer in peers], reach)
 
 
@@ -60,7 +60,7 @@ GOALS = [
     goal("ours-int8", PERPLEXITY, ["ours-float32"], "at most 1.004"),
     goal("ours-int4", PERPLEXITY, ["llama.cpp-q4_0"], "at most 1.0"),
 ]
-# What is to be reached with Qwen1.5-0.5B's shape, so only on random weights.
+# Goals for Qwen1.5-0.5B's shape, so only for the random weights.
 GOALS_OF_SHAPE = [
     Goal(
         ("ours-int8", "decode 1 stream at 2000"),
@@ -71,21 +71,21 @@ GOALS_OF_SHAPE = [
 ]
 
 
-def can(engine: str, request: dict[str, Any]) -> bool:
-    """transformers' generate is measured as people use it: one stream, a short chat."""
+def is_measured(engine: str, request: dict[str, Any]) -> bool:
+    """Whether the engine runs the case: transformers' generate only runs one short stream."""
     if not engine.startswith("transformers"):
         return True
     return bool(request.get("num_streams", 1) == 1 and request.get("num_cached", 0) <= 100)
 
 
 def measure(workers: dict[str, Worker], cases: Collection[str], rounds: int) -> Figures:
-    """Tokens per second of every engine and case, once a round, after a round to warm up."""
+    """Tokens per second of every engine and case, once per round, after a warm-up round."""
     figures: Figures = defaultdict(list)
     for number in range(rounds + 1):
         for case in cases:
             request, num_tokens = CASES[case]
             for name, worker in workers.items():
-                if can(name, request):
+                if is_measured(name, request):
                     tokens_per_s = num_tokens / worker.ask(request)["seconds"]
                     if number:
                         figures[name, case].append(tokens_per_s)
@@ -93,7 +93,7 @@ def measure(workers: dict[str, Worker], cases: Collection[str], rounds: int) -> 
 
 
 def prose(checkpoint: Path) -> dict[str, Any]:
-    """The request for the perplexity of this project's prose: the same token ids for all."""
+    """The request for the perplexity of this project's prose, with the same token ids for all."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     texts = [tokenizer.encode(path.read_text(encoding="utf-8")).ids for path in TEXTS]
     return {"case": "perplexity", "texts": texts, "vocab_size": tokenizer.get_vocab_size()}

@@ -1,10 +1,9 @@
-"""How much of a conversation the replicas of a cluster know, by the way its turns are routed.
+"""Simulates how much of a conversation the replicas of a cluster have cached, by routing method.
 
-Simulates conversations over many replicas: each turn's prompt is the history and a new message, a
-replica knows the histories that it kept last, and computes what it does not know. Compares power
-of two choices, which is Serve's default, a hash of the conversation, and a hash that gives way
-when its replica is busy, as `server/cluster/routing.py` has it. Prints a table for people and,
-last, one line of JSON.
+Each turn's prompt is the history and a new message. A replica caches the most recent histories and
+computes the rest. Compares power of two choices, which is Serve's default; a hash of the
+conversation; and a hash unless its replica is busy, which is the method of
+`server/cluster/routing.py`. Prints a table and, last, one line of JSON.
 
     python -m benchmarks.conversations --num-replicas 10 100 1000 --utilization 0.6
 """
@@ -20,23 +19,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-# Of Qwen2.5-0.5B in int8 on two cores; keys and values in bfloat16 take 12 KiB a token.
+# Qwen2.5-0.5B in int8 on two cores; keys and values in bfloat16 take 12 KiB per token.
 PREFILL_TOKENS_PER_S = 769
 DECODE_TOKENS_PER_S = 327
 MAX_KNOWN_TOKENS = 512 * 2**20 // (12 * 2**10)
 MAX_NUM_SEQS = 16
-# Of a conversation. Some begin with one of few openers, such as a bare hello.
+# Conversations. Some begin with one of a few common openers, such as "hello".
 MEAN_TURNS, MEAN_PAUSE_S = 5, 30
 MESSAGE_TOKENS, ANSWER_TOKENS = 40, 60
 NUM_COMMON = 20
-NUM_POINTS = 100  # of a replica on the ring, as Serve has it
-# The first half is the start, when nobody has a history yet, and is not counted.
+NUM_POINTS = 100  # of a replica on the hash ring, as in Serve
+# The first half is a warm-up and is not counted: the conversations have no history yet.
 TURNS_PER_REPLICA = 1200
 
 
 @dataclass(eq=False)
 class Conversation:
-    """Where it belongs on the ring, and how far it is."""
+    """A conversation. point: its place on the hash ring."""
 
     point: float
     turns_left: int
@@ -45,12 +44,12 @@ class Conversation:
 
 @dataclass
 class Replica:
-    """Shares its time among the turns it computes, and keeps the latest histories."""
+    """Shares its time among its running turns, and caches the most recent histories."""
 
     known: OrderedDict[Conversation, int] = field(default_factory=OrderedDict)
     num_known_tokens: int = 0
     num_turns_ever: int = 0
-    # What is left of each turn is its number less `work_done`, in seconds of the whole replica.
+    # (end, start, conversation): a turn ends when `work_done` reaches its end, in replica seconds.
     turns: list[tuple[float, float, Conversation]] = field(default_factory=list)
     work_done: float = 0.0
     last_s: float = 0.0
@@ -64,7 +63,7 @@ class Replica:
         return self.last_s + (self.turns[0][0] - self.work_done) * len(self.turns)
 
     def begin(self, conversation: Conversation, now_s: float) -> int:
-        """Starts a turn; returns how many tokens of the history are known."""
+        """Starts a turn; returns how many tokens of the history are cached."""
         known = self.known.get(conversation, 0)
         work = turn_s(conversation.num_history_tokens - known)
         heapq.heappush(self.turns, (self.work_done + work, now_s, conversation))
@@ -72,11 +71,11 @@ class Replica:
         return known
 
     def end(self) -> tuple[float, Conversation]:
-        """Ends the turn that is done; returns when it began, and whose it is."""
-        _, begun_s, conversation = heapq.heappop(self.turns)
+        """Ends the first turn that is due; returns its start and its conversation."""
+        _, start_s, conversation = heapq.heappop(self.turns)
         conversation.num_history_tokens += MESSAGE_TOKENS + ANSWER_TOKENS
         self._keep(conversation)
-        return begun_s, conversation
+        return start_s, conversation
 
     def _keep(self, conversation: Conversation) -> None:
         num_tokens = conversation.num_history_tokens
@@ -87,7 +86,7 @@ class Replica:
 
 
 def turn_s(num_unknown_tokens: int) -> float:
-    """How long a replica works on a turn that it has for itself."""
+    """Seconds of a turn that runs alone on a replica."""
     num_prefilled = num_unknown_tokens + MESSAGE_TOKENS
     return num_prefilled / PREFILL_TOKENS_PER_S + ANSWER_TOKENS / DECODE_TOKENS_PER_S
 
@@ -141,17 +140,18 @@ def new_conversations(rng: random.Random, common_share: float) -> Iterator[Conve
 def simulate(
     num_replicas: int, name: str, utilization: float, common_share: float
 ) -> dict[str, float]:
-    """The figures of one way of routing; `work` is one where all history is known.
+    """The figures of one routing method; `work` is relative to a cache of all histories.
 
-    utilization: the share of their time that replicas would compute if all history were known.
-    common_share: of the conversations, those that begin with a common opener.
+    utilization: of the replicas, if all histories were cached. common_share: share of the
+    conversations that begin with a common opener.
     """
     rng = random.Random(0)
     replicas = [Replica() for _ in range(num_replicas)]
     route = ROUTES[name](replicas, rng)
     pause_s = turn_s(0) * MEAN_TURNS / (utilization * num_replicas)  # between two new conversations
     order, coming = itertools.count(), new_conversations(rng, common_share)
-    # (time, tie-breaker, replica whose turn may have ended or None, conversation that comes)
+    # (time, tie-breaker, replica whose turn may have ended, conversation whose turn starts). With
+    # neither, a new conversation starts.
     events: list[tuple[float, int, Replica | None, Conversation | None]] = []
     heapq.heappush(events, (0.0, next(order), None, None))
     num_begun = num_history = num_known = 0
@@ -159,7 +159,7 @@ def simulate(
     while len(latencies_s) < num_turns:
         now_s, _, replica, conversation = heapq.heappop(events)
         if replica is None:
-            if conversation is None:  # a new one, and the next one's time
+            if conversation is None:
                 conversation = next(coming)
                 at = now_s + rng.expovariate(1 / pause_s)
                 heapq.heappush(events, (at, next(order), None, None))
@@ -172,14 +172,14 @@ def simulate(
                 num_history += conversation.num_history_tokens
         elif replica.turns and replica.next_end_s() <= now_s + 1e-9:
             replica.advance(now_s)
-            begun_s, ended = replica.end()
-            latencies_s.append(now_s - begun_s)
+            start_s, ended = replica.end()
+            latencies_s.append(now_s - start_s)
             ended.turns_left -= 1
             if ended.turns_left:
                 at = now_s + rng.expovariate(1 / MEAN_PAUSE_S)
                 heapq.heappush(events, (at, next(order), None, ended))
         else:
-            continue  # the time of an end that others have put off since
+            continue  # outdated: later turns have delayed this end
         if replica.turns:
             heapq.heappush(events, (replica.next_end_s(), next(order), replica, None))
     numbers = [each.num_turns_ever for each in replicas]
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--common-share", type=float, default=0.2)
     args = parser.parse_args()
     results = []
-    print("replicas  routing             known   work   median s   99 % s  busiest/mean")
+    print("replicas  routing            cached   work   median s   99 % s  busiest/mean")
     for number in args.num_replicas:
         for name in ROUTES:
             figures = simulate(number, name, args.utilization, args.common_share)

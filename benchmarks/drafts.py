@@ -2,10 +2,10 @@
 
     python -m benchmarks.drafts --model DIR
 
-Three kinds of conversation: *chat* (the openers of the other benchmarks), *copy* (a paragraph to
-repeat with one change) and *JSON* (records to write as JSON). The conversations of a kind are
-answered one after the other, with drafts and without, in turns. Both must give the same texts.
-Prints tokens per second, and the median of the ratios of the rounds.
+There are three kinds of conversation: *chat* (openers.jsonl), *copy* (repeat a paragraph with one
+change) and *JSON* (write records as JSON). Each round answers the conversations of a kind one by
+one, with drafts and then without. Both must give the same texts. Prints tokens per second, and the
+median ratio of the rounds.
 """
 
 import argparse
@@ -62,20 +62,20 @@ def conversations() -> dict[str, list[Conversation]]:
 
 
 async def answer(services: Services, messages: Conversation) -> tuple[str, int]:
-    """The text, and how many tokens it has."""
-    said = [ChatMessage.model_validate(message).for_template() for message in messages]
+    """The text and its number of tokens."""
+    conversation = [ChatMessage.model_validate(message).for_template() for message in messages]
     params = replace(sampling_params(services, SEED), max_tokens=MAX_TOKENS)
-    reply = await services.replier.reply(said, params, (), with_sentiment=False)
+    reply = await services.replier.reply(conversation, params, (), with_sentiment=False)
     pieces = [piece async for _, piece in reply.pieces() if piece is not None]
     text = "".join(piece.text for piece in pieces)
     return text, len(services.tokenizer.encode_text(text))
 
 
 async def speed(services: Services, kind: Sequence[Conversation]) -> tuple[float, list[str]]:
-    """Tokens per second of all conversations, one after the other, and their texts."""
-    begun = time.perf_counter()
+    """Tokens per second of all conversations, answered one by one, and the texts."""
+    begin = time.perf_counter()
     answers = [await answer(services, messages) for messages in kind]
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - begin
     return sum(num_tokens for _, num_tokens in answers) / seconds, [text for text, _ in answers]
 
 
@@ -92,20 +92,17 @@ def main() -> None:
     for kind, messages in conversations().items():
         rounds = []
         for number in range(args.rounds + 1):
-            fast, texts = asyncio.run(speed(with_drafts, messages))
-            slow, same = asyncio.run(speed(without, messages))
-            if texts != same:
+            speed_with, texts = asyncio.run(speed(with_drafts, messages))
+            speed_without, expected = asyncio.run(speed(without, messages))
+            if texts != expected:
                 raise SystemExit(f"{kind}: a text depends on the drafts")
-            if number:  # the first one fills the caches of prefixes
-                rounds.append((fast, slow))
-        fasts, slows = zip(*rounds, strict=True)
+            if number:  # the first round fills the prefix caches
+                rounds.append((speed_with, speed_without))
+        medians = [statistics.median(speeds) for speeds in zip(*rounds, strict=True)]
         ratio = statistics.median(a / b for a, b in rounds)
-        result[kind] = {
-            "with": statistics.median(fasts), "without": statistics.median(slows), "ratio": ratio,
-        }  # fmt: skip
+        result[kind] = {"with": medians[0], "without": medians[1], "ratio": ratio}
         print(
-            f"{kind:5} {statistics.median(fasts):6.1f} tokens/s, without "
-            f"{statistics.median(slows):6.1f}, ratio {ratio:.2f}",
+            f"{kind:5} {medians[0]:6.1f} tokens/s, without {medians[1]:6.1f}, ratio {ratio:.2f}",
             file=sys.stderr,
         )
     with_drafts.engine.close()

@@ -1,4 +1,4 @@
-"""A checkpoint in the formats of the peers, made once in benchmarks/cache."""
+"""Exports a checkpoint to the formats of the peers, once, into benchmarks/cache."""
 
 import hashlib
 import shutil
@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 
 CACHE = Path("benchmarks/cache")
-# An environment of OpenVINO's own, for it needs other versions; `make openvino` makes it.
+# OpenVINO's own environment: it needs other versions of packages. Made by `make openvino`.
 OPENVINO_PYTHON = CACHE / "openvino/bin/python"
 
 
 def exported(engine: str, checkpoint: Path) -> Path:
-    """What `benchmarks.engines` takes for the engine of that name. Made unless it is there."""
+    """The model for an engine of `benchmarks.engines`; written unless it exists."""
     kind, _, weights = engine.partition("-")
     match kind:
         case "llama.cpp":
-            from benchmarks.gguf_files import gguf_file  # only where llama.cpp is measured
+            from benchmarks.gguf_files import gguf_file  # needs llama.cpp
 
             return gguf_file(checkpoint, export_folder(checkpoint), weights.split("-")[0])
         case "openvino":
@@ -25,7 +25,7 @@ def exported(engine: str, checkpoint: Path) -> Path:
 
 
 def export_folder(checkpoint: Path) -> Path:
-    """A folder of the cache for this checkpoint, never the checkpoint's own."""
+    """The folder of this checkpoint's exports in the cache."""
     weights = (checkpoint / "model.safetensors").resolve()
     state = weights.stat()
     key = f"{weights} {state.st_size} {state.st_mtime_ns}"
@@ -36,7 +36,7 @@ def export_folder(checkpoint: Path) -> Path:
 
 
 def _openvino_folder(checkpoint: Path, weights: str) -> Path:
-    """The checkpoint as OpenVINO's own exporter writes it by default, in "int8" or "int4"."""
+    """The checkpoint, exported by OpenVINO's exporter with its defaults in "int8" or "int4"."""
     folder = export_folder(checkpoint) / f"openvino-{weights}"
     if folder.exists():
         return folder
@@ -46,12 +46,12 @@ def _openvino_folder(checkpoint: Path, weights: str) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     subprocess.run(
         [
-            # By its module: the script `optimum-cli` names the folder where it was installed.
+            # Not the script `optimum-cli`: it contains the path where it was installed.
             OPENVINO_PYTHON, "-m", "optimum.commands.optimum_cli", "export", "openvino",
             "--model", checkpoint, "--task", "text-generation-with-past",
             "--weight-format", weights, unfinished,
         ],
         check=True,
-        stdout=sys.stderr,  # for the bench's last line of output is JSON
+        stdout=sys.stderr,  # stdout is for the benchmark's JSON
     )  # fmt: skip
     return unfinished.rename(folder)

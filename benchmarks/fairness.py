@@ -1,23 +1,22 @@
-"""How long everybody else waits beside one heavy request, over HTTP.
+"""How long other requests wait while a heavy request runs, over HTTP.
 
     python -m benchmarks.fairness --model DIR [--rounds N] [--load NAME ...] [server options]
 
-Starts a server, with the options that are not this command's own, and measures, alone and beside
-each heavy load:
+Starts a server with the remaining options and measures, alone and beside each heavy load:
 
-- the time to the first token of a short chat, whose sentiment is not known yet;
-- the longest pause between two tokens of a running stream; what it is compared with is the pause
-  beside one other stream;
-- the seconds the heavy request takes when nothing else runs. With `--before TREE`, a checkout of
-  another commit, the server of that commit is asked in turns with this one;
-- what `GET /health` takes meanwhile, asked every 10 ms. It is answered on the event loop without
-  the engine, so the worst answer shows for how long the loop was held. "own lag" is how late this
-  process was woken meanwhile: where that is much, too, the machine was busy with something else.
+- the time to the first token of a short chat whose sentiment is not cached;
+- the longest pause between two tokens of a running stream, compared with the pause beside one other
+  stream;
+- the seconds of the heavy request when nothing else runs. With `--before TREE`, a checkout of
+  another commit, the server of that commit is measured in turns with this one;
+- the latency of `GET /health`, sent every 10 ms. The event loop answers it without the engine, so
+  the worst latency shows how long the loop was blocked. "own lag" is how late this process itself
+  was woken; if it is large, too, the machine was busy with something else.
 
-A load is sent again, with other texts, when it is answered, so that it lasts. Nobody waits longer
-than 15 s: what takes longer counts as 15 s and is shown with ">". In the end another server, with
-`--max-kv-mib 512 --max-prefix-mib 0`, shows the resident memory that chats which come and go take
-above the idle server. Prints tables for people and, last, one line of JSON.
+A load is sent again with other texts after each response, so that it lasts. Waits longer than 15 s
+count as 15 s and are shown with ">". At the end another server, with
+`--max-kv-mib 512 --max-prefix-mib 0`, shows how much resident memory changing chats need above the
+idle server. Prints tables and, last, one line of JSON.
 """
 
 import argparse
@@ -37,13 +36,13 @@ import httpx
 from benchmarks.figures import summary
 from benchmarks.heavy import Request, Writer
 from benchmarks.servers import Server, our_server
-from benchmarks.waiting import PATIENCE_S, WINDOW_S, Load, Probe, Waiting
+from benchmarks.waiting import MAX_WAIT_S, WINDOW_S, Load, Probe, Waiting
 
 MAX_PROMPT_TOKENS = 30_000
-# Of the requests that are timed: whole they would take minutes, or never end.
+# Limits of the timed requests, which would otherwise take minutes, or never end.
 NUM_TIMED_PROMPT_TOKENS = 4_000
 NUM_TIMED_CHOICE_TOKENS = 64
-# For the chat template, and because sentences differ in length.
+# For the chat template and the varying length of sentences.
 RESERVED_TOKENS = 60
 
 ALONE, ONE_STREAM, ALL = "alone", "one other stream", "all"
@@ -54,32 +53,32 @@ HEAVY = {
     "long-prompt": "chat: a long prompt",
     "decisions": "decisions: 400 questions",
 }
-TITLES = {ALONE: ALONE, ONE_STREAM: ONE_STREAM, **HEAVY, ALL: "all of these at once"}
+TITLES = {ALONE: ALONE, ONE_STREAM: ONE_STREAM, **HEAVY, ALL: "all at once"}
 
 MEMORY_OPTIONS = ("--max-kv-mib", "512", "--max-prefix-mib", "0")
 NUM_CHATS = 16
-# Tokens of the prompts of that many chats at once: more than fit together, and fewer again.
+# Prompt tokens of each of NUM_CHATS simultaneous chats: rising above what fits, then falling.
 CHAT_TOKENS = (100, 400, 1600, 100)
-REST_S = 8.0  # the server gives memory back after five
+REST_S = 8.0  # the server returns memory to the system after five
 
 Figures = dict[str, dict[str, float]]  # by load and name
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A server that is measured, and what is asked of it."""
+    """A measured server and its requests."""
 
     waiting: Waiting
     writer: Writer
     loads: dict[str, Load]
-    timed: dict[str, Callable[[], Request]]  # requests like the load's that end soon
+    timed: dict[str, Callable[[], Request]]  # shorter requests of the same kind as the load's
     num_context: int
     num_prompt_tokens: int
 
 
 @asynccontextmanager
 async def subject(server: Server) -> AsyncIterator[Subject]:
-    """Learns what the server's tokens are, and warms it up."""
+    """Writes requests for the server's tokenizer, and warms the server up."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=server.base_url, timeout=None, limits=limits) as http:
         model = (await http.get("models")).json()["data"][0]
@@ -89,7 +88,7 @@ async def subject(server: Server) -> AsyncIterator[Subject]:
             tokens: list[int] = (await http.post(url, json={"prompt": text})).json()["tokens"]
             return tokens
 
-        # The same word again and again: a piece of text for each token, and no end.
+        # The bias repeats one word: every token gives a piece of text, and the text never ends.
         writer = Writer(model["id"], {str((await tokens_of(" the"))[0]): 100})
         per_sentence = len(await tokens_of(writer.text(200))) / 200
         num_context = model["context_length"]
@@ -116,20 +115,20 @@ async def subject(server: Server) -> AsyncIterator[Subject]:
         yield Subject(waiting, writer, loads, timed, num_context, num_tokens)
 
 
-# --- who waits how long ---------------------------------------------------------------
+# --- waiting times --------------------------------------------------------------------
 
 
 async def measure(servers: Sequence[Server], names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Figures of the first server; the second one, if there is one, is only timed."""
+    """Figures of the first server. Of a second one, only heavy requests are timed."""
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     async with AsyncExitStack() as stack:
         subjects = [await stack.enter_async_context(subject(server)) for server in servers]
         for number in range(1, rounds + 1):
-            _tell(f"round {number} of {rounds}: {ALONE}")
+            _print_progress(f"round {number} of {rounds}: {ALONE}")
             for load, values in (await _round(subjects, names)).items():
                 for name, value in values.items():
                     figures[load][name].append(value)
-            _tell("\n")
+            _print_progress("\n")
     return {
         "context": subjects[0].num_context,
         "prompt_tokens": subjects[0].num_prompt_tokens,
@@ -149,23 +148,23 @@ async def _round(subjects: Sequence[Subject], names: Sequence[str]) -> Figures:
     figures[ALONE] |= _health(probe)
     figures[ONE_STREAM] = {"pause_ms": await waiting.longest_pause_ms([ours.writer.stream])}
     for name in names:
-        _tell(f", {name}")
+        _print_progress(f", {name}")
         earlier = [(await _timed(each, name))[0] for each in before]
         own, probe = await _timed(ours, name)
-        found = {**own, **_health(probe), **_ttfts(await waiting.ttfts_ms(ours.loads[name]))}
-        found["pause_ms"] = await waiting.longest_pause_ms(ours.loads[name])
-        found["ttft_ratio"] = found["ttft_ms"] / figures[ALONE]["ttft_ms"]
-        found["pause_ratio"] = found["pause_ms"] / figures[ONE_STREAM]["pause_ms"]
+        values = {**own, **_health(probe), **_ttfts(await waiting.ttfts_ms(ours.loads[name]))}
+        values["pause_ms"] = await waiting.longest_pause_ms(ours.loads[name])
+        values["ttft_ratio"] = values["ttft_ms"] / figures[ALONE]["ttft_ms"]
+        values["pause_ratio"] = values["pause_ms"] / figures[ONE_STREAM]["pause_ms"]
         for each in earlier if "seconds" in own else ():
-            found["before_s"] = each["seconds"]
-            found["throughput_ratio"] = each["seconds"] / own["seconds"]
-        figures[name] = found
+            values["before_s"] = each["seconds"]
+            values["throughput_ratio"] = each["seconds"] / own["seconds"]
+        figures[name] = values
     await waiting.idle()
     return figures
 
 
 async def _timed(subject: Subject, name: str) -> tuple[dict[str, float], Probe]:
-    """How long the request takes alone, if it ends; and /health beside it and the load."""
+    """The seconds of the request alone, if it is timed; latencies of /health beside the load."""
     waiting, load, figures = subject.waiting, subject.loads[name], dict[str, float]()
     await waiting.idle()
     async with waiting.probed() as probe:
@@ -190,7 +189,7 @@ def _health(probe: Probe) -> dict[str, float]:
     }
 
 
-def _tell(text: str) -> None:
+def _print_progress(text: str) -> None:
     print(text, end="", file=sys.stderr, flush=True)
 
 
@@ -198,15 +197,15 @@ def _tell(text: str) -> None:
 
 
 async def measure_memory(server: Server) -> dict[str, float]:
-    """Resident MiB: of the idle server, and above it."""
+    """Resident MiB of the idle server, then the MiB above it."""
     process_id = server.process_id
     async with subject(server) as ours:
         idle_mib = await _resident_at_rest_mib(ours, process_id)
-        _forget_peak(process_id)
+        _reset_peak(process_id)
         for num_tokens in CHAT_TOKENS:
             await _chats(ours, min(num_tokens, int(ours.num_context * 0.9) - RESERVED_TOKENS))
         chats_mib = _resident_mib(process_id, "VmHWM") - idle_mib
-        _forget_peak(process_id)
+        _reset_peak(process_id)
         async with ours.waiting.beside(ours.loads[ALL]):
             await asyncio.sleep(WINDOW_S)
         loads_mib = _resident_mib(process_id, "VmHWM") - idle_mib
@@ -227,7 +226,7 @@ async def _resident_at_rest_mib(ours: Subject, process_id: int) -> float:
 
 
 async def _chats(ours: Subject, num_tokens: int) -> None:
-    """Sixteen at once, until each is answered by a few tokens."""
+    """Sends NUM_CHATS chats at once and waits for their short answers."""
     texts = [ours.writer.text(max(1, num_tokens // 23)) for _ in range(NUM_CHATS)]
     requests = [ours.writer.endless(text, max_tokens=32) for text in texts]
     await asyncio.gather(*(ours.waiting.seconds(request) for request in requests))
@@ -239,14 +238,14 @@ def _resident_mib(process_id: int, name: str) -> float:
     return int(values[name].split()[0]) / 1024
 
 
-def _forget_peak(process_id: int) -> None:
-    """VmHWM begins again at what is resident now; see proc(5), clear_refs."""
+def _reset_peak(process_id: int) -> None:
+    """Resets VmHWM to the current resident size; see clear_refs in proc(5)."""
     Path(f"/proc/{process_id}/clear_refs").write_text("5", encoding="utf-8")
 
 
-# --- for people -----------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------
 
-# Title, what to reach, figure, which of its rounds, decimals.
+# Title, goal, figure, statistic over the rounds, decimals.
 COLUMNS = [
     ("TTFT, ms", "", "ttft_ms", "median", 0),
     ("worst", "", "ttft_worst_ms", "max", 0),
@@ -265,20 +264,20 @@ MAX_RESIDENT_MIB = 560
 
 
 def print_waiting(figures: dict[str, dict[str, dict[str, float]]]) -> None:
-    """A row for each load: medians of the rounds, but the worst of all where that is said."""
+    """A row for each load, with the median or the maximum of the rounds."""
     print(f"\n{'beside':34}" + "".join(f"{title:>{WIDTH}}" for title, *_ in COLUMNS))
-    print(f"{'to reach':34}" + "".join(f"{goal:>{WIDTH}}" for _, goal, *_ in COLUMNS))
+    print(f"{'goal':34}" + "".join(f"{goal:>{WIDTH}}" for _, goal, *_ in COLUMNS))
     for load, values in figures.items():
         cells = (_cell(values, *column[2:]) for column in COLUMNS)
         print(f"{TITLES[load]:34}" + "".join(f"{cell:>{WIDTH}}" for cell in cells))
-    print(f"\nevent loop: worst answer of /health {_worst_health(figures):.0f} ms, to reach: ≤50")
+    print(f"\nevent loop: worst latency of /health {_worst_health(figures):.0f} ms, goal: ≤50")
 
 
 def _cell(values: dict[str, dict[str, float]], name: str, statistic: str, num_decimals: int) -> str:
     if name not in values:
         return ""
-    waited = values.get(name.replace("ratio", "ms"), {}).get(statistic, 0)
-    sign = ">" if waited >= PATIENCE_S * 1000 else ""
+    waited_ms = values.get(name.replace("ratio", "ms"), {}).get(statistic, 0)
+    sign = ">" if waited_ms >= MAX_WAIT_S * 1000 else ""
     return f"{sign}{values[name][statistic]:.{num_decimals}f}"
 
 
@@ -291,21 +290,21 @@ def _worst_health(figures: dict[str, dict[str, dict[str, float]]]) -> float:
 def print_memory(memory: dict[str, float]) -> None:
     print(f"\nresident, MiB, with {' '.join(MEMORY_OPTIONS)}; above the idle server")
     for name, mib in memory.items():
-        goal = f"   to reach: ≤{MAX_RESIDENT_MIB}" if "at most" in name else ""
+        goal = f"   goal: ≤{MAX_RESIDENT_MIB}" if "at most" in name else ""
         print(f"  {name:40} {mib:8.0f}{goal}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False,
-        epilog="Any other option is the server's own, such as --max-kv-mib 512.",
+        epilog="All other options are passed to the server, such as --max-kv-mib 512.",
     )  # fmt: skip
     parser.add_argument("--model", default="auto", help="as the server's own option")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", nargs="+", choices=(*HEAVY, ALL), default=(*HEAVY, ALL))
-    parser.add_argument("--tree", type=Path, help="checkout whose server is measured, not this one")
-    parser.add_argument("--before", type=Path, help="checkout that throughput is compared with")
-    parser.add_argument("--no-memory", action="store_true", help="leave the memory out")
+    parser.add_argument("--tree", type=Path, help="checkout to measure in place of this one")
+    parser.add_argument("--before", type=Path, help="checkout to compare throughput with")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     args, options = parser.parse_known_args()
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     options = ["--no-ui", *options]

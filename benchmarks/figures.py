@@ -1,4 +1,4 @@
-"""Figures of several rounds: medians, ratios within a round, and what these should reach."""
+"""Figures of several rounds: medians, ratios within a round, and their goals."""
 
 import itertools
 import statistics
@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Figure = tuple[str, str]  # whose, and of what
-Figures = dict[Figure, list[float]]  # a value a round, or one for all
+Figure = tuple[str, str]  # engine or server, case
+Figures = dict[Figure, list[float]]  # a value per round, or one for all
 COLUMN = 10  # characters
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What a figure should reach, or its ratio in each round to the highest of its peers'.
+    """A goal for a figure or, with peers, for its ratio to the highest peer in each round.
 
-    reach: "at least 1.2" or "at most 1.6"; None: the ratio is only told.
+    reach: "at least 1.2" or "at most 1.6"; None: the ratio is only reported.
     """
 
     figure: Figure
@@ -33,11 +33,11 @@ class Goal:
         return f"{engine}{peers}: {case}{others}"
 
     def is_known(self, figures: Figures) -> bool:
-        """Whether all it needs was measured: the best of fewer peers would say something else."""
+        """Whether all its figures were measured: the best of fewer peers is another goal."""
         return {self.figure, *self.peers} <= figures.keys()
 
     def values(self, figures: Figures) -> list[float]:
-        """The ratios."""
+        """The figure's values, or its ratios to the highest peer."""
         if not self.peers:
             return figures[self.figure]
         rounds = zip(*(figures[peer] for peer in self.peers), strict=True)
@@ -52,7 +52,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def report_goals(figures: Figures, goals: Sequence[Goal]) -> dict[str, Any]:
-    """Prints those whose figures are known; returns them by name."""
+    """Prints the goals whose figures are known; returns them by name."""
     rows = {
         goal.name: {**summary(goal.values(figures)), "goal": goal.reach}
         for goal in goals
@@ -64,17 +64,17 @@ def report_goals(figures: Figures, goals: Sequence[Goal]) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """A row each; beside it what is to be reached, where there is such a goal."""
+    """Prints a row for each, with its goal if it has one."""
     width = max(60, *map(len, rows))
     print(f"{title:{width}} {'min':>9} {'median':>9} {'max':>9}")
     for name, row in rows.items():
-        goal = f"   to reach: {row['goal']}" if row.get("goal") else ""
+        goal = f"   goal: {row['goal']}" if row.get("goal") else ""
         print(f"{name:{width}} {row['min']:>9} {row['median']:>9} {row['max']:>9}{goal}")
     print(flush=True)
 
 
 def print_medians(title: str, figures: Figures) -> None:
-    """A row for each of whom there are figures, a column for each of what."""
+    """Prints a row for each engine or server, a column for each case."""
     names, cases = (list(dict.fromkeys(column)) for column in zip(*figures, strict=True))
     width = max(map(len, names))
     print(title)

@@ -1,11 +1,10 @@
-"""What `fit` gives on a domain: before, and after 50, 200 and 1,000 labelled rows.
+"""The gain of `fit` on a domain: accuracy before, and with 50, 200 and 1,000 labelled rows.
 
     python -m benchmarks.fitting --model DIR --rows FILE --source NAME
 
 `--rows` is a file of labelled texts, gzipped JSON Lines with `text`, `label`, `lang` and `source`.
-Rows of one source are drawn at random: some to measure with, which nothing is ever fitted to, and
-of the others the first 50, 200 and 1,000 for `fit`, which chooses by cross-validation among these.
-Prints a table for people and, last, one line of JSON.
+Rows of one source are shuffled. Some are test rows, which nothing is fitted to; `fit` uses the
+first 50, 200 and 1,000 of the others. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -37,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="auto", help="as the server's own option")
     parser.add_argument("--rows", type=Path, required=True, help="gzipped JSON Lines")
-    parser.add_argument("--source", required=True, help="of the rows to use")
-    parser.add_argument("--test", type=int, default=NUM_TEST, help="rows to measure with")
+    parser.add_argument("--source", required=True, help="source of the rows to use")
+    parser.add_argument("--test", type=int, default=NUM_TEST, help="number of test rows")
     args = parser.parse_args()
     rows = [row for row in read_sentiment(args.rows) if row.source == args.source]
     random.Random(SEED).shuffle(rows)
@@ -52,7 +51,7 @@ def run(model_name: str, rows: list[Row], num_test: int) -> dict[str, Any]:
     model = find_model(settings)
     task = model.task_file.tasks["sentiment"]
     prompts = prompts_of(task, model)
-    # Twice as many as are wanted, for those that repeat or are too long.
+    # Twice the number needed: some repeat or are too long.
     texts = labelled(rows[: 2 * (num_test + max(NUM_ROWS))], task)
     selection = select(
         texts,
@@ -83,7 +82,7 @@ def run(model_name: str, rows: list[Row], num_test: int) -> dict[str, Any]:
     print(f"{'rows':>6} {'accuracy':>18} {'macro-F1':>9} {'ECE':>6} {'s':>6}  recipe")
     table: dict[str, dict[str, float]] = {}
     for num_rows in NUM_ROWS:
-        few = Measurements(
+        part = Measurements(
             measured.layers,
             measured.test_scores,
             measured.train[np.arange(min(num_rows, len(measured.train)))],
@@ -91,7 +90,7 @@ def run(model_name: str, rows: list[Row], num_test: int) -> dict[str, Any]:
             measured.examples,
         )
         begin = time.perf_counter()
-        fitted = learn(task, present, few)
+        fitted = learn(task, present, part)
         seconds = time.perf_counter() - begin
         if not table:
             table["0"] = figures("0", fitted.comparison.before)

@@ -1,4 +1,4 @@
-"""A checkpoint as llama.cpp reads it: BF16, and quantized by llama.cpp itself."""
+"""Writes a checkpoint as GGUF: in BF16, or quantized by llama.cpp itself."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,9 @@ FILE_TYPES = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA
 
 
 def gguf_file(checkpoint: Path, folder: Path, kind: str) -> Path:
-    """The checkpoint as a GGUF of `kind` ("bf16", "q8_0" or "q4_0"), made unless it is there.
+    """The checkpoint as a GGUF of `kind` ("bf16", "q8_0" or "q4_0") in `folder`.
 
-    folder: where it is kept.
+    Written unless it exists.
     """
     path = folder / f"{kind}.gguf"
     if path.exists():
@@ -73,7 +73,7 @@ def _write_bf16(checkpoint: Path, path: Path) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, vocab_size: int) -> None:
-    """Token ids are fed as they are, so only their number matters."""
+    """Adds the vocabulary. The engines get token ids, so only its size matters."""
     model = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tokens = [f"[unused{i}]" for i in range(vocab_size)]
     for token, token_id in model["vocab"].items():

@@ -1,4 +1,4 @@
-"""Heavy requests for `benchmarks.fairness` and `tests/faults`. No text is used twice.
+"""Heavy requests for `benchmarks.fairness` and `tests/faults`. No text repeats.
 
 Knows the bodies of requests, not how they are sent.
 """
@@ -39,60 +39,60 @@ LABELS = [f"{kind} {thing}" for kind in KINDS for thing in THINGS]
 
 
 class Request(NamedTuple):
-    """What is posted below /v1/."""
+    """A POST request. path: below /v1/."""
 
     path: str
     body: dict[str, Any]
 
 
 class Writer:
-    """Writes requests to one model, the same ones in the same order every time."""
+    """Writes requests for a model, in the same order every time."""
 
     def __init__(self, model: str, endless: Mapping[str, float]) -> None:
-        """endless: a `logit_bias` under which no reply ends by itself."""
+        """endless: a `logit_bias` with which no reply ends by itself."""
         self._model, self._endless = model, endless
-        self._chance, self._numbers = random.Random(15), itertools.count(100)
+        self._random, self._numbers = random.Random(15), itertools.count(100)
 
     def sentence(self, language: str = "zh") -> str:
-        """An everyday sentence of some twenty tokens."""
+        """An everyday sentence of about twenty tokens."""
         lists = (each[language] for each in (WHEN, WHO, WHAT, FEELING))
-        when, who, what, feeling = map(self._chance.choice, lists)
+        when, who, what, feeling = map(self._random.choice, lists)
         number = next(self._numbers)
         if language == "zh":
             return f"{when}{who}{what}，算起来是第{number}次了，{feeling}。"
         return f"{when} {who} {what}, for time number {number}, {feeling}."
 
     def sentences(self, number: int) -> list[str]:
-        """Chinese and English in turns."""
+        """Alternately Chinese and English."""
         return [self.sentence("en" if i % 2 else "zh") for i in range(number)]
 
     def text(self, num_sentences: int) -> str:
-        """All in one."""
+        """Several sentences as one text."""
         return " ".join(self.sentences(num_sentences))
 
     def chat(self, content: str, **changes: Any) -> Request:
-        """A chat as clients send it."""
+        """A chat with one message."""
         messages = [{"role": "user", "content": content}]
         return Request("chat/completions", {"model": self._model, "messages": messages, **changes})
 
     def endless(self, content: str, **changes: Any) -> Request:
-        """A chat without a sentiment, whose answer ends at `max_tokens` or with the context."""
+        """A chat without sentiment that ends at `max_tokens` or when the context is full."""
         return self.chat(content, sentiment=False, logit_bias=dict(self._endless), **changes)
 
     def short_chat(self) -> Request:
-        """One that nobody should wait long for."""
+        """A chat that should be answered quickly."""
         return self.chat(self.sentence(), stream=True, max_tokens=8)
 
     def stream(self) -> Request:
-        """One token a chunk, until the client leaves."""
+        """A stream of one token per chunk that runs until the client disconnects."""
         return self.endless(self.sentence(), stream=True)
 
     def classify(self, num_texts: int = NUM_TEXTS) -> Request:
-        """The mood of many texts."""
+        """The sentiment of many texts."""
         return Request("classify", {"input": self.sentences(num_texts)})
 
     def own_labels(self, num_texts: int = NUM_LABELLED_TEXTS) -> Request:
-        """Fifty labels of several tokens, in a task the server has not seen."""
+        """Fifty labels of several tokens each, in a new task."""
         body = {
             "instructions": f"Customer {next(self._numbers)} writes to the shop. What about?",
             "labels": LABELS,
@@ -105,7 +105,7 @@ class Writer:
         return self.endless(self.sentence(), n=NUM_CHOICES, **changes)
 
     def long_prompt(self, num_sentences: int) -> Request:
-        """Much to read, one token to write."""
+        """A long prompt with an answer of one token."""
         return self.endless(self.text(num_sentences), max_tokens=1)
 
     def decisions(self, num_questions: int = NUM_QUESTIONS) -> Request:
@@ -118,11 +118,11 @@ class Writer:
         match number % 4:
             case 0:
                 options = [{"value": value} for value in ("family", "work", f"day {number}")]
-                asked = f"Where does number {number} belong?"
-                return {"type": "choice", "instructions": asked, "choices": options}
+                question = f"Where does number {number} belong?"
+                return {"type": "choice", "instructions": question, "choices": options}
             case 1:
                 levels = [{"label": label} for label in ("not at all", "a little", "very")]
-                asked = f"How much does person {number} mind?"
-                return {"type": "score", "instructions": asked, "levels": levels}
+                question = f"How much does person {number} mind?"
+                return {"type": "score", "instructions": question, "levels": levels}
             case _:
                 return {"type": "predicate", "instructions": f"Person {number} is mentioned."}

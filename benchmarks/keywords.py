@@ -1,12 +1,12 @@
-"""How many of the keywords that a person would choose a model finds.
+"""Recall and precision of a model's keywords, compared with a person's choice.
 
     python -m benchmarks.keywords --model DIR
 
-Twenty sentences a language (data/keywords.jsonl); the words were chosen before any model was
-asked. Recall is the share of these words that are among the items, as they are or within a
-longer one; precision the share of the items that hold such a word or are part of one.
+data/keywords.jsonl has twenty sentences per language. Their keywords were chosen before any model
+was run. Recall is the share of these keywords that are an item; "recall within" also counts those
+within a longer item. Precision is the share of the items that contain a keyword or are part of one.
 
-Prints a line a sentence for people and, last, one line of JSON.
+Prints a line per sentence and, last, one line of JSON.
 """
 
 import argparse
@@ -32,14 +32,14 @@ def main() -> None:
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
     services = load_services(Settings(model=args.model, dtype=args.dtype))
     try:
-        found = asyncio.run(_extract(services, [row["text"] for row in rows]))
+        all_items = asyncio.run(_extract(services, [row["text"] for row in rows]))
     finally:
         services.engine.close()
     result: dict[str, Any] = {"model": args.model}
     for language in ("zh", "en"):
         pairs = [
             (row["keywords"], items)
-            for row, items in zip(rows, found, strict=True)
+            for row, items in zip(rows, all_items, strict=True)
             if row["language"] == language
         ]
         for keywords, items in pairs:
@@ -55,19 +55,19 @@ async def _extract(services: Services, texts: Sequence[str]) -> list[Sequence[st
 
 
 def figures(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float]:
-    """Shares over all pairs of the keywords expected and the items found."""
-    num_expected = num_same = num_within = num_items = num_right = 0
-    for expected, found in pairs:
+    """Shares over all pairs of the expected keywords and the extracted items."""
+    num_expected = num_same = num_within = num_items = num_correct = 0
+    for expected, extracted in pairs:
         keywords = [keyword.casefold() for keyword in expected]
-        items = [item.casefold() for item in found]
+        items = [item.casefold() for item in extracted]
         num_expected, num_items = num_expected + len(keywords), num_items + len(items)
         num_same += sum(keyword in items for keyword in keywords)
         num_within += sum(any(keyword in item for item in items) for keyword in keywords)
-        num_right += sum(any(k in item or item in k for k in keywords) for item in items)
+        num_correct += sum(any(k in item or item in k for k in keywords) for item in items)
     return {
         "recall": round(num_same / num_expected, 3),
         "recall within": round(num_within / num_expected, 3),
-        "precision": round(num_right / num_items, 3) if num_items else 0.0,
+        "precision": round(num_correct / num_items, 3) if num_items else 0.0,
         "items per text": round(num_items / len(pairs), 2),
     }
 

@@ -1,6 +1,6 @@
-"""How well moods are told apart: figures of a judgement, and the judges people use otherwise.
+"""The quality of sentiment labels: figures of a judge, and baselines.
 
-Baselines that learn are fitted to the examples that the server's own judge is fitted to.
+Baselines that learn are fitted to the same examples as the server's own judge.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of some texts.
+    """A judge's labels of N texts.
 
     scores: (N,), larger for more positive texts, 0 between positive and negative.
-    probabilities: (N, 3) of LABELS; None for judges that give none.
+    probabilities: (N, 3) of LABELS; None if the judge has none.
     """
 
     labels: list[str]
@@ -40,47 +40,47 @@ Judge = Callable[[Sequence[str]], Judgement]
 
 
 def from_probabilities(probabilities: Floats, texts_per_s: float | None = None) -> Judgement:
-    """The judgement of a judge that gives probabilities of LABELS: (N, 3)."""
+    """The judgement with these probabilities of LABELS: (N, 3)."""
     labels = [LABELS[i] for i in probabilities.argmax(1)]
     scores = probabilities[:, 0] - probabilities[:, 1]
     return Judgement(labels, scores, probabilities, texts_per_s)
 
 
-def figures(judgement: Judgement, given: Sequence[str]) -> dict[str, Any]:
-    """All figures of a judgement on texts whose labels are given."""
-    is_right = [a == b for a, b in zip(judgement.labels, given, strict=True)]
-    low, high = wilson(sum(is_right), len(is_right))
-    polar = np.array([label != "neutral" for label in given])
-    is_positive = np.array([label == "positive" for label in given])
+def figures(judgement: Judgement, true_labels: Sequence[str]) -> dict[str, Any]:
+    """All figures of a judgement."""
+    is_correct = [a == b for a, b in zip(judgement.labels, true_labels, strict=True)]
+    low, high = wilson(sum(is_correct), len(is_correct))
+    polar = np.array([label != "neutral" for label in true_labels])
+    is_positive = np.array([label == "positive" for label in true_labels])
     shares = {
-        f"share of {whose}": [round(list(labels).count(x) / len(labels), 3) for x in LABELS]
-        for whose, labels in (("true labels", given), ("given labels", judgement.labels))
+        f"share of {kind}": [round(list(labels).count(x) / len(labels), 3) for x in LABELS]
+        for kind, labels in (("true labels", true_labels), ("given labels", judgement.labels))
     }
     table: dict[str, Any] = {
-        "n": len(given),
+        "n": len(true_labels),
         **shares,
-        "accuracy": round(sum(is_right) / len(is_right), 3),
+        "accuracy": round(sum(is_correct) / len(is_correct), 3),
         "accuracy 95 %": [round(low, 3), round(high, 3)],
-        "macro-F1": round(float(f1_score(given, judgement.labels, labels=LABELS,
+        "macro-F1": round(float(f1_score(true_labels, judgement.labels, labels=LABELS,
                                          average="macro", zero_division=0)), 3),
-        "confusion": confusion_matrix(given, judgement.labels, labels=LABELS).tolist(),
+        "confusion": confusion_matrix(true_labels, judgement.labels, labels=LABELS).tolist(),
     }  # fmt: skip
-    # A judge whose scores are all the same tells nothing apart: no polar figures.
+    # A judge with constant scores has no polar figures.
     if polar.any() and len(set(is_positive[polar])) == 2 and np.ptp(judgement.scores) > 0:
-        said = judgement.scores[polar] >= 0
-        table["polar accuracy"] = round(float((said == is_positive[polar]).mean()), 3)
+        is_predicted = judgement.scores[polar] >= 0
+        table["polar accuracy"] = round(float((is_predicted == is_positive[polar]).mean()), 3)
         table["polar AUC"] = round(
             float(roc_auc_score(is_positive[polar], judgement.scores[polar])), 3
         )
     if judgement.probabilities is not None:
-        table["ECE"] = round(calibration_error(judgement.probabilities, is_right), 3)
+        table["ECE"] = round(calibration_error(judgement.probabilities, is_correct), 3)
     if judgement.texts_per_s is not None:
         table["texts per second"] = round(judgement.texts_per_s, 1)
     return table
 
 
 def majority(examples: Sequence[Example]) -> Judge:
-    """The commonest label; in balanced texts one of three."""
+    """Always the most frequent label of the examples."""
     labels = [example.label for example in examples]
     commonest = max(LABELS, key=labels.count)
     return lambda texts: Judgement([commonest] * len(texts), np.zeros(len(texts)))
@@ -100,7 +100,7 @@ def snownlp() -> Judge:
 
 
 def vader() -> Judge:
-    """VADER's compound score with the thresholds its authors recommend. English only."""
+    """VADER's compound score with its authors' thresholds. English only."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
@@ -115,7 +115,7 @@ def vader() -> Judge:
 
 
 def tfidf(examples: Sequence[Example]) -> Judge:
-    """Logistic regression on counted words and characters of the examples."""
+    """Logistic regression on TF-IDF of words and characters, fitted to the examples."""
     model = make_pipeline(
         make_union(
             TfidfVectorizer(analyzer="char", ngram_range=(1, 3), sublinear_tf=True),
@@ -140,7 +140,7 @@ def e5(examples: Sequence[Example]) -> Judge:
 
 
 def _in_order(model: Any, inputs: Any) -> Floats:
-    """(N, 3), the labels in the order of LABELS."""
+    """Probabilities (N, 3) in the order of LABELS."""
     order = [list(model.classes_).index(label) for label in LABELS]
     probabilities: Floats = model.predict_proba(inputs)[:, order]
     return probabilities

@@ -1,9 +1,9 @@
-"""What a client waits for: time to first token, tokens per second, texts per second, over HTTP.
+"""Time to first token, tokens per second and texts per second, over HTTP.
 
-Starts a server of its own and, with --peers, `transformers serve` on the same checkpoint, a
-BERT-base classifier, or our engine without HTTP; measures every case in turns for several rounds.
-Ratios are taken round by round, because absolute numbers of a shared machine are noisy. Prints
-a table for people and, last, one line of JSON.
+Starts a server and, with --peers, `transformers serve` on the same checkpoint, a BERT-base
+classifier, or our engine without HTTP. Measures every case in turns for several rounds. Ratios are
+taken within a round, because absolute numbers of a shared machine are noisy. Prints a table and,
+last, one line of JSON.
 
     python -m benchmarks.latency --model mini --rounds 7
 """
@@ -34,7 +34,7 @@ MAX_TOKENS = 64
 
 
 class Cases:
-    """Each method is one measurement; texts never repeat unless that is the point."""
+    """Each method is one measurement. Texts repeat only where a cached label is measured."""
 
     def __init__(self, server: Server) -> None:
         self._client = AsyncOpenAI(base_url=server.base_url, api_key="unused", timeout=600)
@@ -53,8 +53,8 @@ class Cases:
             model=model,
             messages=[{"role": "user", "content": text}],
             max_tokens=8,
-            # Random weights have flat distributions: finding their nucleus takes longer than
-            # anything real, and is not what is measured here.
+            # Random weights have flat distributions, whose nucleus takes unrealistically long to
+            # find.
             temperature=0,
             stream=True,
         )
@@ -118,7 +118,7 @@ OUR_CASES = [
 SERVE_CASES = ["ttft_plain_ms", "tokens_per_s_1_stream", "tokens_per_s_8_streams"]
 ENGINE = "ours-int8"
 PEERS = (SERVE, BERT, ENGINE)
-# What the peers that are no servers are asked for, and of how much.
+# Requests to the peers that are not servers.
 GENERATE = {"case": "generate", "num_streams": NUM_STREAMS, **light_client.WORKLOAD}
 CLASSIFY = {"case": "classify", "num_texts": NUM_TEXTS, "num_tokens": NUM_TEXT_TOKENS}
 WORKER_CASES = {
@@ -127,8 +127,8 @@ WORKER_CASES = {
 }
 
 
-def ours_to(who: str, case: str, reach: str | None = None) -> Goal:
-    return Goal((OURS, case), [(who, case)], reach)
+def ours_to(peer: str, case: str, reach: str | None = None) -> Goal:
+    return Goal((OURS, case), [(peer, case)], reach)
 
 
 GOALS = [
@@ -143,7 +143,7 @@ GOALS = [
 
 
 async def measure(servers: list[Server], workers: dict[str, Worker], rounds: int) -> Figures:
-    """Every case of everyone once a round, after a round to warm up."""
+    """Measures all cases once per round, after a warm-up round."""
     figures: Figures = defaultdict(list)
     cases = {server.name: Cases(server) for server in servers}
     for number in range(rounds + 1):
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--peers", nargs="+", choices=PEERS, default=(), help="needs a checkpoint folder"
+        "--peers", nargs="+", choices=PEERS, default=(), help="requires a checkpoint folder"
     )
     args = parser.parse_args()
     print(json.dumps(run(args.model, args.rounds, args.peers)))

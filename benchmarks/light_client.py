@@ -1,7 +1,7 @@
-"""Streams over HTTP, read by a client that takes hardly any time of its own.
+"""Streams over HTTP, read by a client that uses hardly any CPU time.
 
-What the engine computes is known: prompts of token ids, answers of one token again and again, so
-that none ends early and every token is a chunk. The engine alone is asked for the same.
+Prompts are token ids, and a bias repeats one token, so that no answer ends early and every token is
+a chunk. The same workload is measured on the engine without HTTP.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from benchmarks.engines.measuring import prompt
 from benchmarks.servers import Server
 
 NUM_CACHED, NUM_NEW = 100, 128
-TOKEN_ID = 1000  # whole characters in any vocabulary
+TOKEN_ID = 1000  # decodes to whole characters in any vocabulary
 WORKLOAD = {"num_cached": NUM_CACHED, "num_new": NUM_NEW, "token_id": TOKEN_ID}
 
 
 async def tokens_per_s(server: Server, seeds: Sequence[int]) -> float:
-    """Of all streams together, from the requests to the last token.
+    """Throughput of all streams together, from the requests to the last token.
 
-    seeds: of the prompts; new ones every time, for the server keeps what it has computed.
+    seeds: of the prompts; use new ones for each call, because the server caches prompts.
     """
     begin = time.perf_counter()
     await asyncio.gather(*(_read_stream(server, seed) for seed in seeds))

@@ -1,10 +1,10 @@
-"""What a type of weights costs in quality: perplexity of prose, beside float32 of the same model.
+"""The quality loss of each dtype: perplexity of prose, compared with float32 of the same model.
 
-    python -m benchmarks.perplexity --model ../tools/qwen --dtype int8 int4
+    python -m benchmarks.perplexity --model DIR --dtype int8 int4
 
-The text is the project's own, Chinese and English. Perplexities of so short a text scatter by
-half a percent; the divergence from float32 says more of small losses. Prints a table for people
-and, last, one line of JSON.
+The text is the project's own, Chinese and English. Its perplexity varies by half a percent because
+it is short; the divergence from float32 shows small losses better. Prints a table and, last, one
+line of JSON.
 """
 
 import argparse
@@ -30,9 +30,10 @@ STEP_ROWS = 256
 
 @dataclass(frozen=True)
 class Quality:
-    """perplexity: of each next token. divergence: Kullback-Leibler from float32, mean, nats.
+    """The quality of a dtype.
 
-    same_top: share of positions with the same likeliest token as float32.
+    divergence: mean Kullback-Leibler divergence from float32, in nats. same_top: share of the
+    positions with the same likeliest token as in float32.
     """
 
     perplexity: float
@@ -42,7 +43,7 @@ class Quality:
 
 @torch.inference_mode()
 def logprobs(model: QwenModel, ids: Sequence[int], vocab_size: int) -> Tensor:
-    """Of the tokens behind each but the last, (T - 1, V)."""
+    """Log-probabilities of the next token after each but the last: (T - 1, V)."""
     memory, cache = model.new_memory(len(ids), len(ids)), KVCache()
     assert memory.reserve(cache, len(ids))
     rows = []
@@ -56,7 +57,7 @@ def logprobs(model: QwenModel, ids: Sequence[int], vocab_size: int) -> Tensor:
 
 def compare(texts: Sequence[Sequence[int]], ours: Iterable[Tensor],
             reference: Iterable[Tensor]) -> Quality:  # fmt: skip
-    """ours, reference: of each text, as `logprobs` gives them."""
+    """ours, reference: the result of `logprobs` for each text."""
     loss = divergence = num_same = num_tokens = 0.0
     for ids, mine, theirs in zip(texts, ours, reference, strict=True):
         loss -= mine.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
@@ -77,9 +78,9 @@ def main() -> None:
     reference: list[Tensor] = []
     table = {}
     for dtype in ("float32", *args.dtype):
-        started = time.perf_counter()
+        begin = time.perf_counter()
         model = load_qwen(args.model, config, dtype)
-        loading_s = time.perf_counter() - started
+        loading_s = time.perf_counter() - begin
         ours = [logprobs(model, ids, vocab_size) for ids in texts]
         reference = reference or ours
         table[dtype] = quality = compare(texts, ours, reference)

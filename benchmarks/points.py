@@ -1,7 +1,7 @@
-"""Whether answers are to the point: their tone, their topic, and what they admit not to know.
+"""Checks answers by rules: their tone, their topic, and whether they admit ignorance.
 
-Rules that anybody can read here, over openers of the project's own that no training saw. They are
-coarse: "to the point" means that a word of the topic is there.
+The openers are the project's own and are not in the training data. The rules are coarse: an answer
+is "to the point" if it contains a word of the topic.
 """
 
 import asyncio
@@ -57,12 +57,12 @@ _ADMITS = re.compile(
 
 @dataclass(frozen=True)
 class Opener:
-    """What somebody may say first.
+    """The first message of a conversation.
 
     never: tones that an answer must not have.
-    topic: a regular expression; it matches in an answer to the point.
-    admits: whether an answer should admit that it cannot know or do what is asked for.
-    truth: a regular expression; it matches in the right answer, which may stand instead.
+    topic: regular expression that matches in an answer to the point.
+    admits: whether an answer should admit that it cannot know or do something.
+    truth: regular expression that matches in the correct answer, which is also accepted then.
     """
 
     text: str
@@ -75,17 +75,17 @@ class Opener:
 
 
 def read_openers(path: Path = DATA / "points.jsonl") -> list[Opener]:
-    """The project's own openers with the topic of each."""
+    """The project's own openers with their topics."""
     return [Opener(**row) for row in read_rows(path)]
 
 
 def read_pairs(path: Path = DATA / "pairs.jsonl") -> list[dict[str, Any]]:
-    """Groups of `users` and `replies` with their `label` and `lang`, kept out of training."""
+    """Groups of `users` and `replies` with `label` and `lang`, not in the training data."""
     return read_rows(path)
 
 
 def tones(answer: str) -> set[str]:
-    """Of celebrating and comforting what the answer does."""
+    """The tones of the answer: celebrating, comforting, both or none."""
     return {
         tone for tone, rules in _TONES.items()
         if any(re.search(rule, answer, re.IGNORECASE) for rule in rules)
@@ -101,12 +101,12 @@ def is_to_the_point(opener: Opener, answer: str) -> bool:
 
 
 def admits(opener: Opener, answer: str) -> bool:
-    """Whether the answer says that it does not know or cannot do it, or happens to know it."""
+    """Whether the answer says that it does not know or cannot do it, or is correct."""
     return _ADMITS.search(answer) is not None or re.search(opener.truth, answer) is not None
 
 
 def shares(openers: Sequence[Opener], all_answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
-    """Shares of answers of the right tone, to the point, and, where due, that admit."""
+    """Shares of answers with the right tone, to the point, and, if they should, admitting."""
     pairs = [(o, a.text) for o, group in zip(openers, all_answers, strict=True) for a in group]
     result: dict[str, float] = {"answers": len(pairs)}
     for name, rule in (("tone agrees", has_right_tone), ("to the point", is_to_the_point)):
@@ -122,26 +122,27 @@ def _share(hits: Sequence[bool]) -> float:
 
 
 async def pair_loss(services: Services) -> dict[str, float]:
-    """Log-loss (nats a token) of replies that were held out, behind the cue of their true label.
+    """Log-loss (nats per token) of held-out replies, given the cue of their true label.
 
-    Figures of models with the same tokenizer can be compared.
+    Figures are comparable between models with the same tokenizer.
     """
     task = services.tasks["sentiment"]
-    gate = asyncio.Semaphore(CONCURRENCY)
+    semaphore = asyncio.Semaphore(CONCURRENCY)
     labels = {label.value: label for label in task.labels}
     persona, position = services.replier.style.persona, services.replier.style.cue_position
 
     async def score(group: dict[str, Any], user: str, reply: str) -> tuple[str, float, int]:
         cue = labels[group["label"]].cue or {}
-        said: list[Message] = [
+        messages: list[Message] = [
             {"role": "system", "content": text_in(persona, group["lang"])},
             {"role": "user", "content": user},
         ]
         if cue:
-            said = with_cue(said, text_in(cue, group["lang"]), position)
+            messages = with_cue(messages, text_in(cue, group["lang"]), position)
         ids = services.tokenizer.encode_text(reply)
-        async with gate:
-            scores = await services.engine.score(services.tokenizer.encode_chat(said), [ids])
+        prompt_ids = services.tokenizer.encode_chat(messages)
+        async with semaphore:
+            scores = await services.engine.score(prompt_ids, [ids])
         return group["lang"], scores.logprobs[0], len(ids)
 
     results = await asyncio.gather(
@@ -150,7 +151,7 @@ async def pair_loss(services: Services) -> dict[str, float]:
     )  # fmt: skip
     losses = {}
     for lang in ("", "zh", "en"):
-        own = [(p, n) for of, p, n in results if not lang or of == lang]
-        loss = -sum(p for p, _ in own) / max(1, sum(n for _, n in own))
+        chosen = [(p, n) for each, p, n in results if not lang or each == lang]
+        loss = -sum(p for p, _ in chosen) / max(1, sum(n for _, n in chosen))
         losses[f"log-loss {lang}".strip()] = round(loss, 4) if math.isfinite(loss) else math.inf
     return {"pairs": len(results), **losses}

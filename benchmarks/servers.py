@@ -1,4 +1,4 @@
-"""Servers to measure, each in a fresh process: ours, and `transformers serve`."""
+"""Starts the measured servers, each in a new process: ours, and `transformers serve`."""
 
 import re
 import socket
@@ -30,9 +30,9 @@ class Server:
 
 @contextmanager
 def our_server(model: str, *options: str, tree: Path | None = None) -> Iterator[Server]:
-    """A fresh process of ours.
+    """Runs our server in a new process.
 
-    options: as on the command line. tree: a checkout of another commit, whose server is run.
+    options: of the command line. tree: a checkout of another commit, to run its server.
     """
     command = [sys.executable, "-m", "server", "--port", "0", "--model", model]
     process = subprocess.Popen(
@@ -53,7 +53,7 @@ def our_server(model: str, *options: str, tree: Path | None = None) -> Iterator[
 
 @contextmanager
 def transformers_server(model: str) -> Iterator[Server]:
-    """A fresh process of `transformers serve`, with the model loaded."""
+    """Runs `transformers serve` in a new process, with the model loaded."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).parent / "transformers"), "serve", model]

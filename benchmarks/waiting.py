@@ -1,7 +1,7 @@
-"""What clients of a running server wait for, alone or beside a load. Uses the public API only.
+"""Measures waiting times of a server's clients, alone or beside a load. Uses the public API only.
 
-A load is a list of functions that write a request; each is sent again, with another text, when it
-is answered, until the block `beside` ends.
+A load is a list of functions that write a request. Within the block `beside`, each sends its next
+request when the last one is answered.
 """
 
 import asyncio
@@ -17,26 +17,26 @@ import httpx
 
 from benchmarks.heavy import Request, Writer
 
-# Nobody waits longer; what takes longer counts as this.
-PATIENCE_S = 15.0
+# A longer wait counts as this.
+MAX_WAIT_S = 15.0
 WINDOW_S = 6.0
 NUM_SAMPLES = 8
 PROBE_EVERY_S = 0.01
-TIMEOUT_S = 120  # a server that takes longer to come to rest is broken
+TIMEOUT_S = 120  # a server that is not idle after this time is broken
 
 Load = Sequence[Callable[[], Request]]
 
 
 class Waiting:
-    """Measures one server. Every measurement begins when the server is idle."""
+    """Measures one server. Every measurement starts when the server is idle."""
 
     def __init__(self, http: httpx.AsyncClient, writer: Writer) -> None:
-        """http: with the base URL of the API, and without a timeout."""
+        """http: a client with the API's base URL and without a timeout."""
         self._http, self._writer = http, writer
         self._root = str(http.base_url).removesuffix("/").removesuffix("/v1")
 
     async def ttfts_ms(self, load: Load = ()) -> list[float]:
-        """To the first token of short chats, one after the other."""
+        """Times to first token of short chats, sent one by one."""
         await self.idle()
         async with self.beside(load):
             measured, begin = list[float](), time.perf_counter()
@@ -47,14 +47,14 @@ class Waiting:
     async def _ttft_ms(self) -> float:
         begin, tokens = time.perf_counter(), self._tokens(self._writer.short_chat())
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(MAX_WAIT_S):
                 await anext(tokens, None)
         seconds = time.perf_counter() - begin
         await tokens.aclose()
-        return min(seconds, PATIENCE_S) * 1000
+        return min(seconds, MAX_WAIT_S) * 1000
 
     async def longest_pause_ms(self, load: Load) -> float:
-        """Between two tokens of a stream that runs before the load comes."""
+        """The longest pause between two tokens of a stream that starts before the load."""
         await self.idle()
         arrivals = Arrivals()
         async with asyncio.TaskGroup() as group:
@@ -64,31 +64,31 @@ class Waiting:
             async with self.beside(load):
                 await asyncio.sleep(WINDOW_S)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(PATIENCE_S):
+                    async with asyncio.timeout(MAX_WAIT_S):
                         await arrivals.until(arrivals.number + 1)
                 end = time.perf_counter()
             reader.cancel()
-        return min(arrivals.longest_pause_s(begin, end), PATIENCE_S) * 1000
+        return min(arrivals.longest_pause_s(begin, end), MAX_WAIT_S) * 1000
 
     async def _read_on(self, arrivals: "Arrivals") -> None:
-        """The next stream begins where the context is full."""
+        """Reads streams one by one; a stream ends when its context is full."""
         while True:
             arrivals.begin_stream()
             async for at in self._tokens(self._writer.stream()):
                 arrivals.add(at)
 
     async def _tokens(self, request: Request) -> AsyncGenerator[float, None]:
-        """When each piece of text came."""
+        """The arrival time of each piece of text."""
         async with self._http.stream("POST", request.path, json=request.body) as response:
             async for line in response.aiter_lines():
                 if _has_content(line):
                     yield time.perf_counter()
 
     async def seconds(self, request: Request) -> float:
-        """From the request to its whole answer.
+        """Seconds from the request to its complete response.
 
         Raises:
-            RuntimeError: it is refused.
+            RuntimeError: the server refuses the request.
         """
         begin = time.perf_counter()
         response = await self._http.post(request.path, json=request.body)
@@ -98,16 +98,16 @@ class Waiting:
 
     @asynccontextmanager
     async def probed(self) -> AsyncIterator["Probe"]:
-        """Asks for /health during the block."""
+        """Measures the latency of /health during the block."""
         probe = Probe()
         is_over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._probe(probe, is_over))
             yield probe
-            is_over.set()  # the answer that is waited for counts, too
+            is_over.set()  # the pending request is still counted
 
     async def _probe(self, probe: "Probe", is_over: asyncio.Event) -> None:
-        """Without an HTTP client, which would take a tenth of a core."""
+        """Uses a plain socket: an HTTP client would use a tenth of a core."""
         url = urlsplit(self._root)
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
         try:
@@ -127,7 +127,7 @@ class Waiting:
 
     @asynccontextmanager
     async def beside(self, load: Load) -> AsyncIterator[None]:
-        """Runs the block while the load runs, from when all of it is inside; then hangs up."""
+        """Runs the block beside the load, once all its requests are admitted; then cancels them."""
         num_inside = await self._num_inside() + len(load)
 
         async def is_inside() -> bool:
@@ -145,7 +145,7 @@ class Waiting:
             await self.seconds(write())
 
     async def idle(self) -> None:
-        """Waits until nobody is inside and the engine has nothing left to do."""
+        """Waits until the server has no request and the engine no sequence."""
         await _until(self._is_idle)
 
     async def _is_idle(self) -> bool:
@@ -162,14 +162,14 @@ class Waiting:
 
 @dataclass
 class Probe:
-    """What /health took, and how late this process itself was woken meanwhile."""
+    """Latencies of /health, and how late this process itself was woken."""
 
     answers_ms: list[float] = field(default_factory=list)
     own_lags_ms: list[float] = field(default_factory=list)
 
 
 class Arrivals:
-    """When the tokens of streams came that were read one after the other."""
+    """Arrival times of the tokens of several streams, read one by one."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -183,15 +183,15 @@ class Arrivals:
         self.number += 1
 
     async def until(self, number: int) -> None:
-        """Waits until so many have come."""
+        """Waits until this number of tokens has arrived."""
 
-        async def are_there() -> bool:
+        async def has_arrived() -> bool:
             return self.number >= number
 
-        await _until(are_there)
+        await _until(has_arrived)
 
     def longest_pause_s(self, begin: float, end: float) -> float:
-        """Of those that lay within these times, if only in part; one may last still."""
+        """The longest pause that overlaps this interval, even if it has not ended."""
         last = self._streams[-1]
         streams = [*self._streams[:-1], [*last, end] if last else last]
         pairs = ((a, b) for times in streams for a, b in itertools.pairwise(times))
@@ -205,10 +205,10 @@ async def _until(is_so: Callable[[], Awaitable[bool]]) -> None:
 
 
 def _has_content(line: str) -> bool:
-    """Whether a line of a stream brings text.
+    """Whether a line of a stream contains text.
 
     Raises:
-        RuntimeError: it brings an error.
+        RuntimeError: it contains an error.
     """
     if not line.startswith("data: {"):
         return False

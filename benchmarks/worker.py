@@ -1,4 +1,4 @@
-"""Talks to an engine in a process of its own (`benchmarks.engines`)."""
+"""Runs an engine of `benchmarks.engines` in its own process."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from benchmarks.exports import OPENVINO_PYTHON
 
 
 class Worker:
-    """An engine in a process of its own."""
+    """An engine in its own process."""
 
     def __init__(self, engine: str, model: Path) -> None:
         """model: in the engine's own format, see `benchmarks.exports`."""

@@ -1,8 +1,8 @@
-"""Engines measured beside each other, ours and its peers: each in a process of its own.
+"""The measured engines, ours and its peers, each in its own process.
 
-`python -m benchmarks.engines NAME MODEL` reads a case a line from stdin, as JSON, and answers each
-with a JSON line; `benchmarks.worker` talks to it. MODEL is a folder or file in the engine's own
-format (`benchmarks.exports`).
+`python -m benchmarks.engines NAME MODEL` reads one case per line from stdin, as JSON, and answers
+each with a JSON line; `benchmarks.worker` is its client. MODEL is a folder or file in the engine's
+own format (`benchmarks.exports`).
 
     {"case": "prefill", "num_tokens": 128}                      -> {"seconds": ...}
     {"case": "decode", "num_streams": 8, "num_cached": 100}     -> {"seconds": ...} for a step
@@ -18,7 +18,7 @@ OpenVINO runs in another environment, without this project's packages. So this f
 """
 
 BERT = "bert-base"
-# llama.cpp with flash attention, as it chooses itself, and without: the better one counts.
+# llama.cpp with flash attention, its own choice, and without: the better one counts.
 TOKEN_ENGINES = [
     "ours-float32", "ours-bfloat16", "ours-int8", "ours-int4",
     "transformers-float32", "transformers-bfloat16",

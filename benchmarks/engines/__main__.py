@@ -1,4 +1,4 @@
-"""One engine, measured on command. Imports nothing of the other engines."""
+"""Runs one engine and measures the cases read from stdin. Imports no other engine."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from benchmarks.engines.measuring import answer
 
 
 def make(name: str, model: Path) -> Any:
-    """The engine of that name. Each is imported only where it is measured: see the package."""
+    """The engine of that name. Imports only this engine (see the package's docstring)."""
     kind, _, weights = name.partition("-")
     match kind:
         case "ours":

@@ -1,4 +1,4 @@
-"""llama.cpp by its C interface: batches of several sequences."""
+"""llama.cpp through its C interface, with batches of several sequences."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,13 @@ from benchmarks.engines.measuring import (
     seconds,
 )
 
-MAX_ROWS = 512  # of a forward, llama.cpp's default
-# Kept here, for llama.cpp calls it as long as the process lives.
+MAX_ROWS = 512  # per forward, llama.cpp's default
+# Referenced here because llama.cpp calls it until the process ends.
 IGNORE_LOG = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class LlamaCpp:
-    """Every stream has KV cells of its own: one memory for all costs some percent."""
+    """Gives every stream its own KV cells: a shared memory is some percent slower."""
 
     def __init__(self, gguf: Path, *, has_flash_attention: bool) -> None:
         llama_cpp.llama_log_set(IGNORE_LOG, None)
@@ -124,7 +124,7 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, shape=(self._num_vocab,)).argmax())
 
     def _qwen_sampler(self, seed: int, prompt_ids: list[int]) -> Any:
-        """Qwen's defaults in transformers' order; tokens of the prompt are penalized, too."""
+        """Qwen's defaults in transformers' order; also penalizes the prompt's tokens."""
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         for sampler in (
             llama_cpp.llama_sampler_init_penalties(

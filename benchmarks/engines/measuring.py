@@ -1,4 +1,4 @@
-"""What the engines' processes have in common: prompts, clocks, memory, perplexity."""
+"""Shared by the engines' processes: prompts, clocks, memory, perplexity."""
 
 import math
 import os
@@ -14,31 +14,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_THREADS = len(os.sched_getaffinity(0))
-NUM_STEPS = 16  # of a decode measurement; the median counts
+NUM_STEPS = 16  # of a decode measurement, which is their median
 MAX_CONTEXT = 4096  # at least the longest prompt and NUM_STEPS
 MAX_STREAMS = 8
-MAX_BATCH_CONTEXT = 256  # of each of several streams
-STEP_ROWS = 256  # of a text whose perplexity is measured, in one forward
-# What Qwen's generation_config.json says.
+MAX_BATCH_CONTEXT = 256  # of each stream in a batch
+STEP_ROWS = 256  # per forward, for perplexity
+# From Qwen's generation_config.json.
 QWEN_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
 
 
 class EngineUnderTest(Protocol):
+    """A measured engine."""
+
     def prefill(self, num_tokens: int) -> float:
         """Seconds to compute a prompt and its next token."""
 
     def decode(self, num_streams: int, num_cached: int, sampling: bool = False) -> float:
-        """Seconds of a step that gives each stream one more token, greedily or by Qwen's defaults.
+        """Seconds of a step that gives each stream one token.
 
-        num_cached: tokens of each stream's prompt.
+        num_cached: tokens of each stream's prompt. sampling: with Qwen's defaults, else greedy.
         """
 
     def logits(self, ids: Sequence[int]) -> Iterable[NDArray[np.float32]]:
-        """Of the tokens behind each but the last, (T - 1, V) in blocks of rows."""
+        """Logits of the next token after each but the last: (T - 1, V), in blocks of rows."""
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:
-    """Random ids that every engine's vocabulary has."""
+    """Random ids within every engine's vocabulary."""
     return random.Random(seed).choices(range(1000, 15_000), k=num_tokens)
 
 
@@ -53,15 +55,15 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def peak_mib() -> float:
-    """Most memory that was resident. `ru_maxrss` would be the parent's, if that had more."""
+    """Peak resident memory. Not `ru_maxrss`, which may be the parent's peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
+    match = re.search(r"VmHWM:\s*(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) / 1024
 
 
 def perplexity(engine: EngineUnderTest, texts: Sequence[Sequence[int]], vocab_size: int) -> float:
-    """Of each next token of the texts. vocab_size: logits behind it are padding."""
+    """Perplexity of the texts. vocab_size: logits beyond it are padding."""
     loss = sum(_loss(engine.logits(ids), ids[1:], vocab_size) for ids in texts)
     return math.exp(loss / sum(len(ids) - 1 for ids in texts))
 
@@ -73,15 +75,15 @@ def _loss(blocks: Iterable[NDArray[np.float32]], targets: Sequence[int], vocab_s
         logits = block[:, :vocab_size]
         highest = logits.max(axis=1)
         log_sums = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
-        wanted = targets[begin : begin + len(logits)]
-        loss += float((log_sums - logits[np.arange(len(logits)), wanted]).sum())
+        next_ids = targets[begin : begin + len(logits)]
+        loss += float((log_sums - logits[np.arange(len(logits)), next_ids]).sum())
         begin += len(logits)
     assert begin == len(targets)
     return loss
 
 
 def answer(engine: Any, request: dict[str, Any]) -> dict[str, float]:
-    """Measures what the request asks for (the package's docstring)."""
+    """Measures the case of the request (see the package's docstring)."""
     match request.pop("case"):
         case "memory":
             return {"peak_mib": peak_mib()}

@@ -1,6 +1,6 @@
-"""OpenVINO GenAI: its continuous batches, which its `LLMPipeline` runs on, too.
+"""OpenVINO GenAI's continuous batching, which its `LLMPipeline` also uses.
 
-Runs in an environment of its own, see the package.
+Runs in its own environment (see the package's docstring).
 """
 
 import statistics
@@ -25,7 +25,7 @@ PROPERTIES = {"INFERENCE_NUM_THREADS": NUM_THREADS}
 
 
 class OpenVino:
-    """A prompt is one step, as in `LLMPipeline`; but no prompt finds its prefix computed."""
+    """Computes a prompt in one step, as `LLMPipeline` does, but without a prefix cache."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -44,7 +44,7 @@ class OpenVino:
         return statistics.median(times[1:])
 
     def logits(self, ids: Sequence[int]) -> Iterable[NDArray[np.float32]]:
-        # The pipeline gives tokens only, so this is the same model once more.
+        # The pipeline returns tokens only, so the model is loaded again.
         model = openvino.Core().compile_model(
             self._folder / "openvino_model.xml", "CPU", PROPERTIES
         )
@@ -62,8 +62,8 @@ class OpenVino:
     def _step_times(
         self, num_streams: int, num_cached: int, num_new: int, sampling: bool = False
     ) -> list[float]:
-        """Seconds of every step: of all prompts, then of a token for each."""
-        handles = []  # a request whose handle is gone is dropped
+        """Seconds of every step: all prompts first, then one token for each."""
+        handles = []  # a request without a handle is dropped
         for seed in range(num_streams):
             config = openvino_genai.GenerationConfig()
             config.max_new_tokens, config.ignore_eos = num_new, True

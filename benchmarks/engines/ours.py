@@ -26,12 +26,12 @@ from server.core.engine.scheduler import Scheduler
 from server.core.engine.sequence import Event, SamplingParams
 from server.core.engine.work import Work
 
-MAX_ROWS = Settings.model_fields["max_num_batched_tokens"].default  # of a step
+MAX_ROWS = Settings.model_fields["max_num_batched_tokens"].default  # per step
 GREEDY = {"temperature": 0.0}
 
 
 class Ours:
-    """Steps are scheduled as in the server."""
+    """Our engine, with steps scheduled as in the server."""
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
@@ -51,19 +51,19 @@ class Ours:
         return result
 
     def decode(self, num_streams: int, num_cached: int, sampling: bool = False) -> float:
-        how = QWEN_SAMPLING if sampling else GREEDY
+        params = QWEN_SAMPLING if sampling else GREEDY
         work = Work()
         for seed in range(num_streams):
-            self._add(prompt(num_cached, seed), {**how, "seed": seed}, work)
+            self._add(prompt(num_cached, seed), {**params, "seed": seed}, work)
         self._finish_prompts()
         result = median_step_seconds(self._step)
         self._release_all()
         return result
 
     def generate(self, num_streams: int, num_cached: int, num_new: int, token_id: int) -> float:
-        """Seconds from prompts of several requests to the last of their new tokens.
+        """Seconds from the prompts of several requests to the last new token.
 
-        token_id: what all new tokens are, by a bias, as `benchmarks.light_client` asks for it.
+        token_id: the id of all new tokens, by a bias, as in `benchmarks.light_client`.
         """
 
         def run() -> None:
@@ -71,14 +71,14 @@ class Ours:
             while self._running:
                 self._step()
 
-        how = {**GREEDY, "max_tokens": num_new, "logit_bias": ((token_id, 100.0),)}
+        params = {**GREEDY, "max_tokens": num_new, "logit_bias": ((token_id, 100.0),)}
         for seed in range(num_streams):
-            self._add(prompt(num_cached, seed), how, Work())
+            self._add(prompt(num_cached, seed), params, Work())
         return seconds(run)
 
     def logits(self, ids: Sequence[int]) -> Iterable[NDArray[np.float32]]:
-        # The runner gives tokens, so this is the same model once more. Log-probabilities are
-        # logits, too.
+        # The runner returns tokens only, so the model is loaded again. Log-probabilities are valid
+        # logits.
         model = load_qwen(self._checkpoint, self._config, self._dtype)
         yield logprobs(model, ids, self._config.vocab_size).numpy()
 
@@ -102,7 +102,7 @@ class Ours:
             chunk.advance()
         for sequence, result in results.items():
             if not isinstance(result, list):
-                raise RuntimeError(f"a step gave {result!r}")
+                raise RuntimeError(f"a step returned {result!r}")
             [token] = result
             sequence.completion_ids.append(token.token_id)
             if sequence.params and len(sequence.completion_ids) >= sequence.params.max_tokens:

@@ -1,4 +1,4 @@
-"""What most tutorials use: transformers' `generate`, and BERT for labels."""
+"""transformers' `generate`, and BERT for labels, as most tutorials use them."""
 
 import itertools
 import statistics
@@ -15,7 +15,7 @@ from benchmarks.engines.measuring import NUM_STEPS, NUM_THREADS, prompt, seconds
 
 
 class Transformers:
-    """`generate` of the library, as most tutorials call it."""
+    """transformers' `generate` with one stream."""
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         torch.set_num_threads(NUM_THREADS)
@@ -33,7 +33,7 @@ class Transformers:
         return [self._model(torch.tensor([ids[:-1]])).logits[0].float().numpy()]
 
     def _token_times(self, num_cached: int, num_new: int) -> list[float]:
-        """Seconds until the first token, and from each to the next."""
+        """Seconds to the first token, and from each token to the next."""
         times: list[float] = []
 
         class Clock:
@@ -54,7 +54,7 @@ class Transformers:
 
 
 class Bert:
-    """The classifier this server replaces: BERT-base in float32, one padded batch."""
+    """The classifier that this server replaces: BERT-base in float32, one padded batch."""
 
     def __init__(self) -> None:
         torch.set_num_threads(NUM_THREADS)

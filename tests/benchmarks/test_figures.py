@@ -27,7 +27,7 @@ def test_a_goal_without_peers_is_about_the_figure_itself(
 ) -> None:
     rows = report_goals(FIGURES, [Goal(("ours", "peak"), reach="at most 1024")])
     assert rows["ours: peak"]["median"] == 900
-    assert "to reach: at most 1024" in capsys.readouterr().out
+    assert "goal: at most 1024" in capsys.readouterr().out
 
 
 def test_the_best_of_some_peers_is_not_given_for_that_of_all() -> None:
