@@ -1,1 +1,1 @@
-"""The server on many machines: replicas of it under Ray Serve, behind an entrance."""
+"""The server on many machines: replicas under Ray Serve, behind an entrance."""

@@ -1,7 +1,7 @@
-"""`cluster`: joins a Ray cluster or starts one, deploys the server on it and waits to be stopped.
+"""`cluster`: joins or starts a Ray cluster, deploys the server on it and waits to be stopped.
 
-Exit codes: 0 stopped as asked, every request finished or told; 1 could not start, or was stopped at
-once by a second signal; 2 no such option.
+Exit codes: 0 stopped by a signal, after every request has finished or got an error; 1 could not
+start, or was stopped at once by a second signal; 2 unknown option.
 """
 
 import contextlib
@@ -32,22 +32,23 @@ CONNECT_TIMEOUT_S = 10
 
 
 def cluster(arguments: list[str]) -> None:
-    """The command; ends the process with a sentence where the server cannot start."""
+    """Runs the command. If the server cannot start, exits with a one-sentence error."""
     settings = read_settings(ClusterSettings, arguments)
     configure_logs(settings.log_level, settings.log_format)
-    # Ray tells its makers how it is used unless it is asked not to.
+    # Ray's usage reports are off unless the user turns them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        logger.debug("%d API keys", len(settings.keys))  # read early: the replicas take a while
+        # Reads the keys, to fail before the replicas start, which takes a while.
+        logger.debug("%d API keys", len(settings.keys))
         settings.check_certificate()
-        # Ray Serve would report a port in use after a minute, as a traceback.
+        # Serve would report a port in use after a minute, with a traceback.
         bind(settings.host, settings.port).close()
         # Without an address Ray would look for the last cluster of this machine, which may be gone.
         _start(os.environ.get("RAY_ADDRESS", "local"), settings)
         _deploy(settings)
     except OSError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:  # while it is deployed
+    except KeyboardInterrupt:  # during the deployment
         sys.exit(EXIT_FORCED)
     is_stopped = _stop_signals()
     if warning := exposure(settings):
@@ -61,11 +62,11 @@ def _start(address: str, settings: ClusterSettings) -> None:
     """Joins the Ray cluster at the address, or starts one, and starts Serve on it.
 
     Raises:
-        OSError: there is no such cluster, or Serve cannot start; says why.
+        OSError: there is no such cluster, or Serve cannot start; the message has the reason.
     """
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
-        # Ray itself would try for minutes.
+        # Ray itself would retry for minutes.
         try:
             socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
         except OSError as error:
@@ -91,17 +92,17 @@ def _deploy(settings: ClusterSettings) -> None:
     """Returns when all replicas run.
 
     Raises:
-        OSError: they cannot; says why.
+        OSError: the replicas cannot start; the message has the reason.
     """
     try:
         serve.run(build(settings), name=APP_NAME)
     except KeyboardInterrupt:
-        # On a cluster that was joined, Serve would go on without this command.
+        # On a joined cluster, Serve would continue without this command.
         serve.delete(APP_NAME, _blocking=False)
         raise
     except RuntimeError as error:
         deployments = serve.status().applications[APP_NAME].deployments.values()
-        # The last line of a traceback says what went wrong.
+        # A message may be a traceback; its last line has the reason.
         reasons = [deployment.message.strip().splitlines()[-1:] for deployment in deployments]
         reason = next((line for lines in reasons for line in lines), str(error))
         serve.delete(APP_NAME, _blocking=False)
@@ -109,7 +110,7 @@ def _deploy(settings: ClusterSettings) -> None:
 
 
 def _stop_signals() -> threading.Event:
-    """What the first SIGINT or SIGTERM sets; the second ends the process."""
+    """Returns an event that the first SIGINT or SIGTERM sets. The second ends the process."""
     is_stopped = threading.Event()
 
     def stop(*_: object) -> None:
@@ -123,9 +124,9 @@ def _stop_signals() -> threading.Event:
 
 
 def _drain() -> None:
-    """Returns when the last request has ended; there are no new ones."""
+    """Refuses new requests and returns when the last one has ended."""
     while APP_NAME in serve.status().applications:
-        with contextlib.suppress(TimeoutError):  # Serve waits for a minute
+        with contextlib.suppress(TimeoutError):  # Serve waits a minute at most
             serve.delete(APP_NAME)
 
 

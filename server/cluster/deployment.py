@@ -16,17 +16,17 @@ from server.cluster.settings import ClusterSettings
 from server.logs import configure_logs
 from server.metrics import Metrics
 
-# Of a replica, beside keys, values and prefixes: weights of a 0.5B model and what loads them.
+# Memory of a replica beside the KV and prefix caches: a 0.5B model's weights and their loading.
 MODEL_MIB = 1024
-# More than there ever are, for Serve refuses in words of its own.
+# Never reached: Serve's own refusal is not in OpenAI's error shape.
 UNLIMITED = 100_000
-# Requests that are no work, such as what `/metrics` asks; a replica answers them when it is full.
-NUM_LOOKS = 64
+# Room for status requests, such as those of `/metrics`, at a replica that is full.
+NUM_STATUS_REQUESTS = 64
 
 
 @serve.ingress()
 class Entrance:
-    """The process that Serve hands requests to."""
+    """The process to which Serve sends requests."""
 
     def __init__(self, settings: ClusterSettings, replicas: DeploymentHandle) -> None:
         configure_logs(settings.log_level, settings.log_format)
@@ -41,18 +41,18 @@ class Entrance:
         return create_entrance(self._settings, self._metrics, members)
 
     def metrics(self) -> list[Metric]:
-        """The entrance's numbers, each with the label `replica`."""
+        """The entrance's metrics, each with the label `replica`."""
         return labelled(self._metrics.registry, self._name)
 
 
 def build(settings: ClusterSettings) -> Application:
-    """What `serve run` and `serve deploy` know as `server.cluster.deployment:build`."""
+    """The application; `server.cluster.deployment:build` for `serve run` and `serve deploy`."""
     max_requests = settings.max_num_seqs + settings.max_queue
     replicas = serve.deployment(
         Replica,
         **_number(settings),
-        max_ongoing_requests=max_requests + NUM_LOOKS,
-        # At each entrance while no replica runs: as many as the replicas would let in.
+        max_ongoing_requests=max_requests + NUM_STATUS_REQUESTS,
+        # At each entrance while no replica runs: as many as all replicas admit.
         max_queued_requests=max_requests * (settings.max_replicas or settings.num_replicas),
         request_router_config=RequestRouterConfig(
             request_router_class=ConversationRouter,
@@ -65,7 +65,7 @@ def build(settings: ClusterSettings) -> Application:
         ray_actor_options={
             "num_cpus": settings.num_threads,
             "memory": (settings.max_kv_mib + settings.max_prefix_mib + MODEL_MIB) * 2**20,
-            # What `share_one_heap` does where no thread runs yet.
+            # The effect of `share_one_heap`, which only works before any thread starts.
             "runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "1"}},
         },
     )

@@ -1,4 +1,4 @@
-"""The entrance: checks every request, then has a replica answer it."""
+"""The entrance: checks every request, then sends it to a replica."""
 
 import asyncio
 from contextlib import aclosing
@@ -24,7 +24,7 @@ from server.middleware import FailureMiddleware
 from server.routes.common import MAX_INLINE_BYTES
 from server.routes.streaming import error_events
 
-# What of a scope is data.
+# The fields of a scope that are data.
 DATA = ("type", "method", "scheme", "path", "raw_path", "query_string", "http_version", "client")
 
 
@@ -49,28 +49,28 @@ def create_entrance(settings: ClusterSettings, metrics: Metrics, members: Member
 
 
 async def health(request: Request) -> Response:
-    """Whether any replica works, and what each says."""
-    told = health_of(await request.app.state.members.look("/health"))
-    return JSONResponse(told, status_code=200 if told["status"] == "ok" else 503)
+    """Whether any replica works, and the health of each."""
+    state = health_of(await request.app.state.members.get_json("/health"))
+    return JSONResponse(state, status_code=200 if state["status"] == "ok" else 503)
 
 
 async def ready(request: Request) -> Response:
-    """Whether a request that came now would be served."""
-    told = readiness_of(await request.app.state.members.look("/ready"))
-    return JSONResponse(told, status_code=200 if told["status"] == "ready" else 503)
+    """Whether a request would be admitted now."""
+    state = readiness_of(await request.app.state.members.get_json("/ready"))
+    return JSONResponse(state, status_code=200 if state["status"] == "ready" else 503)
 
 
 async def all_metrics(request: Request) -> Response:
-    """All numbers of all processes, in Prometheus's text format."""
+    """All metrics of all processes, in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(Families(await request.app.state.members.metrics()))
-    # Of many replicas it takes a while.
+    # With many replicas this takes a while.
     text = await asyncio.to_thread(generate_latest, registry)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 class Relay:
-    """ASGI application whose requests are answered by replicas, within the deadline."""
+    """ASGI application that relays requests to replicas, within the deadline."""
 
     def __init__(self, members: Members, timeout_s: float) -> None:
         self._members, self._timeout_s = members, timeout_s
@@ -78,16 +78,16 @@ class Relay:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body, is_stream = await Request(scope, receive).body(), False
 
-        async def send_and_note(message: Message) -> None:
+        async def send_and_check(message: Message) -> None:
             nonlocal is_stream
             if message["type"] == "http.response.start":
-                kind = Headers(raw=message["headers"]).get("content-type", "")
-                is_stream = kind.startswith("text/event-stream")
+                content_type = Headers(raw=message["headers"]).get("content-type", "")
+                is_stream = content_type.startswith("text/event-stream")
             await send(message)
 
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._relay(scope, body, send_and_note)
+                await self._relay(scope, body, send_and_check)
         except (TimeoutError, APIError) as raised:
             error = raised if isinstance(raised, APIError) else RequestTimeoutError()
             if not is_stream:
@@ -102,14 +102,14 @@ class Relay:
 
 
 async def _conversation_of(path: str, body: bytes) -> str:
-    """A long body is read off the event loop."""
+    """Parses a long body in a thread."""
     if len(body) <= MAX_INLINE_BYTES:
         return conversation_of(path, body)
     return await asyncio.to_thread(conversation_of, path, body)
 
 
 def _as_data(scope: Scope) -> Scope:
-    """The request without the objects of this process, and with its id."""
+    """The scope without objects of this process, and with the request id as a header."""
     headers = MutableHeaders(scope=scope)
     headers["x-request-id"] = request_id.get()
     return {**{name: scope[name] for name in DATA if name in scope}, "headers": headers.raw}

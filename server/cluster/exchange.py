@@ -1,4 +1,4 @@
-"""One request of an ASGI application, as an iterator of the messages it answers with."""
+"""Calls an ASGI application and iterates over the messages of its response."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -7,18 +7,18 @@ from starlette.types import ASGIApp, Message, Scope
 
 
 async def exchange(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
-    """The messages of the response, as they come.
+    """Yields the messages of the response as the application sends them.
 
-    The application sees a client that hangs up when the iterator is closed or cancelled.
+    If the iterator is closed or cancelled, the application receives a disconnect.
     """
     messages = asyncio.Queue[Message | None]()
-    has_left = asyncio.Event()
+    is_disconnected = asyncio.Event()
     requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
         if requests:
             return requests.pop()
-        await has_left.wait()
+        await is_disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def serve() -> None:
@@ -33,5 +33,5 @@ async def exchange(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Me
             yield message
         await serving  # raises what the application raised
     finally:
-        has_left.set()
+        is_disconnected.set()
         await asyncio.wait([serving])

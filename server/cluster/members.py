@@ -1,4 +1,4 @@
-"""All entrances and replicas of a cluster, as an entrance reaches them."""
+"""An entrance's access to all entrances and replicas of the cluster."""
 
 import asyncio
 import logging
@@ -15,11 +15,11 @@ from server.errors import OverloadedError, ReplicaLostError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
-LOOK_TIMEOUT_S = 5
+STATUS_TIMEOUT_S = 5
 
 
 class Members:
-    """Asks one replica, or all."""
+    """Calls one replica, or all processes."""
 
     def __init__(self, entrances: DeploymentHandle, replicas: DeploymentHandle) -> None:
         self._entrances, self._replicas = entrances, replicas
@@ -27,9 +27,9 @@ class Members:
     async def answer(
         self, scope: Scope, body: bytes, conversation: str
     ) -> AsyncGenerator[Message, None]:
-        """The ASGI messages with which a replica answers; it stops where they are not read on.
+        """The ASGI messages of a replica's response. Closing the iterator aborts the request.
 
-        conversation: requests with the same one go to the same replica, if it has room.
+        conversation: requests with the same value go to the same replica, if it has room.
 
         Raises:
             OverloadedError: no replica has room, and the queue is full.
@@ -53,36 +53,36 @@ class Members:
             answer.cancel()
             raise
 
-    async def look(self, path: str) -> list[dict[str, Any]]:
-        """What each replica answers to a GET of the path."""
-        return await _ask_all(self._replicas, "look", path)
+    async def get_json(self, path: str) -> list[dict[str, Any]]:
+        """Each replica's response to GET `path`."""
+        return await _call_all(self._replicas, "get_json", path)
 
     async def metrics(self) -> list[Metric]:
-        """The numbers of all entrances and replicas."""
-        entrances = await _ask_all(self._entrances, "metrics")
-        replicas = await _ask_all(self._replicas, "metrics")
+        """The metrics of all entrances and replicas."""
+        entrances = await _call_all(self._entrances, "metrics")
+        replicas = await _call_all(self._replicas, "metrics")
         return [metric for metrics in (*entrances, *replicas) for metric in metrics]
 
 
-async def _ask_all(handle: DeploymentHandle, method: str, *args: Any) -> list[Any]:
-    """What each process of a deployment returns.
+async def _call_all(handle: DeploymentHandle, method: str, *args: Any) -> list[Any]:
+    """The results of all processes of a deployment.
 
-    Those that are lost meanwhile, fail or are silent are left out: the others tell of themselves.
+    Leaves out processes that die, fail or do not answer in time.
     """
-    # Serve's `results_async` gives nothing if one process is silent.
+    # Not Serve's `results_async`: it returns nothing if one process does not answer.
     broadcast = handle.broadcast(method, *args)
     try:
-        async with asyncio.timeout(LOOK_TIMEOUT_S):
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
             results = await broadcast._fetch_replica_results_async()
     except (DeploymentUnavailableError, TimeoutError):
         return []
     if not results:
         return []
-    asked = [asyncio.ensure_future(result.get_async()) for result in results]
-    done, silent = await asyncio.wait(asked, timeout=LOOK_TIMEOUT_S)
-    for each in silent:
+    futures = [asyncio.ensure_future(result.get_async()) for result in results]
+    done, pending = await asyncio.wait(futures, timeout=STATUS_TIMEOUT_S)
+    for each in pending:
         each.cancel()
     for each in done:
         if (error := each.exception()) and not isinstance(error, RayActorError):
-            logger.warning("a process of the cluster did not tell its %s", method, exc_info=error)
+            logger.warning("%s() failed in a process of the cluster", method, exc_info=error)
     return [each.result() for each in done if each.exception() is None]

@@ -1,4 +1,4 @@
-"""What is told of a cluster as a whole, made from what is told of each of its processes."""
+"""Health, readiness and metrics of a cluster, combined from those of its processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -7,12 +7,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-# The first that holds for any replica holds for the cluster.
+# The cluster has the first of these states that any replica has.
 READINESS = ("ready", "busy", "no engine", "stopping")
 
 
 class Families(Collector):
-    """Metrics of several processes, family by family."""
+    """Metrics of several processes, merged by family."""
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
         self._families: dict[str, Metric] = {}
@@ -38,18 +38,18 @@ def labelled(registry: CollectorRegistry, replica: str) -> list[Metric]:
 
 
 def health_of(replicas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """As one server tells it: sound while one replica is.
+    """The cluster's /health: ok while one replica is.
 
-    replicas: each one's own /health.
+    replicas: the /health of each.
     """
-    sound = [replica for replica in replicas if replica["status"] == "ok"]
-    about = (sound or replicas or [{}])[0]
+    healthy = [replica for replica in replicas if replica["status"] == "ok"]
+    first = (healthy or replicas or [{}])[0]
     caches = [replica["sentiment_cache"] for replica in replicas]
     return {
-        "status": "ok" if sound else "stopped",
-        "reason": None if sound else about.get("reason", "no replica is running"),
-        "model": about.get("model"),
-        "warning": about.get("warning"),
+        "status": "ok" if healthy else "stopped",
+        "reason": None if healthy else first.get("reason", "no replica is running"),
+        "model": first.get("model"),
+        "warning": first.get("warning"),
         "sentiment_cache": {
             name: sum(cache[name] for cache in caches) for name in ("hits", "misses")
         },
@@ -58,9 +58,9 @@ def health_of(replicas: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def readiness_of(replicas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """As one server tells it: ready while one replica is.
+    """The cluster's /ready: ready while one replica is.
 
-    replicas: each one's own /ready.
+    replicas: the /ready of each.
     """
     states = {replica["status"] for replica in replicas}
     return {

@@ -1,4 +1,4 @@
-"""A replica: the server's application without its entrance, called by the entrances."""
+"""A replica: the server's application without entrance checks, called by the entrances."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from server.logs import configure_logs, request_id
 class Replica:
     """One model and all routes, on one machine of the cluster."""
 
-    # Serve awaits it.
+    # Serve awaits the constructor.
     async def __init__(self, settings: ClusterSettings) -> None:  # type: ignore[misc]
         configure_logs(settings.log_level, settings.log_format)
         self._name = serve.get_replica_context().replica_tag
@@ -34,31 +34,32 @@ class Replica:
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """The ASGI messages of the response."""
         request_id.set(Headers(scope=scope)["x-request-id"])
-        # Serve may close this generator at `yield`; the inner one would be left to the collector.
+        # Serve may close this generator at `yield`; without aclosing, only the garbage collector
+        # would close the inner one.
         async with aclosing(exchange(self._app, scope, body)) as messages:
             async for message in messages:
                 yield message
 
-    async def look(self, path: str) -> dict[str, Any]:
-        """What a GET of the path answers, with the replica's name."""
+    async def get_json(self, path: str) -> dict[str, Any]:
+        """The response to GET `path`, with the replica's name."""
         scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}
         messages = [message async for message in exchange(self._app, scope, b"")]
         body = b"".join(message.get("body", b"") for message in messages)
         return {"replica": self._name, **json.loads(body)}
 
     def metrics(self) -> list[Metric]:
-        """The replica's numbers, each with the label `replica`."""
+        """The replica's metrics, each with the label `replica`."""
         return labelled(self._app.state.metrics.registry, self._name)
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that is not sound.
+        """Called by Serve, which replaces a replica that raises here.
 
         Raises:
-            RuntimeError: the engine does not work.
+            RuntimeError: the engine has broken down.
         """
         if (breakdown := self._services.engine.breakdown) is not None:
             raise RuntimeError(f"the engine broke down: {breakdown!r}")
 
     async def __del__(self) -> None:
-        """Called by Serve when the last request has been answered."""
+        """Called by Serve after the last request."""
         await self._lifespan.aclose()

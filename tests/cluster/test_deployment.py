@@ -56,10 +56,10 @@ def test_without_ray_the_command_names_the_remedy(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--num-replicas", "3", "--max-replicas", "2"], "there are at least 3 (--num-replicas)"),
-        (["--ui"], "error: --ui True: a cluster does not know it; leave it out"),
-        (["--check"], "error: --check True: a cluster does not know it; leave it out"),
-        (["--engine", "http://a:1"], "--engine 'http://a:1': a cluster does not know it; leave it"),
+        (["--num-replicas", "3", "--max-replicas", "2"], "must be at least 3 (--num-replicas)"),
+        (["--ui"], "error: --ui True: a cluster does not support it; leave it out"),
+        (["--check"], "error: --check True: a cluster does not support it; leave it out"),
+        (["--engine", "http://a:1"], "--engine 'http://a:1': a cluster does not support it; leave"),
         (["--port", "0"], "error: --port '0'"),
         (["--api-key-file", "none"], "cannot read --api-key-file none"),
         (["--ssl-keyfile", "key.pem"], "cannot serve https with --ssl-certfile"),

@@ -33,7 +33,7 @@ class FakeMembers:
         self.conversations.append(conversation)
         return self._answer()
 
-    async def look(self, path: str) -> list[dict[str, Any]]:
+    async def get_json(self, path: str) -> list[dict[str, Any]]:
         return []
 
 

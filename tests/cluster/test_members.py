@@ -46,13 +46,13 @@ async def broken() -> str:
 async def test_processes_that_are_lost_broken_or_silent_hide_no_others(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(members, "LOOK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(members, "STATUS_TIMEOUT_S", 0.2)
     handle: Any = FakeHandle(sound, silent, dead, broken, sound)
-    assert await Members(handle, handle).look("/health") == [{"status": "ok"}] * 2
+    assert await Members(handle, handle).get_json("/health") == [{"status": "ok"}] * 2
     [warning] = caplog.messages
-    assert warning == "a process of the cluster did not tell its look"
+    assert warning == "get_json() failed in a process of the cluster"
 
 
 async def test_a_cluster_without_processes_tells_nothing() -> None:
     handle: Any = FakeHandle()
-    assert await Members(handle, handle).look("/health") == []
+    assert await Members(handle, handle).get_json("/health") == []
