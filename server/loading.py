@@ -43,7 +43,7 @@ from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 from server.judge_loading import JudgeLoader, PriorLoader
 from server.metrics import Metrics
-from server.remote.discovery import ServedThere, check_tokenizer, discover
+from server.remote.discovery import UpstreamModel, check_tokenizer, discover
 from server.remote.engine import RemoteEngine
 from server.remote.upstream import Address
 from server.services import Services
@@ -139,7 +139,9 @@ def _load_remote(settings: Settings, address: Address) -> Services:
 def _address(settings: Settings, url: str) -> Address:
     key = settings.engine_key
     return Address(
-        url, None if key is None else key.get_secret_value(), silence_s=settings.request_timeout
+        url,
+        None if key is None else key.get_secret_value(),
+        read_timeout_s=settings.request_timeout,
     )
 
 
@@ -162,7 +164,7 @@ def _check_remote_settings(settings: Settings) -> None:
             )
 
 
-def find_model(settings: Settings, served: ServedThere | None = None) -> Model:
+def find_model(settings: Settings, served: UpstreamModel | None = None) -> Model:
     """Finds the checkpoint and checks all that can be checked without its weights.
 
     served: the model of another server, which computes; then no weights are downloaded.
@@ -228,7 +230,7 @@ def _local_context(settings: Settings, config: ModelConfig, max_kv_tokens: int) 
     return max_context
 
 
-def _remote_context(settings: Settings, served: ServedThere) -> int:
+def _remote_context(settings: Settings, served: UpstreamModel) -> int:
     max_context = settings.max_context or served.max_context
     if max_context > served.max_context:
         raise CheckpointError(

@@ -1,1 +1,1 @@
-"""An engine that is another server: vLLM, or one like this. Token ids in, tokens out, by HTTP."""
+"""An engine in another server, the upstream: vLLM, or a server like this one. Sends token ids."""

@@ -1,4 +1,4 @@
-"""What the other server serves, asked once at the start, before anybody waits for it."""
+"""Reads once at the start which model the upstream server serves, and checks its tokenizer."""
 
 import json
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from server.core.text.tokenizer import ChatTokenizer
 from server.reasons import first_line
 from server.remote.upstream import CONNECT_TIMEOUT_S, Address
 
-# Long enough for a server that is computing.
+# Long enough for a busy server.
 ANSWER_TIMEOUT_S = 30.0
-# Encoded otherwise by every other family's tokenizer.
+# A text that the tokenizer of any other model family encodes differently.
 _SAMPLE = "Mood 心情：太好了！ 12345 naïve 🙂"
 
 
 class EngineUnusableError(OSError):
-    """The other server cannot be the engine; the message is one sentence for the console."""
+    """The upstream server cannot be the engine; the message is one sentence for the console."""
 
 
 @dataclass(frozen=True)
-class ServedThere:
-    """The model by its name there, and the tokens of a prompt and its answer."""
+class UpstreamModel:
+    """The model's name there, and its maximum context length in tokens."""
 
     name: str
     max_context: int
 
 
-def discover(address: Address) -> ServedThere:
-    """The first model that is no adapter.
+def discover(address: Address) -> UpstreamModel:
+    """The first model that is not an adapter.
 
     Raises:
         EngineUnusableError: the server does not answer, or not as vLLM does.
@@ -38,25 +38,25 @@ def discover(address: Address) -> ServedThere:
     try:
         model = next(each for each in listed["data"] if each.get("parent") is None)
         max_context = model.get("max_model_len") or model.get("context_length")
-        return ServedThere(str(model["id"]), int(max_context))
+        return UpstreamModel(str(model["id"]), int(max_context))
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise EngineUnusableError(
-            f"what answers at --engine {address.url} lists no model with its context; give the "
+            f"the server at --engine {address.url} lists no model with its context; give the "
             "address of a vLLM, or of another server like this one"
         ) from error
 
 
-def check_tokenizer(address: Address, served: ServedThere, tokenizer: ChatTokenizer) -> None:
-    """Sees to it that both servers mean the same by a token id.
+def check_tokenizer(address: Address, model: UpstreamModel, tokenizer: ChatTokenizer) -> None:
+    """Checks that both servers use the same token ids.
 
     Raises:
         EngineUnusableError: they do not.
     """
-    answer = _answer(address, "POST", "/tokenize", {"model": served.name, "prompt": _SAMPLE})
+    answer = _answer(address, "POST", "/tokenize", {"model": model.name, "prompt": _SAMPLE})
     if answer.get("tokens") != tokenizer.encode_text(_SAMPLE):
         raise EngineUnusableError(
-            f"the engine at {address.url} serves {served.name!r}, whose tokens are not those of "
-            "--model; name the same checkpoint there"
+            f"the engine at {address.url} serves {model.name!r}, whose tokens are not those of "
+            "--model; use the same checkpoint in both"
         )
 
 

@@ -1,6 +1,6 @@
-"""An engine that asks another server for its tokens, on a thread with an event loop of its own.
+"""An engine that requests tokens from the upstream server, on a thread with its own event loop.
 
-So every thread and every event loop may use it, as they may the engine of this process.
+Any thread and any event loop may call it, as with the local engine.
 """
 
 import asyncio
@@ -46,24 +46,24 @@ from server.remote.wire import (
 
 logger = logging.getLogger(__name__)
 
-# Between two looks at whether the other server is there.
+# Between two health checks of the upstream server.
 WATCH_INTERVAL_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 
 
 class RemoteEngine:
-    """Runs each sequence as requests to another server; an `Engine`.
+    """Runs each sequence as requests to the upstream server; an `Engine`.
 
-    At most `max_num_seqs` sequences are under way. The others wait here, where the request with
-    the fewest is served next: the other server would take them in the order of their arrival.
+    At most `max_num_seqs` sequences run at once. The remaining ones wait here, and the request with
+    the fewest running sequences is served next; the upstream would serve them in order of arrival.
     """
 
     has_hidden_states = False
-    breakdown = None  # the other server may come back
+    breakdown = None  # the upstream server may recover
     num_kv_tokens = None
 
     def __init__(self, address: Address, model: str, *, max_num_seqs: int) -> None:
-        """model: by its name there."""
+        """model: its name in the upstream server."""
         self._address, self._model, self._upstream = address, model, Upstream(address)
         self._admission = Admission(max_num_seqs, _Starter(self._begin))
         self._tasks: dict[Sequence, asyncio.Task[None]] = {}
@@ -74,7 +74,7 @@ class RemoteEngine:
         self._thread = threading.Thread(target=self._run, name="remote engine", daemon=True)
         self._thread.start()
 
-    # --- what the event loop sees -----------------------------------------------------
+    # --- called from any thread -------------------------------------------------------
 
     def submit(
         self, prompt_ids: list[int], params: SamplingParams, *, work: Work | None = None,
@@ -94,8 +94,8 @@ class RemoteEngine:
         work: Work | None = None,
         adapter: Adapter = BASE,
     ) -> Scores:
-        """num_shared, is_pinned: what is kept, the other server decides."""
-        assert not layers, "another server gives no hidden states"
+        """num_shared, is_pinned: ignored; the upstream manages its own prefix cache."""
+        assert not layers, "an upstream server returns no hidden states"
         sequence = Sequence(
             prompt_ids, continuations=continuations, work=work or Work(), adapter=adapter
         )
@@ -139,15 +139,15 @@ class RemoteEngine:
     def _start(self, sequence: Sequence) -> TokenStream:
         stream = TokenStream(lambda: self._abort(sequence), lambda: sequence.num_cached)
         sequence.deliver = stream.deliver
-        with self._lock:  # no sequence may slip in behind the closing
+        with self._lock:  # no sequence may start after `close`
             if self._is_closed:
                 raise EngineClosedError
             self._loop.call_soon_threadsafe(self._add, sequence)
         return stream
 
     def _abort(self, sequence: Sequence) -> None:
-        """Any thread, any number of times, also behind the end of the engine."""
-        with suppress(RuntimeError):  # the loop is closed, and all sequences have ended
+        """May be called from any thread, repeatedly, and after `close`."""
+        with suppress(RuntimeError):  # the loop is closed, so all sequences have ended
             self._loop.call_soon_threadsafe(self._end, sequence, AbortedEvent())
 
     # --- on the thread ----------------------------------------------------------------
@@ -170,7 +170,8 @@ class RemoteEngine:
         while True:
             trouble = await self._upstream.trouble()
             if trouble != self._trouble:
-                logger.warning("the engine at %s: %s", self._address.url, trouble or "it is back")
+                reason = trouble or "it works again"
+                logger.warning("the engine at %s: %s", self._address.url, reason)
             self._trouble = trouble
             await asyncio.sleep(WATCH_INTERVAL_S)
 
@@ -179,16 +180,16 @@ class RemoteEngine:
         self._admission.admit_waiting(step=0)
 
     def _begin(self, sequence: Sequence) -> None:
-        """Called when there is room for the sequence."""
+        """Called when the sequence is admitted."""
         self._tasks[sequence] = self._loop.create_task(
             self._compute(sequence), context=sequence.context
         )
 
     async def _compute(self, sequence: Sequence) -> None:
-        self._end(sequence, await self._ended(sequence))
+        self._end(sequence, await self._terminal_event(sequence))
 
-    async def _ended(self, sequence: Sequence) -> Terminal:
-        """How the sequence ends, if nobody aborts it."""
+    async def _terminal_event(self, sequence: Sequence) -> Terminal:
+        """Runs the sequence; returns its terminal event unless it is aborted."""
         try:
             if sequence.params is not None:
                 return await self._continue(sequence, sequence.params)
@@ -198,7 +199,7 @@ class RemoteEngine:
             sequence.num_cached = num_cached_in(answer)
             return PrefilledEvent()
         except UpstreamFormatError as error:
-            logger.error("what the engine answers cannot be used: %s", error)
+            logger.error("the engine's answer cannot be used: %s", error)
             return FailedEvent(EngineFailedError())
         except APIError as error:
             return FailedEvent(error)
@@ -216,13 +217,13 @@ class RemoteEngine:
                     is_stopped = self._deliver(sequence, tokens_of(choice, params), params)
                     reason = FinishReason.STOP if is_stopped else reason_of(choice) or reason
         if reason is None:
-            raise UpstreamFormatError("it ends a text and does not say why")
+            raise UpstreamFormatError("a choice ends without a finish reason")
         return FinishedEvent(reason)
 
     def _deliver(
         self, sequence: Sequence, tokens: list[TokenEvent], params: SamplingParams
     ) -> bool:
-        """Hands out the tokens up to one that stops the sequence; whether there is one."""
+        """Delivers the tokens up to a stop token; returns whether there is one."""
         for token in tokens:
             if token.token_id in params.stop_token_ids:
                 return True
@@ -238,24 +239,24 @@ class RemoteEngine:
         prompt_ids, continuations = sequence.prompt_ids, sequence.continuations
         logprobs: dict[tuple[Beginning, int], float] = {}
 
-        async def ask(batch: Batch) -> int | None:
+        async def run(batch: Batch) -> int | None:
             prompts = [[*prompt_ids, *beginning] for beginning in batch.beginnings]
             body = self._named(scoring_body(prompts, list(batch.token_ids)))
             answer = await self._upstream.answer(body)
-            for beginning, told in zip(batch.beginnings, logprobs_of(answer, body), strict=True):
-                logprobs.update({(beginning, i): logprob for i, logprob in told.items()})
+            for beginning, by_id in zip(batch.beginnings, logprobs_of(answer, body), strict=True):
+                logprobs.update({(beginning, i): logprob for i, logprob in by_id.items()})
             return num_cached_in(answer)
 
-        first, *others = batches(continuations, len(prompt_ids) + max(map(len, continuations)))
-        sequence.num_cached = await ask(first)
-        await all_of(map(ask, others))
+        first, *rest = batches(continuations, len(prompt_ids) + max(map(len, continuations)))
+        sequence.num_cached = await run(first)
+        await all_of(map(run, rest))
         return ScoredEvent(sums(continuations, logprobs))
 
     def _named(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"model": self._model, **body}
 
     def _end(self, sequence: Sequence, event: Terminal) -> None:
-        """The one way out: hangs up, and delivers exactly one terminal event."""
+        """Ends the sequence once: closes its requests and delivers exactly one terminal event."""
         if not self._admission.remove(sequence):
             return
         task = self._tasks.pop(sequence, None)
@@ -269,7 +270,7 @@ class RemoteEngine:
 
 
 class _Starter:
-    """Admits every sequence: memory is the other server's concern. An `Allocator`."""
+    """An `Allocator` that admits every sequence: the upstream server manages memory."""
 
     def __init__(self, begin: Callable[[Sequence], None]) -> None:
         self._begin = begin
@@ -287,4 +288,4 @@ class _Starter:
         return True
 
     def suspend(self, sequence: Sequence) -> None:
-        raise AssertionError("nobody is refused, so nobody has to give way")
+        raise AssertionError("reserve() never fails, so no sequence is suspended")

@@ -1,31 +1,31 @@
-"""Label scores by few requests: the log-probability of each next token behind each beginning.
+"""Scores continuations with few requests, each for the next tokens after several beginnings.
 
-Knows token ids, nothing of how a request is sent.
+Knows token ids, not requests.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-# What vLLM and this server take in one request.
+# The most that vLLM and this server accept in one request.
 MAX_TOKEN_IDS = 128
-# A body of the size that this server reads by default.
+# Keeps a body below this server's default limit.
 MAX_PROMPTS, MAX_PROMPT_TOKENS = 64, 200_000
 
 Beginning = tuple[int, ...]
-# (nats), by what stands behind the prompt and the token that comes next.
+# Log-probability (nats) of a token after the prompt and a beginning.
 Logprobs = Mapping[tuple[Beginning, int], float]
 
 
 @dataclass
 class Batch:
-    """What one request asks for: the log-probability of every token behind every beginning."""
+    """The content of one request: scores every token after every beginning."""
 
     beginnings: list[Beginning] = field(default_factory=list)
-    token_ids: dict[int, None] = field(default_factory=dict)  # in order, each once
+    token_ids: dict[int, None] = field(default_factory=dict)  # an ordered set
 
     def has_room(self, token_ids: Sequence[int], num_prompt_tokens: int) -> bool:
-        """Whether a beginning with these tokens next fits, too."""
+        """Whether another beginning with these next tokens fits."""
         num_prompts = len(self.beginnings) + 1
         return (
             num_prompts <= MAX_PROMPTS
@@ -34,16 +34,16 @@ class Batch:
         )
 
     def add(self, beginning: Beginning, token_ids: Sequence[int]) -> None:
-        """Asks for these tokens behind the beginning, too."""
+        """Adds a beginning and its next tokens."""
         self.beginnings.append(beginning)
         self.token_ids |= dict.fromkeys(token_ids)
 
 
 def batches(continuations: Sequence[Sequence[int]], num_prompt_tokens: int) -> Iterator[Batch]:
-    """All that has to be known to score the continuations, in few requests.
+    """The requests that score the continuations.
 
-    The first asks for their first tokens alone: it computes the prompt for the others.
-    num_prompt_tokens: of the prompt and the longest continuation.
+    The first one scores only their first tokens, so that the later ones find the prompt in the
+    prefix cache. num_prompt_tokens: the length of the prompt and the longest continuation.
     """
     next_ids = defaultdict[Beginning, dict[int, None]](dict)
     for ids in continuations:

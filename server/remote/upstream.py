@@ -1,6 +1,6 @@
-"""The other server over HTTP: its answers as JSON, its failures as errors of ours.
+"""HTTP to the upstream server: returns its answers as JSON, raises its failures as our errors.
 
-Knows connections and statuses, nothing of what is asked.
+Knows connections and statuses, not the fields of requests.
 """
 
 import asyncio
@@ -25,42 +25,42 @@ from server.reasons import first_line
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
-# Between two tries to connect. What was sent is never sent again: it may have been computed.
+# Between attempts to connect. A request that was sent is not repeated: it may have been computed.
 PAUSES_S = (0.1, 0.5, 1.0)
 HEALTH_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the other server is, the key it wants, and how long an answer may take.
+    """The upstream server's address, API key and read timeout.
 
-    url: without `/v1`. silence_s: until a next part of an answer comes.
+    url: without `/v1`. read_timeout_s: for each part of an answer.
     """
 
     url: str
     key: str | None = None
-    silence_s: float = 600.0
+    read_timeout_s: float = 600.0
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request."""
+        """The headers of every request."""
         return {} if self.key is None else {"authorization": f"Bearer {self.key}"}
 
     @property
     def timeout(self) -> httpx2.Timeout:
-        """The caller's deadline ends most requests before this does."""
-        return httpx2.Timeout(self.silence_s, connect=CONNECT_TIMEOUT_S, pool=None)
+        """The timeouts of a request. The caller's own deadline is shorter as a rule."""
+        return httpx2.Timeout(self.read_timeout_s, connect=CONNECT_TIMEOUT_S, pool=None)
 
 
 class Upstream:
-    """Connections to the other server. Belongs to one event loop."""
+    """Connections to the upstream server. Belongs to one event loop."""
 
     def __init__(self, address: Address) -> None:
         self._client = httpx2.AsyncClient(
             base_url=address.url,
             headers=address.headers,
             timeout=address.timeout,
-            # The engine decides how much is asked at once.
+            # The engine limits the number of requests.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         )
 
@@ -69,22 +69,22 @@ class Upstream:
         await self._client.aclose()
 
     async def answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A whole answer of /v1/completions. A call that is cancelled hangs up.
+        """A complete answer of /v1/completions. Cancelling the call closes the connection.
 
         Raises:
-            APIError: there is none; as clients of this server are to be told.
+            APIError: the request failed; the error is meant for clients of this server.
         """
-        with _told_as_ours():
+        with _raises_api_errors():
             async with self._answered(body) as response:
                 answer = json.loads(await response.aread())
         return answer if isinstance(answer, dict) else {}
 
     async def events(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The events of a stream, up to its [DONE]. Raises as `answer`."""
-        with _told_as_ours():
+        with _raises_api_errors():
             async with self._answered(body) as response:
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                    raise _failed("it answers with no stream of events")
+                    raise _failed("its answer is not an event stream")
                 async for line in _lines(response):
                     if not line.startswith(b"data: "):
                         continue  # an empty line, or a comment that keeps the connection open
@@ -92,13 +92,13 @@ class Upstream:
                         return
                     event = json.loads(data)
                     if "error" in event:
-                        raise _of_event(event["error"])
+                        raise _error_of_event(event["error"])
                     yield event
-        # Cut off, though by the rules of HTTP.
+        # The HTTP response is complete, but the stream has no [DONE].
         raise EngineUnreachableError
 
     async def trouble(self) -> str | None:
-        """Why the other server is not healthy; None if it is."""
+        """Why the upstream server is not healthy; None if it is."""
         try:
             response = await self._client.get("/health", timeout=HEALTH_TIMEOUT_S)
         except httpx2.RequestError as error:
@@ -107,12 +107,12 @@ class Upstream:
 
     @asynccontextmanager
     async def _answered(self, body: Mapping[str, Any]) -> AsyncIterator[httpx2.Response]:
-        """The response, its body not read yet. Leaving early closes the connection."""
+        """The response before its body is read. Leaving the block early closes the connection."""
         request = self._client.build_request("POST", "/v1/completions", json=body)
         response = await self._send(request)
         try:
             if not response.is_success:
-                raise await _of_response(response)
+                raise await _error_of_response(response)
             yield response
         finally:
             await response.aclose()
@@ -127,7 +127,7 @@ class Upstream:
 
 
 async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """The lines of events; those of httpx2 also end at U+2028 and others, which JSON may hold."""
+    """The lines of a body. Unlike httpx2's, they do not end at U+2028, which JSON may contain."""
     rest = b""
     async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")
@@ -136,33 +136,33 @@ async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
 
 
 @contextmanager
-def _told_as_ours() -> Iterator[None]:
-    """What goes wrong on the way, as clients of this server are to be told of it."""
+def _raises_api_errors() -> Iterator[None]:
+    """Turns errors of the connection and the JSON parser into errors for clients."""
     try:
         yield
     except httpx2.RequestError as error:
         logger.warning("the engine does not answer: %s", first_line(error) or type(error).__name__)
         raise EngineUnreachableError from error
     except json.JSONDecodeError as error:
-        raise _failed("what it answers is no JSON") from error
+        raise _failed("its answer is not JSON") from error
 
 
-async def _of_response(response: httpx2.Response) -> APIError:
-    """The error of an answer that is none."""
+async def _error_of_response(response: httpx2.Response) -> APIError:
+    """The error of an unsuccessful response."""
     try:
         error = json.loads(await response.aread())["error"]
     except (ValueError, LookupError, TypeError):
         error = {}
-    return _as_ours(response.status_code, error, response.headers.get("retry-after"))
+    return _api_error(response.status_code, error, response.headers.get("retry-after"))
 
 
-def _of_event(error: Any) -> APIError:
-    """The error in a stream that has begun; vLLM has the status as its code."""
+def _error_of_event(error: Any) -> APIError:
+    """The error of an event in a stream. vLLM puts the status into `code`."""
     status = error.get("code") if isinstance(error, dict) else None
-    return _as_ours(status if isinstance(status, int) else 500, error)
+    return _api_error(status if isinstance(status, int) else 500, error)
 
 
-def _as_ours(status: int, error: Any, retry_after: str | None = None) -> APIError:
+def _api_error(status: int, error: Any, retry_after: str | None = None) -> APIError:
     error = error if isinstance(error, dict) else {}
     message, param = str(error.get("message") or f"it answers {status}"), error.get("param")
     match status:

@@ -232,7 +232,9 @@ async def test_a_server_that_says_nothing_hangs_nobody(stand_in: StandIn, url: s
 
 @asynccontextmanager
 async def engine_at(url: str, max_num_seqs: int = 2) -> AsyncIterator[RemoteEngine]:
-    engine = RemoteEngine(Address(url, silence_s=BOUND_S), "qwen-mini", max_num_seqs=max_num_seqs)
+    engine = RemoteEngine(
+        Address(url, read_timeout_s=BOUND_S), "qwen-mini", max_num_seqs=max_num_seqs
+    )
     try:
         yield engine
     finally:
