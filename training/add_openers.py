@@ -1,11 +1,11 @@
-"""Checks new openers and adds them to the data of training and of the measure.
+"""Checks new openers and adds them to the training data and to the test data of replies.
 
     python -m training.add_openers --out training/data/openers_new.jsonl FILE...
 
-A row is `{"label", "lang", "topic", "users", "replies"}`. What is malformed is left out and told;
-so are users' lines that are known, or near what measures. With `--hold-out` one row in twenty
-becomes a held-out pair of the measure instead, in place of the pairs there are. The outcome depends
-on the files alone, so the command can be run again when they have grown.
+A row is `{"label", "lang", "topic", "users", "replies"}`. Malformed rows are left out and counted;
+so are users' lines that are known or similar to a line of the test data. With `--hold-out` one row
+in twenty becomes a held-out pair of the test data, which replaces the present pairs. The result
+depends on the files alone, so the command can be repeated when they have grown.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MAX_LINE, MAX_REPLY = 90, 220
 
 
 def problem(row: dict[str, Any]) -> str | None:
-    """What is wrong with a row as a whole."""
+    """The reason to reject the whole row, or None."""
     if row.get("label") not in LABELS or row.get("lang") not in ("zh", "en"):
         return "unknown label or language"
     lines = [*row.get("users", ()), *row.get("replies", ())]
@@ -45,9 +45,9 @@ def problem(row: dict[str, Any]) -> str | None:
 def checked(
     rows: Sequence[dict[str, Any]], known: Lines, measured: Lines
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The rows worth having, and what was left out by reason."""
+    """The rows to keep, and the number of rows and lines left out for each reason."""
     kept, left_out = [], Counter[str]()
-    said: set[str] = set()
+    seen: set[str] = set()
     for row in rows:
         if (reason := problem(row)) is not None:
             left_out[reason] += 1
@@ -56,11 +56,11 @@ def checked(
         for user in dict.fromkeys(line.strip() for line in row["users"]):
             if measured.has_near(user):
                 left_out["line near a measured one"] += 1
-            elif known.has_same(user) or bare(user) in said:
+            elif known.has_same(user) or bare(user) in seen:
                 left_out["line known"] += 1
             else:
                 users.append(user)
-                said.add(bare(user))
+                seen.add(bare(user))
         replies = list(dict.fromkeys(reply.strip() for reply in row["replies"]))
         if users:
             topic = {"topic": row["topic"]} if row.get("topic") else {}
@@ -102,12 +102,12 @@ def main() -> None:
         PAIRS.unlink(missing_ok=True)
     kept, left_out = checked(rows, known, measured_lines())
     held_out = [row for row in kept if args.hold_out and is_held_out(row)]
-    # Other words for what is held out would tell it, too.
-    apart = Lines(user for row in held_out for user in row["users"])
+    # A paraphrase of a held-out line must not be trained on, either.
+    held_out_lines = Lines(user for row in held_out for user in row["users"])
     training = []
     for row in kept:
         if row not in held_out:
-            users = [user for user in row["users"] if not apart.has_near(user)]
+            users = [user for user in row["users"] if not held_out_lines.has_near(user)]
             left_out["line near a held-out one"] += len(row["users"]) - len(users)
             training += [row | {"users": users}] if users else []
     if args.hold_out:

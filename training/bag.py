@@ -1,4 +1,4 @@
-"""A bag-of-tokens classifier: the baseline, and where the embeddings of the model start."""
+"""A bag-of-tokens classifier: a baseline, and the initial embeddings of the model."""
 
 import random
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ EPOCHS = 3
 
 
 class BagOfTokens(nn.Module):
-    """Mean of the token embeddings, one linear layer."""
+    """The mean of the token embeddings and one linear layer."""
 
     def __init__(self, vocab_size: int, values: Sequence[str]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class BagOfTokens(nn.Module):
 def train_bag(
     texts: Sequence[SentimentRow], tokenizer: ChatTokenizer, values: Sequence[str], path: Path
 ) -> BagOfTokens:
-    """Trains the classifier, or reads it from `path` if it is there."""
+    """Trains the classifier, or reads it from `path` if that exists."""
     bag = BagOfTokens(tokenizer.vocab_size, values)
     if path.exists():
         bag.load_state_dict(torch.load(path))

@@ -1,8 +1,8 @@
-"""Makes batches of packed rows of what `training.pack` wrote. Needs numpy and torch alone.
+"""Creates batches of packed rows from the file of `training.pack`. Needs only numpy and torch.
 
-A pack holds *segments*: token ids of texts, replies and the pieces of the chat template between
-them. A document is a few segments behind one another, each with a role: what is learned of it.
-Nothing is done for one example at a time, except for placing it in a row.
+A pack contains *segments*: token ids of texts, replies and the pieces of the chat template between
+them. A document is a sequence of segments. A segment's role says what is learned of it. All steps
+but the placement into rows are vectorized over documents.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,21 +26,21 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How batches are made."""
+    """The settings of batches."""
 
     rows: int = 128
     row_tokens: int = 512
-    # Share of the rows behind each prefix.
+    # Shares of the rows with each prefix.
     label_rows: float = 0.42
     plain_rows: float = 0.10
-    drop_token: float = 0.1  # of a user's text, as if it had not been said
-    wrong_cue: float = 0.08  # share of conversations whose cue is of any mood
-    learn_text: float = 0.15  # share of the texts that are learned themselves
+    drop_token: float = 0.1  # share of the tokens dropped from users' texts
+    wrong_cue: float = 0.08  # share of conversations with the cue of a random mood
+    learn_text: float = 0.15  # share of the texts whose tokens are targets, too
     text_weight: float = 0.3
     label_weight: float = 1.0
     reply_weight: float = 1.0
-    turns: tuple[float, ...] = (0.8, 0.15, 0.05)  # share of conversations of 1, 2, … turns
-    max_targets: float = 0.3  # of the tokens of a batch
+    turns: tuple[float, ...] = (0.8, 0.15, 0.05)  # shares of conversations of 1, 2, … turns
+    max_targets: float = 0.3  # share of the tokens of a batch
 
 
 class Pack:
@@ -71,7 +71,7 @@ class Pack:
         return _draw(self._pair_bounds[kind], rng, num)
 
     def label_documents(self, texts: Array, probabilities: Array) -> tuple[Array, Array]:
-        """Segments and roles, (N, S) each; texts: segments (N,), probabilities: (N, labels)."""
+        """Segments and roles: (N, S) each. texts: segments (N,). probabilities: (N, labels)."""
         best = self.arrays["piece_label"][probabilities.argmax(-1)]
         columns = [(self.piece("user"), GIVEN), (texts, TEXT), (self.piece("answer"), GIVEN),
                    (best, LABEL), (self.piece("end"), LABEL_END)]  # fmt: skip
@@ -80,8 +80,11 @@ class Pack:
     def reply_documents(
         self, turns: list[tuple[Array, Array]], cues: Array | None
     ) -> tuple[Array, Array]:
-        """turns: users and replies (N,) of each turn, the last one learned; cues: labels (N,) or
-        None. A segment of -1 is left out."""
+        """Segments and roles: (N, S) each. PADDING stands for an absent segment.
+
+        turns: users and replies (N,) of each turn; the last reply is learned. cues: labels (N,) or
+        None.
+        """
         columns: list[tuple[Array | int, int]] = []
         for users, replies in turns[:-1]:
             absent = users < 0
@@ -97,7 +100,7 @@ class Pack:
         return _table(columns, len(users))
 
     def flatten(self, segments: Array, roles: Array) -> tuple[Array, Array, Array]:
-        """Tokens, the document and the role of each, of all documents behind one another."""
+        """Concatenates the documents; returns tokens, and the document and role of each token."""
         present = segments >= 0
         chosen, role = segments[present], roles[present]
         document = np.nonzero(present)[0]
@@ -133,7 +136,7 @@ class Batcher:
         self._rng = np.random.default_rng(seed)
 
     def batch(self) -> dict[str, Tensor]:
-        """One batch: what `collect` makes of rows behind each of the prefixes."""
+        """A batch of rows with each of the prefixes."""
         s = self._settings
         num_label = round(s.rows * s.label_rows)
         num_plain = max(1, round(s.rows * s.plain_rows))
@@ -158,26 +161,26 @@ class Batcher:
         num_turns = rng.choice(len(self._settings.turns), len(chosen), p=self._settings.turns)
         turns = []
         for past in range(len(self._settings.turns) - 1, 0, -1):
-            # Earlier turns of the same kind and language lie near in the pack.
+            # Nearby pairs of the pack have the same kind and language as a rule.
             near = np.clip(
                 chosen + rng.integers(-200, 201, len(chosen)), 0, len(a["pair_users"]) - 1
             )
-            is_there = (num_turns >= past) & (a["pair_langs"][near] == a["pair_langs"][chosen])
-            turns.append((np.where(is_there, a["pair_users"][near], PADDING),
-                          np.where(is_there, a["pair_replies"][near], PADDING)))  # fmt: skip
+            is_present = (num_turns >= past) & (a["pair_langs"][near] == a["pair_langs"][chosen])
+            turns.append((np.where(is_present, a["pair_users"][near], PADDING),
+                          np.where(is_present, a["pair_replies"][near], PADDING)))  # fmt: skip
         turns.append((a["pair_users"][chosen], a["pair_replies"][chosen]))
         cues = None
         if kind == "reply":
-            any_mood = rng.integers(0, len(pack.label_ids), len(chosen))
-            is_wrong = rng.random(len(chosen)) < self._settings.wrong_cue
-            cues = np.where(is_wrong, any_mood, a["pair_labels"][chosen])
+            random_labels = rng.integers(0, len(pack.label_ids), len(chosen))
+            is_random = rng.random(len(chosen)) < self._settings.wrong_cue
+            cues = np.where(is_random, random_labels, a["pair_labels"][chosen])
         segments, roles = pack.reply_documents(turns, cues)
         tokens = self._thinned(*pack.flatten(segments, roles))
         prefix = "persona" if kind == "reply" else "plain"
         return packed(pack, prefix, tokens, num_rows, self._settings)
 
     def _thinned(self, tokens: Array, documents: Array, roles: Array) -> tuple[Array, ...]:
-        """Learns the text of some documents, and drops tokens of the text of the others."""
+        """Makes the text of some documents a target; drops tokens from the text of the others."""
         s, rng = self._settings, self._rng
         learns = rng.random(documents[-1] + 1) < s.learn_text
         is_text = roles == TEXT
@@ -186,7 +189,7 @@ class Batcher:
         return tokens[keep], documents[keep], roles[keep]
 
     def _enough(self, num_rows: int) -> int:
-        """More documents than fit, none being shorter than its template."""
+        """A number of documents that is certainly more than fits."""
         return max(8, num_rows * self._settings.row_tokens // 10)
 
 
@@ -194,9 +197,9 @@ def packed(
     pack: Pack, prefix: str, flat: tuple[Array, ...], num_rows: int, settings: Settings,
     probabilities: Array | None = None,
 ) -> dict[str, Array]:  # fmt: skip
-    """Rows of a prefix and as many documents as fit, in order; what is left over is not used.
+    """Rows of a prefix and as many documents as fit, in order.
 
-    used: how many documents.
+    The result's `used` is the number of these documents.
     """
     tokens, documents, roles = flat
     T = settings.row_tokens
@@ -204,8 +207,8 @@ def packed(
     lengths = np.bincount(documents)
     row_of, column_of = _places(lengths.tolist(), len(head), T, num_rows)
     used = len(row_of)
-    here = documents < used
-    tokens, documents, roles = tokens[here], documents[here], roles[here]
+    fits = documents < used
+    tokens, documents, roles = tokens[fits], documents[fits], roles[fits]
     lengths = lengths[:used]
     within = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     at = (np.repeat(row_of * T + column_of, lengths) + within).astype(np.int64)
@@ -230,7 +233,7 @@ def packed(
 
 
 def _places(lengths: list[int], head: int, T: int, num_rows: int) -> tuple[Array, Array]:
-    """Row and column of each document that fits, next fit."""
+    """The row and column of each document that fits, by next-fit packing."""
     rows, columns, row, column = [], [], 0, head
     for length in lengths:
         if column + length > T:
@@ -247,10 +250,9 @@ def _places(lengths: list[int], head: int, T: int, num_rows: int) -> tuple[Array
 def collect(
     parts: list[dict[str, Array]], label_ids: Array, settings: Settings, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Joins rows to one batch of fixed shapes, with the weight of every target.
+    """Joins rows to a batch of fixed shapes, with a weight for every target.
 
-    Raises:
-        ValueError: more targets than `max_targets` allows cannot be left out.
+    Drops random targets if there are more than `max_targets` allows.
     """
     s = settings
     rows = np.cumsum([0] + [len(p["ids"]) for p in parts])
@@ -293,14 +295,14 @@ def _padded(values: Array, size: int) -> Array:
 
 
 def _padded_places(places: Array, size: int) -> Array:
-    """Places without weight behind: each another, for adding to one place takes turns."""
+    """Pads with distinct places, whose weight is 0: adding to the same place would be serial."""
     out = np.arange(size, dtype=places.dtype)
     out[: len(places)] = places
     return out
 
 
 class Batches(IterableDataset[dict[str, Tensor]]):
-    """Endless batches; each worker draws its own."""
+    """An endless sequence of batches; each worker draws its own."""
 
     def __init__(self, pack: Pack, settings: Settings, seed: int) -> None:
         self._pack, self._settings, self._seed = pack, settings, seed

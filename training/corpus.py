@@ -14,7 +14,7 @@ from typing import Any
 from training.similar import measured_lines
 
 OWN_DATA = Path(__file__).parent / "data"
-# How often a template is filled; the same text twice counts once.
+# How often a template is filled; equal texts are kept once.
 FILLINGS = 20
 
 
@@ -42,7 +42,7 @@ def read_sentiment(path: Path) -> list[SentimentRow]:
 
 
 def read_replies(path: Path) -> list[ReplyRow]:
-    """Pairs of a user's line and a reply, of a gzipped JSON Lines file."""
+    """Pairs of a user's line and a reply from a gzipped JSON Lines file."""
     return [
         ReplyRow(r["user"], r["reply"], r["lang"], r["source"], r.get("persona"))
         for r in _read(path)
@@ -52,7 +52,7 @@ def read_replies(path: Path) -> list[ReplyRow]:
 def read_openers(folder: Path = OWN_DATA) -> list[ReplyRow]:
     """The project's own openers: every phrasing of a group with every reply of it.
 
-    Phrasings near what the measures of replies say are left out.
+    Leaves out phrasings similar to a line of the test data.
     """
     measured = measured_lines()
     paths = sorted(folder.glob("openers_*.jsonl"))
@@ -71,8 +71,10 @@ def read_pairs(path: Path) -> list[ReplyRow]:
 
 
 def read_templates(folder: Path = OWN_DATA) -> list[ReplyRow]:
-    """Pairs with one thing in the line and in the reply, from templates; none near a measured
-    line."""
+    """Pairs from templates, whose line and reply name the same thing.
+
+    Leaves out lines similar to a line of the test data.
+    """
     rng, measured = random.Random(0), measured_lines()
     rows = set()
     for path in sorted(folder.glob("templates*.toml")):
@@ -84,7 +86,7 @@ def read_templates(folder: Path = OWN_DATA) -> list[ReplyRow]:
 
 
 def _filled(lang: str, section: dict[str, Any], rng: random.Random) -> Iterator[ReplyRow]:
-    """Every line of a group with every reply, each with some of what its slots may hold."""
+    """Every line of a group with every reply, with random values in their slots."""
     for group in section["pairs"]:
         for user, reply in itertools.product(group["users"], group["replies"]):
             names = sorted(set(re.findall(r"\{(\w+)\}", user + reply)))
@@ -101,7 +103,7 @@ def _sentence(text: str) -> str:
 
 
 def read_own_texts(folder: Path = OWN_DATA) -> list[SentimentRow]:
-    """The project's own texts: each template with some of what its slots may hold."""
+    """The project's own texts: templates with random values in their slots."""
     rng = random.Random(0)
     rows = set()
     for lang, section in tomllib.loads((folder / "texts.toml").read_text(encoding="utf-8")).items():

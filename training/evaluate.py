@@ -1,4 +1,4 @@
-"""How well both roles are played on rows that were held out. Needs numpy and torch alone."""
+"""Evaluates both roles on held-out rows. Needs only numpy and torch."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +16,9 @@ LANGUAGES = ("zh", "en")
 
 @torch.no_grad()
 def evaluate(model: Qwen2, pack: Pack, settings: Settings, device: str) -> dict[str, float]:
-    """Accuracy of labels in three ways and on polar rows alone by language, and the log-loss
-    (nats) of a label and of a token of a reply."""
+    """Label accuracy by language, on all rows and on polar rows; log-loss (nats) of labels, and of
+    replies per token.
+    """
     return _labels(model, pack, settings, device) | _replies(model, pack, settings, device)
 
 
@@ -32,13 +33,13 @@ def _labels(model: Qwen2, pack: Pack, settings: Settings, device: str) -> dict[s
     ])  # fmt: skip
     target = torch.from_numpy(true).to(device)
     result = {"label_loss": round(F.cross_entropy(scores, target).item(), 4)}
-    given, poles = scores.argmax(-1).cpu().numpy(), scores[:, a["poles"].tolist()].argmax(-1)
-    chosen = a["poles"][poles.cpu().numpy()]
+    predicted, poles = scores.argmax(-1).cpu().numpy(), scores[:, a["poles"].tolist()].argmax(-1)
+    predicted_pole = a["poles"][poles.cpu().numpy()]
     for i, lang in enumerate(LANGUAGES):
-        here = a["dev_langs"] == i
-        polar = here & np.isin(true, a["poles"])
-        result[f"{lang}_three_way"] = round(float((given == true)[here].mean()), 4)
-        result[f"{lang}_polar"] = round(float((chosen == true)[polar].mean()), 4)
+        in_language = a["dev_langs"] == i
+        is_polar = in_language & np.isin(true, a["poles"])
+        result[f"{lang}_three_way"] = round(float((predicted == true)[in_language].mean()), 4)
+        result[f"{lang}_polar"] = round(float((predicted_pole == true)[is_polar].mean()), 4)
     return result
 
 
@@ -65,14 +66,14 @@ def _passes(
     model: Qwen2, pack: Pack, prefix: str, documents: tuple[Array, Array], settings: Settings,
     device: str,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
-    """Hidden states (rows * T, C) of some rows at a time, and what lies where in them."""
+    """Hidden states (rows * T, C) of some rows at a time, and the places of their targets."""
     segments, roles = documents
-    some = replace(settings, rows=32)
+    settings = replace(settings, rows=32)
     while len(segments):
         head = len(pack.arrays[f"prefix_{prefix}"])
-        room = some.rows * (some.row_tokens - head)
+        room = settings.rows * (settings.row_tokens - head)
         flat = pack.flatten(segments[: room // 8], roles[: room // 8])
-        rows = packed(pack, prefix, flat, some.rows, some)
+        rows = packed(pack, prefix, flat, settings.rows, settings)
         at: dict[str, Tensor] = to_device(
             {k: torch.from_numpy(v) for k, v in rows.items() if v.ndim}, device
         )

@@ -1,8 +1,8 @@
 """Turns corpus rows into token ids exactly as the server renders them.
 
-Encoding half a million conversations through the chat template would take longer than
-training on them, so turns are assembled here from encoded texts; `check_rendering`
-proves on real rows that the result is what the server sends to the model.
+Encoding half a million conversations with the chat template would take longer than training on
+them. So turns are assembled here from encoded texts, and `check_rendering` checks on a sample of
+rows that the server would send the same ids.
 """
 
 import random
@@ -16,15 +16,15 @@ from training.corpus import ReplyRow, SentimentRow
 
 PLAIN_SYSTEM = "You are a helpful assistant"
 IGNORED = -100
-# Stands in `targets` for the label, of which a distribution is learned.
+# In `targets`: the label, whose distribution is learned.
 LABEL = -1
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids behind a shared prefix; `targets` holds IGNORED where nothing is learned.
+    """Token ids after a shared prefix. targets: IGNORED where nothing is learned.
 
-    probabilities: of the labels, where `targets` holds LABEL.
+    probabilities: of the labels, for the target LABEL.
     """
 
     ids: list[int]
@@ -44,7 +44,7 @@ class Renderer:
         self.newline = encode("\n")
         self.header = {role: [self.start, *encode(f"{role}\n")] for role in ROLES}
         self.values = [label.value for label in task.labels]
-        # Each is one token of this tokenizer.
+        # Each label is one token of this tokenizer.
         self.label_ids = [single(encode(label.text)) for label in task.labels]
         self.cues = {x.value: encode(_only(x.cue)) for x in task.labels}
         self.instructions = self.turn("system", encode(task.instructions))
@@ -54,7 +54,7 @@ class Renderer:
     def sentiment(
         self, text: Sequence[int], probabilities: Sequence[float], learn_text: bool
     ) -> Example:
-        """The analyst's answer about `text`, behind `instructions`."""
+        """The analyst's answer about `text`, after the prefix `instructions`."""
         prompt = self.turn("user", text) + self.header["assistant"]
         best = max(range(len(probabilities)), key=probabilities.__getitem__)
         ids = [*prompt, self.label_ids[best], self.end]
@@ -71,7 +71,7 @@ class Renderer:
         label: str | None,
         reply: Sequence[int],
     ) -> Example:
-        """The warm answer, behind `persona` (with a label) or `plain` (without)."""
+        """The reply, after the prefix `persona` (with a label) or `plain` (without)."""
         prompt: list[int] = []
         for past_user, past_reply in history:
             prompt += self.turn("user", past_user) + self.turn("assistant", past_reply)
@@ -96,7 +96,11 @@ def check_rendering(
     texts: Sequence[SentimentRow],
     replies: Sequence[ReplyRow],
 ) -> None:
-    """Raises AssertionError where an example differs from what the server would send."""
+    """Checks the examples of random rows.
+
+    Raises:
+        AssertionError: an example differs from what the server would send.
+    """
     encode = tokenizer.encode_text
     task = prompts.tasks["sentiment"]
     for row in random.Random(0).sample(list(texts), 100):
@@ -118,12 +122,12 @@ def check_rendering(
 
 
 def trained_prompts() -> TaskFile:
-    """What the bundled model is trained on: the prompts that lie beside its weights."""
+    """The bundled model's prompts, which are stored beside its weights."""
     return read_task_file() | read_task_file(BUNDLED_FOLDER / TASK_FILE_NAME)
 
 
 def _only(texts: Mapping[str, str] | None) -> str:
-    """The text of prompts that have one for all languages."""
+    """The text of a prompt that has the same text for all languages."""
     assert texts is not None
     [text] = texts.values()
     return text

@@ -1,9 +1,9 @@
-"""Puts the weights of a training run where the server finds them.
+"""Exports the weights of a training run for the server.
 
     python -m training.export --weights training/runs/mini/weights --out server/models/qwen-mini
 
-The weights stay rows of 8-bit integers with a scale each, in one file. Other programs do not know
-these; for them give `--dtype`, and the tokenizer's files beside the weights.
+The weights stay rows of 8-bit integers with a scale each, in one file. Other programs do not read
+this format; for them give `--dtype`, and copy the tokenizer's files beside the weights.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def export(weights: Path, out: Path, temperature: float, top_p: float, *, dtype:
     generation = {
         "bos_token_id": config["bos_token_id"], "do_sample": True,
         "eos_token_id": [config["eos_token_id"], config["pad_token_id"]],
-        # No repetition penalty: a model this small needs its few function words again and again.
+        # No repetition penalty: a model this small has to repeat its few function words.
         "pad_token_id": config["pad_token_id"], "temperature": temperature, "top_p": top_p,
     }  # fmt: skip
     for name, values in (("config.json", config), ("generation_config.json", generation)):
@@ -44,7 +44,7 @@ def export(weights: Path, out: Path, temperature: float, top_p: float, *, dtype:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="folder of files of weights")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of weights")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--top-p", type=float, default=0.8)

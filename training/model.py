@@ -1,6 +1,6 @@
-"""A Qwen2 in plain torch, for training: rows of a batch hold a prefix and many documents.
+"""A Qwen2 in plain torch, for training: each row of a batch has a prefix and many documents.
 
-The names of its weights are those of transformers, so a checkpoint of either fits the other.
+Its weights have the same names as in transformers, so checkpoints are interchangeable.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,8 +23,11 @@ class Shape:
     epsilon: float = 1e-6
 
     def config(self) -> dict[str, Any]:
-        """What config.json says of it. Embeddings and output are apart: tied, what a token tells
-        of the mood would drown in what predicts it."""
+        """The content of config.json.
+
+        Embeddings and output weights are not tied: in tied ones, predicting tokens would dominate
+        what an embedding says about the mood.
+        """
         return {
             "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
             "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
@@ -126,8 +129,8 @@ class Qwen2(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
         """Normalised hidden states (B, T, C).
 
-        ids, positions, documents: (B, T). Document 0 is the prefix of the row, which all others
-        attend to; -1 is padding.
+        ids, positions, documents: (B, T). Document 0 is the row's prefix, to which all documents
+        attend; -1 is padding.
         """
         T = ids.shape[1]
         same = documents[:, :, None] == documents[:, None, :]
@@ -148,7 +151,7 @@ class Qwen2(nn.Module):
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE (arXiv 2104.09864), halves rotated against each other as Qwen has it."""
+    """RoPE (arXiv 2104.09864) in Qwen's form, which rotates the two halves against each other."""
     cos, sin = rotation
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,11 +1,11 @@
-"""Makes one file of everything that is learned: tokens, probabilities and shares.
+"""Writes all training data into one file: tokens, probabilities and sampling weights.
 
     python -m training.pack --corpus PATH --out training/runs/pack
 
-Trains the teacher, has it judge fragments and replies, and encodes all texts once, so that
-training needs nothing but arrays. Takes some minutes; the teacher and the fragments are kept in
-the folder and read again. With `--vectors FOLDER`, the checkpoint of any Qwen, the vectors of its
-tokens are taken along in fewer dimensions, for new weights to start from.
+Trains the teacher, labels fragments and replies with it, and encodes all texts once, so that
+training needs only arrays. Takes some minutes; the teacher and the fragments are cached in the
+folder. With `--vectors FOLDER`, the checkpoint of any Qwen, the pack also contains its embeddings,
+reduced to fewer dimensions, to initialise new weights.
 """
 
 import argparse
@@ -46,12 +46,12 @@ from training.similar import measured_lines
 from training.teacher import Fragment, Probabilities, judged_fragments, train_teacher
 
 LANGUAGES = ("zh", "en")
-# How often a source is drawn compared with its size. SST-2 is phrases cut from few reviews.
+# Sampling weight of a source, relative to its size. SST-2 consists of phrases from few reviews.
 SENTIMENT_SOURCES = {
     "openers": 6.0, "own": 6.0, "templates": 2.0,
     "sst2_train": 0.4, "tweeteval_sentiment_val": 2.0, "vader_amazon": 2.0,
 }  # fmt: skip
-# English is harder, so it gets more; there the model leans to the positive, as the teacher did.
+# English has a larger share because it is harder; its negative texts correct a bias to positive.
 SENTIMENT_CLASSES = {
     ("zh", "positive"): 0.12, ("zh", "negative"): 0.12, ("zh", "neutral"): 0.10,
     ("en", "positive"): 0.18, ("en", "negative"): 0.28, ("en", "neutral"): 0.20,
@@ -63,23 +63,23 @@ REPLY_KINDS = {
     ("caring", "zh"): 0.02, ("caring", "en"): 0.03,
     ("support", "zh"): 0.05,
 }  # fmt: skip
-# Of the replies without a cue; "rest" is what does not answer to the point, for its language.
+# The same for replies without a cue. "rest" is not to the point, but teaches the language.
 PLAIN_KINDS = {**REPLY_KINDS, ("rest", "zh"): 0.30}
 OWN = ("openers", "templates")
 NUM_REST = 30_000
-# A pair made by exchanging words, and one that takes up nothing of what was said, against others.
+# Weights of a pair made by swapping words, and of one whose reply shares no piece with the line.
 SWAPPED_WEIGHT, BESIDE_WEIGHT = 0.5, 0.6
 MAX_ROW_TOKENS = 160
-# Share of fragments and patchworks among the texts of which the label is learned.
+# Share of fragments and patchworks among the texts whose label is learned.
 FRAGMENTS = 0.6
-# Share of the teacher in what is learned of a row that has a label: the label is the noisier,
-# except where the project set it.
+# Share of the teacher's probabilities in the target of a labelled row: labels are noisier than the
+# teacher, except the project's own.
 TEACHER_SHARE = {"openers": 0.3, "own": 0.06, "templates": 0.1}
 TEACHER_SHARE_OF_OTHERS = 0.8
-# Share of the film reviews, which come in lower case and cut into words, that are put as typed.
+# Share of the film reviews, which are tokenized and in lower case, to write in normal spelling.
 AS_TYPED = 0.5
 VECTOR_SIZE = 256
-# What tells a question, and the marks that end a question and a statement.
+# Pattern of a question, and the marks that end a question and a statement.
 QUESTIONS = {
     "zh": ("吗|呢|什么|几|多少|哪|谁|怎么|是不是|有没有", "？。"),
     "en": (
@@ -92,7 +92,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Segments:
-    """Token ids of texts, each kept once."""
+    """Token ids of texts, each stored once."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -112,7 +112,7 @@ class Segments:
 
 
 def spellings(row: SentimentRow, rng: random.Random) -> list[str]:
-    """The text as people may type it, in one way or more."""
+    """One or more spellings of the text, as people may type it."""
     text = row.text.strip()
     if row.source.startswith("sst"):
         return [as_typed(text) if rng.random() < AS_TYPED else text]
@@ -120,24 +120,24 @@ def spellings(row: SentimentRow, rng: random.Random) -> list[str]:
 
 
 def as_typed(text: str) -> str:
-    """A review of the Stanford treebanks as people write: "it 's bad ." as "It's bad."."""
+    """A tokenized review in normal spelling: "it 's bad ." becomes "It's bad."."""
     text = re.sub(r" (?=(?:[,.;:!?)]|'\w|n't))|(?<=\() ", "", text)
     return text[:1].upper() + text[1:]
 
 
 def with_and_without_mark(text: str, lang: str) -> list[str]:
-    """A short line as it is and, if it has no mark at its end, with the usual one.
+    """The line and, if it does not end with a mark, the line with the usual mark.
 
-    In the corpus a full stop goes with complaints, for chats have none.
+    Otherwise a full stop would suggest a complaint: lines of chats have none in the corpus.
     """
     if not text[-1].isalnum():
         return [text]
-    asks, marks = QUESTIONS[lang]
-    return [text, text + marks[0 if re.search(asks, text) else 1]]
+    question, marks = QUESTIONS[lang]
+    return [text, text + marks[0 if re.search(question, text) else 1]]
 
 
 def pieces_of(renderer: Renderer, segments: Segments) -> Arrays:
-    """What stands between texts, as segments, and the prefixes as they are."""
+    """The pieces of the chat template between texts, as segments, and the prefixes as ids."""
     r = renderer
     close = [r.end, *r.newline]
     cues = [
@@ -159,14 +159,14 @@ def pieces_of(renderer: Renderer, segments: Segments) -> Arrays:
 
 
 def labelled(
-    texts: Sequence[SentimentRow], judged: Probabilities, fragments: Sequence[Fragment],
+    texts: Sequence[SentimentRow], teacher_probs: Probabilities, fragments: Sequence[Fragment],
     values: Sequence[str], segments: Segments, rng: random.Random,
 ) -> Arrays:  # fmt: skip
-    """Texts with the probabilities to learn, and how often each is drawn."""
+    """Texts with target probabilities and sampling weights."""
     at, probabilities, weights, classes = [], [], [], []
-    given = np.eye(len(values))[[values.index(row.label) for row in texts]]
+    labels = np.eye(len(values))[[values.index(row.label) for row in texts]]
     shares = np.array([TEACHER_SHARE.get(r.source, TEACHER_SHARE_OF_OTHERS) for r in texts])
-    targets = shares[:, None] * judged + (1 - shares[:, None]) * given
+    targets = shares[:, None] * teacher_probs + (1 - shares[:, None]) * labels
     for row, target in zip(texts, targets, strict=True):
         for text in spellings(row, rng):
             at.append(segments.text(text, MAX_ROW_TOKENS - 8))
@@ -177,20 +177,20 @@ def labelled(
         at.append(segments.text(text))
         probabilities.append(np.array(target))
         weights.append(1.0)
-        # With the same shares: drawn as they come, most would be positive, and what is doubtful
-        # would seem so, too.
+        # Balanced like the texts. Otherwise most fragments would be positive, and the model would
+        # label doubtful texts positive.
         classes.append((True, lang, values[int(np.argmax(target))]))
     sums: defaultdict[tuple[bool, str, str], float] = defaultdict(float)
     for key, weight in zip(classes, weights, strict=True):
         sums[key] += weight
-    drawn = [
+    balanced = [
         weight / sums[key] * (FRAGMENTS if key[0] else 1 - FRAGMENTS) * SENTIMENT_CLASSES[key[1:]]
         for key, weight in zip(classes, weights, strict=True)
     ]
     return {
         "text_segments": np.array(at, dtype=np.int32),
         "text_probs": np.round(np.array(probabilities) * 255).astype(np.uint8),
-        "text_weights": np.array(drawn, dtype=np.float32),
+        "text_weights": np.array(balanced, dtype=np.float32),
     }
 
 
@@ -198,9 +198,9 @@ def paired(
     rows: Sequence[ReplyRow], made: Sequence[ReplyRow], rest: Sequence[ReplyRow],
     values: Sequence[str], segments: Segments, rng: random.Random,
 ) -> Arrays:  # fmt: skip
-    """Pairs of a line and a reply in the order of their kinds, and how often each is drawn.
+    """Pairs of a line and a reply, ordered by kind, with sampling weights.
 
-    made: of others, by exchanging words; rest: only drawn without a cue.
+    made: from other pairs by swapping words; rest: only drawn without a cue.
     """
     numbers = dict(zip(rows, shared(rows), strict=True))
     repeated = Counter(row.reply for row in rows)
@@ -209,7 +209,7 @@ def paired(
     weights: dict[str, list[float]] = {"pair": [], "plain": []}
     made_rows = set(made)
     for (kind, lang), group in sorted(groups.items()):
-        drawn = []
+        row_weights = []
         begin = len(columns)
         for row in rng.sample(group, len(group)):
             lines = with_and_without_mark(row.user.strip(), lang) if kind in OWN else [row.user]
@@ -220,11 +220,11 @@ def paired(
                 user, reply = segments.text(line), segments.text(row.reply)
                 label = values.index(row.label or "neutral")
                 columns.append((user, reply, label, LANGUAGES.index(lang)))
-                drawn.append(weight / len(lines))
-        total = sum(drawn)
+                row_weights.append(weight / len(lines))
+        total = sum(row_weights)
         for name, kinds in (("pair", REPLY_KINDS), ("plain", PLAIN_KINDS)):
             share = kinds.get((kind, lang), 0.0) / total
-            weights[name] += [weight * share for weight in drawn]
+            weights[name] += [weight * share for weight in row_weights]
         print(f"{kind} {lang}: {len(columns) - begin} pairs of {len(group)} rows")
     table = np.array(columns, dtype=np.int32)
     return {
@@ -251,23 +251,27 @@ def held_out(
 
 
 def vectors(folder: Path, tokenizer: ChatTokenizer, size: int = VECTOR_SIZE) -> NDArray[np.int8]:
-    """(V, size): for each token the mean vector of what a larger Qwen cuts it into, in `size`
-    dimensions of the most variance, at about 40 to a standard deviation."""
+    """Initial embeddings (V, size) from a larger Qwen, with a standard deviation of 30.
+
+    Each token's vector is the mean of the larger Qwen's vectors for its text, projected to the
+    `size` dimensions of the largest variance.
+    """
     from training.weights import read_weights
 
     large = read_weights(folder)["model.embed_tokens.weight"].numpy()
-    cut = AutoTokenizer.from_pretrained(folder)
+    encode = AutoTokenizer.from_pretrained(folder).encode
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     rows = np.stack([
-        large[ids].mean(0) if (ids := cut.encode(text, add_special_tokens=False)) else 0 * large[0]
+        large[ids].mean(0) if (ids := encode(text, add_special_tokens=False)) else 0 * large[0]
         for text in texts
     ])  # fmt: skip
     rows -= rows.mean(0)
     _, directions = np.linalg.eigh(rows.T @ rows)
-    flat = rows @ directions[:, ::-1][:, :size]
-    # Less of what a few directions have too much of.
-    flat /= np.sqrt(flat.std(0) * flat.std())
-    vectors: NDArray[np.int8] = np.clip(np.round(flat / flat.std() * 30), -127, 127).astype(np.int8)
+    projected = rows @ directions[:, ::-1][:, :size]
+    # Reduces the dominance of a few directions.
+    projected /= np.sqrt(projected.std(0) * projected.std())
+    scaled = np.clip(np.round(projected / projected.std() * 30), -127, 127)
+    vectors: NDArray[np.int8] = scaled.astype(np.int8)
     return vectors
 
 
@@ -292,10 +296,10 @@ def main() -> None:
     teacher = train_teacher(texts, values, args.out / "teacher.joblib")
     fragments = judged_fragments(texts, replies, teacher, rng, args.out / "fragments.joblib")
 
-    used = wanted(replies)
-    good = to_the_point(label_replies(used, texts, teacher), teacher)
+    suitable = wanted(replies)
+    good = to_the_point(label_replies(suitable, texts, teacher), teacher)
     chosen = set(good)
-    rest = [row for row in used if row.lang == "zh" and reply_kind(row) == "support"]
+    rest = [row for row in suitable if row.lang == "zh" and reply_kind(row) == "support"]
     rest = [row for row in rng.sample(rest, len(rest)) if row not in chosen][:NUM_REST]
     segments = Segments(tokenizer)
     arrays = pieces_of(renderer, segments)
@@ -317,7 +321,7 @@ def main() -> None:
 def _texts(
     corpus: Path, openers: Sequence[ReplyRow], dev: Sequence[SentimentRow]
 ) -> list[SentimentRow]:
-    """Labelled texts of the corpus and of the project, none of which measures."""
+    """Labelled texts of the corpus and of the project, without those of the test data."""
     measured, seen = measured_lines(), {row.text for row in dev}
     texts = read_sentiment(corpus / "sentiment_train.jsonl.gz")
     own = {(r.user, str(r.label), r.lang, r.source) for r in [*openers, *read_templates()]}

@@ -1,7 +1,7 @@
-"""How many answers to the openers of the measure are to the point, in the course of a training.
+"""Measures during training how many answers to the test openers are to the point.
 
-Needs torch, numpy and tokenizers alone. The share is that of `benchmarks.points` at temperature 0,
-with the true mood as the cue; the server's also depends on its labels and its sampling.
+Needs only torch, numpy and tokenizers. The share is that of `benchmarks.points` at temperature 0
+with the true mood as the cue; in the server it also depends on its labels and its sampling.
 """
 
 import json
@@ -40,13 +40,13 @@ class Points:
 
     @torch.no_grad()
     def answers(self, model: Qwen2) -> list[str]:
-        """The likeliest answers."""
+        """The greedy answers."""
         rows = [[*self._head, *prompt] for prompt in self._prompts]
         lengths = torch.tensor([len(row) for row in rows], device=self._device)
         width = max(map(len, rows)) + MAX_TOKENS
         ids = torch.zeros(len(rows), width, dtype=torch.long, device=self._device)
-        for row, known in zip(ids, rows, strict=True):
-            row[: len(known)] = torch.tensor(known)
+        for row, prompt in zip(ids, rows, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
         at = torch.arange(len(rows), device=self._device)
         positions = torch.arange(width, device=self._device).expand_as(ids)
         for i in range(MAX_TOKENS):
@@ -55,21 +55,21 @@ class Points:
             hidden = model(ids, positions, documents)[at, lengths + i - 1]
             ids[at, lengths + i] = model.lm_head(hidden).argmax(-1)
         texts = []
-        for row, known in zip(ids.tolist(), rows, strict=True):
-            answer = row[len(known) : len(known) + MAX_TOKENS]
+        for row, prompt in zip(ids.tolist(), rows, strict=True):
+            answer = row[len(prompt) : len(prompt) + MAX_TOKENS]
             end = answer.index(self._end) if self._end in answer else None
             texts.append(self._tokenizer.decode(answer[:end]))
         return texts
 
     def shares(self, model: Qwen2) -> dict[str, float]:
-        """Of answers in which a word of the topic is, by language."""
+        """Share of answers that contain a word of the topic, by language."""
         hits = [
             (opener["lang"], re.search(opener["topic"], answer, re.IGNORECASE) is not None)
             for opener, answer in zip(self._openers, self.answers(model), strict=True)
         ]
         return {
             f"{lang}_to_the_point": round(
-                float(np.mean([hit for of, hit in hits if of == lang])), 4
+                float(np.mean([hit for each, hit in hits if each == lang])), 4
             )
             for lang in ("zh", "en")
         }

@@ -1,4 +1,4 @@
-"""Chooses replies that answer to the point, and makes more of the project's own."""
+"""Selects replies that are to the point, and augments the project's own pairs."""
 
 import random
 import re
@@ -14,20 +14,20 @@ from training.corpus import OWN_DATA, ReplyRow, SentimentRow
 from training.similar import Lines, measured_lines, pieces
 from training.teacher import Probabilities, Teacher
 
-# What a counsellor says who knows the user from earlier sessions.
+# Phrases of a counsellor in a series of sessions.
 _SESSION = re.compile("咨询|来访|您|心理师|治疗|量表|上次|我们一起探讨|评估|疗法|医生")
-# A piece that stands in more than this share of the replies tells no topic.
+# A piece in more than this share of the replies says nothing about the topic.
 COMMON = 0.004
-# How sure the teacher must be of a reply's mood for the pair to be left out.
+# A pair is left out if the teacher gives the opposite mood of the reply more than this probability.
 SURE = 0.6
 MAX_SUPPORT = 60  # characters
-SWAPPED = 3  # pairs made of one by exchanging words, at most
-# A word as such in English; in Chinese any place will do.
+SWAPPED = 3  # new pairs made from one by swapping words, at most
+# Patterns of a word: whole words in English, anywhere in Chinese.
 _WORD = {"zh": "{}", "en": r"\b{}\b"}
 
 
 def reply_kind(row: ReplyRow) -> str | None:
-    """Of what kind a row of the corpus is, or None if its tone is not wanted."""
+    """The kind of a row of the corpus, or None if its tone is not suitable."""
     if row.source in ("openers", "templates"):
         return row.source
     if row.source == "ms_chitchat":
@@ -39,32 +39,32 @@ def reply_kind(row: ReplyRow) -> str | None:
 
 
 def wanted(rows: Sequence[ReplyRow]) -> list[ReplyRow]:
-    """Rows of a wanted kind whose user's line is not near what measures."""
+    """Rows of a suitable kind whose user's line is not similar to one of the test data."""
     measured = measured_lines()
     return [row for row in rows if reply_kind(row) and not measured.has_near(row.user)]
 
 
 def shared(rows: Sequence[ReplyRow]) -> list[int]:
-    """How many telling pieces each reply shares with the user's line."""
+    """The number of topical pieces that each reply shares with the user's line."""
     numbers = [0] * len(rows)
     for lang in ("zh", "en"):
-        of_replies = [pieces(row.reply) if row.lang == lang else frozenset() for row in rows]
-        counts = Counter(piece for own in of_replies for piece in own)
+        reply_pieces = [pieces(row.reply) if row.lang == lang else frozenset() for row in rows]
+        counts = Counter(piece for each in reply_pieces for piece in each)
         limit = COMMON * sum(row.lang == lang for row in rows)
-        telling = {piece for piece, count in counts.items() if count <= limit}
-        for i, (row, own) in enumerate(zip(rows, of_replies, strict=True)):
+        topical = {piece for piece, count in counts.items() if count <= limit}
+        for i, (row, each) in enumerate(zip(rows, reply_pieces, strict=True)):
             if row.lang == lang:
-                numbers[i] = len(own & telling & pieces(row.user))
+                numbers[i] = len(each & topical & pieces(row.user))
     return numbers
 
 
 def to_the_point(rows: Sequence[ReplyRow], teacher: Teacher) -> list[ReplyRow]:
-    """Labelled rows of the corpus without those that speak past the user or in the wrong tone.
+    """The labelled rows whose reply is on the user's topic and has the right tone.
 
-    Chit-chat answers what kind of line it is rather than its words, so of it only the tone counts.
+    Chit-chat replies to the kind of line rather than to its words, so only its tone is checked.
     """
     numbers = shared(rows)
-    moods = _judged([row.reply for row in rows], [row.lang for row in rows], teacher)
+    moods = _probabilities([row.reply for row in rows], [row.lang for row in rows], teacher)
     at = {value: i for i, value in enumerate(teacher.values)}
     kept = []
     for row, number, mood in zip(rows, numbers, moods, strict=True):
@@ -79,21 +79,23 @@ def to_the_point(rows: Sequence[ReplyRow], teacher: Teacher) -> list[ReplyRow]:
 def label_replies(
     replies: Sequence[ReplyRow], texts: Sequence[SentimentRow], teacher: Teacher
 ) -> list[ReplyRow]:
-    """The same rows with the sentiment of the user's line: the known one, or the teacher's."""
+    """The rows with the label of the user's line: the known one, or the teacher's."""
     known = {row.text: row.label for row in texts}
-    judged = _judged([row.user for row in replies], [row.lang for row in replies], teacher)
+    users, langs = [row.user for row in replies], [row.lang for row in replies]
+    labels = _probabilities(users, langs, teacher).argmax(-1)
     return [
         replace(row, label=known.get(row.user, teacher.values[i]))
-        for row, i in zip(replies, judged.argmax(-1).tolist(), strict=True)
+        for row, i in zip(replies, labels.tolist(), strict=True)
     ]
 
 
-def _judged(texts: Sequence[str], langs: Sequence[str], teacher: Teacher) -> Probabilities:
+def _probabilities(texts: Sequence[str], langs: Sequence[str], teacher: Teacher) -> Probabilities:
+    """The teacher's label probabilities: (N, labels)."""
     result = np.zeros((len(texts), len(teacher.values)), dtype=np.float32)
     for lang in sorted(set(langs)):
-        chosen = np.array([other == lang for other in langs])
-        result[chosen] = teacher.judge(
-            [t for t, o in zip(texts, langs, strict=True) if o == lang], lang
+        in_language = np.array([each == lang for each in langs])
+        result[in_language] = teacher.judge(
+            [text for text, each in zip(texts, langs, strict=True) if each == lang], lang
         )
     return result
 
@@ -101,10 +103,10 @@ def _judged(texts: Sequence[str], langs: Sequence[str], teacher: Teacher) -> Pro
 def swapped(
     rows: Sequence[ReplyRow], rng: random.Random, folder: Path = OWN_DATA
 ) -> list[ReplyRow]:
-    """More rows: a word of a line exchanged for another of its list, in the reply, too."""
+    """New rows: words of a line replaced by others of their list, in the reply, too."""
     measured: Lines = measured_lines()
     lists = tomllib.loads((folder / "swaps.toml").read_text(encoding="utf-8"))
-    having = {
+    patterns = {
         lang: re.compile(
             "|".join(_WORD[lang].format(w) for group in groups.values() for w in group)
         )
@@ -114,10 +116,10 @@ def swapped(
         lang: {word: group for group in groups.values() for word in group}
         for lang, groups in lists.items()
     }
-    made: dict[ReplyRow, None] = {}
+    new_rows: dict[ReplyRow, None] = {}
     for row in rows:
         for _ in range(SWAPPED):
-            words = set(having[row.lang].findall(row.user))
+            words = set(patterns[row.lang].findall(row.user))
             if not words:
                 break
             new = row
@@ -128,8 +130,8 @@ def swapped(
                     new, user=pattern.sub(other, new.user), reply=pattern.sub(other, new.reply)
                 )
             if new.user != row.user and not measured.has_near(new.user):
-                made[new] = None
-    return list(made)
+                new_rows[new] = None
+    return list(new_rows)
 
 
 def by_kind(rows: Sequence[ReplyRow]) -> dict[tuple[str, str], list[ReplyRow]]:

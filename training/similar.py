@@ -1,4 +1,4 @@
-"""Tells lines that say nearly the same, so that what measures is not what was trained on."""
+"""Finds similar lines, to keep the lines of the test data out of the training data."""
 
 import json
 import re
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MEASURES = Path(__file__).parent.parent / "benchmarks" / "data"
-NEAR = 0.5  # of the pieces of two lines, how many are in both
+NEAR = 0.5  # smallest Jaccard similarity of the pieces of two similar lines
 _NO_LETTERS = re.compile(r"[\W_]+")
 _HAN = re.compile(r"[\u3400-\u9fff]")
-# So common that they tell nothing of what a line is about.
+# Function words, which say nothing about the topic of a line.
 _FUNCTION = frozenset(
     {"a", "an", "the", "i", "i'm", "im", "my", "me", "we", "our", "you", "your", "he", "she", "it",
      "its", "his", "her", "they", "is", "am", "are", "was", "were", "be", "been", "do", "does",
@@ -20,12 +20,12 @@ _FUNCTION = frozenset(
 
 
 def bare(text: str) -> str:
-    """Letters and digits alone, in lower case."""
+    """The letters and digits of a text, in lower case."""
     return _NO_LETTERS.sub("", text).lower()
 
 
 def pieces(text: str) -> frozenset[str]:
-    """Pairs of characters of a Chinese line, the telling words of another."""
+    """The character pairs of a Chinese line; the words of another without function words."""
     if _HAN.search(text):
         line = bare(text)
         return frozenset(line[i : i + 2] for i in range(len(line) - 1)) or frozenset({line})
@@ -34,7 +34,7 @@ def pieces(text: str) -> frozenset[str]:
 
 
 class Lines:
-    """Lines that others are compared with."""
+    """An index of lines for similarity search."""
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._bare: set[str] = set()
@@ -54,7 +54,7 @@ class Lines:
         return bare(line) in self._bare
 
     def has_near(self, line: str) -> bool:
-        """Whether one of them is the same line, or shares NEAR of its pieces."""
+        """Whether one of the lines is equal or similar."""
         if self.has_same(line):
             return True
         own = pieces(line)
@@ -63,7 +63,7 @@ class Lines:
 
 
 def measured_lines(folder: Path = MEASURES) -> Lines:
-    """What users say in the measures of replies."""
+    """The users' lines of the test data of replies."""
     lines: list[str] = []
     for name in ("points.jsonl", "openers.jsonl", "abilities.jsonl", "pairs.jsonl"):
         path = folder / name

@@ -1,8 +1,8 @@
-"""The teacher: linear classifiers over n-grams, whose judgement the model learns to share.
+"""The teacher: linear n-gram classifiers, whose label probabilities the model learns.
 
-Counted n-grams see in one pass what a small transformer needs many epochs for, and their
-probabilities are less noisy than the corpus's labels. They also judge what has no label:
-fragments of a text, and the lines of the reply corpus.
+They learn in one pass what a small transformer needs many epochs for, and their probabilities are
+less noisy than the corpus's labels. They also label texts without a label: fragments of texts, and
+the lines of the reply corpus.
 """
 
 import random
@@ -20,15 +20,15 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from training.corpus import ReplyRow, SentimentRow
 
 FOLDS = 3
-# In English it leans to the positive, on the dev rows by about this much.
+# Corrects a bias towards positive in English, as measured on the dev rows.
 ODDS = {("en", "negative"): 1.4}
 MAX_WORDS, MAX_CHARACTERS = 8, 12  # of a fragment, English and Chinese
-# How many fragments and patchworks are made.
+# Numbers of fragments and patchworks.
 NUM_FRAGMENTS = {"zh": 60_000, "en": 130_000}
 NUM_PATCHWORKS = {"zh": 90_000, "en": 320_000}
 
 Probabilities = NDArray[np.float32]
-# Its text, language and label probabilities.
+# Text, language and label probabilities.
 Fragment = tuple[str, str, Sequence[float]]
 
 
@@ -48,7 +48,7 @@ def _classifier(lang: str) -> Pipeline:
 
 
 class Teacher:
-    """Judges texts of the languages it was trained on."""
+    """Gives label probabilities of texts, with one classifier per language."""
 
     def __init__(self, rows: Sequence[SentimentRow], values: Sequence[str]) -> None:
         """values: the labels, in the order of the probabilities."""
@@ -56,7 +56,7 @@ class Teacher:
         self._order = np.argsort(np.argsort(values))
         self._by_lang: dict[str, Pipeline] = {}
         self._seen = {row.text: i for i, row in enumerate(rows)}
-        # What it says of each row after training on the others.
+        # Probabilities of each row by a classifier trained without the row's fold.
         self.out_of_fold: Probabilities = np.zeros((len(rows), len(values)), dtype=np.float32)
         for lang in sorted({row.lang for row in rows}):
             chosen = np.array([row.lang == lang for row in rows])
@@ -64,17 +64,19 @@ class Teacher:
             labels = [row.label for row in rows if row.lang == lang]
             classifier = _classifier(lang)
             folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-            judged = cross_val_predict(classifier, texts, labels, cv=folds, method="predict_proba")
-            self.out_of_fold[chosen] = self._upright(judged[:, self._order], lang)
+            probabilities = cross_val_predict(
+                classifier, texts, labels, cv=folds, method="predict_proba"
+            )
+            self.out_of_fold[chosen] = self._corrected(probabilities[:, self._order], lang)
             self._by_lang[lang] = classifier.fit(texts, labels)
 
     def judge(self, texts: Sequence[str], lang: str) -> Probabilities:
-        """(N, labels)"""
-        judged = self._by_lang[lang].predict_proba(texts)[:, self._order]
-        return self._upright(judged, lang)
+        """Label probabilities: (N, labels)."""
+        probabilities = self._by_lang[lang].predict_proba(texts)[:, self._order]
+        return self._corrected(probabilities, lang)
 
     def views(self, rows: Sequence[SentimentRow]) -> Probabilities:
-        """(N, labels): of rows it was trained on, what it says after training on the others."""
+        """Label probabilities: (N, labels); for rows it was trained on, the out-of-fold ones."""
         result = np.zeros((len(rows), len(self.values)), dtype=np.float32)
         for lang in sorted({row.lang for row in rows}):
             new = [i for i, r in enumerate(rows) if r.lang == lang and r.text not in self._seen]
@@ -85,14 +87,14 @@ class Teacher:
                 result[i] = self.out_of_fold[self._seen[row.text]]
         return result
 
-    def _upright(self, judged: Probabilities, lang: str) -> Probabilities:
-        """(N, labels) without the lean."""
-        weighed = judged * [ODDS.get((lang, value), 1.0) for value in self.values]
-        return np.asarray(weighed / weighed.sum(-1, keepdims=True), dtype=np.float32)
+    def _corrected(self, probabilities: Probabilities, lang: str) -> Probabilities:
+        """Probabilities (N, labels) with the bias corrected by ODDS."""
+        weighted = probabilities * [ODDS.get((lang, value), 1.0) for value in self.values]
+        return np.asarray(weighted / weighted.sum(-1, keepdims=True), dtype=np.float32)
 
 
 def train_teacher(rows: Sequence[SentimentRow], values: Sequence[str], path: Path) -> Teacher:
-    """Trains it, some minutes, or reads it from `path` if it is there."""
+    """Trains the teacher, which takes some minutes, or reads it from `path` if that exists."""
     if path.exists():
         teacher: Teacher = joblib.load(path)
         return teacher
@@ -102,7 +104,7 @@ def train_teacher(rows: Sequence[SentimentRow], values: Sequence[str], path: Pat
 
 
 def fragment(text: str, lang: str, rng: random.Random) -> str:
-    """A few words or characters of a text, so that a short prompt shows what each is worth."""
+    """A few words or characters of a text: short prompts show the effect of each."""
     if lang == "zh":
         parts, longest, joint = list(text), MAX_CHARACTERS, ""
     else:
@@ -113,8 +115,9 @@ def fragment(text: str, lang: str, rng: random.Random) -> str:
 
 
 def patchwork(texts: Sequence[str], lang: str, rng: random.Random) -> str:
-    """Fragments of two to four texts as one, which nobody has labelled: of the texts themselves
-    a model soon knows the labels by heart, and no longer learns what the teacher goes by.
+    """Joins fragments of two to four texts.
+
+    A model soon memorises the labels of whole texts, and then learns no more from the teacher.
     """
     joints = ["，", "。", ""] if lang == "zh" else [", ", ". ", " "]
     pieces = [fragment(rng.choice(texts), lang, rng) for _ in range(rng.randint(2, 4))]
@@ -125,14 +128,13 @@ def judged_fragments(
     texts: Sequence[SentimentRow], replies: Sequence[ReplyRow], teacher: Teacher,
     rng: random.Random, path: Path,
 ) -> list[Fragment]:  # fmt: skip
-    """Whole lines of the reply corpus, fragments of everything and patchworks of fragments, as
-    the teacher sees them.
+    """Lines of the reply corpus, fragments and patchworks, with the teacher's probabilities.
 
-    That takes some minutes; read from `path` if it is there.
+    Takes some minutes; reads them from `path` if that exists.
     """
-    judged: list[Fragment] = joblib.load(path) if path.exists() else []
-    if judged:
-        return judged
+    fragments: list[Fragment] = joblib.load(path) if path.exists() else []
+    if fragments:
+        return fragments
     for lang, num_fragments in NUM_FRAGMENTS.items():
         lines = [line for r in replies if r.lang == lang for line in (r.user, r.reply)]
         sources = lines + [row.text for row in texts if row.lang == lang]
@@ -141,6 +143,6 @@ def judged_fragments(
         drawn += rng.sample(lines, min(len(lines), num_fragments // 4))
         drawn = sorted({line for line in drawn if line.strip()})
         probabilities = teacher.judge(drawn, lang).tolist()
-        judged += [(text, lang, p) for text, p in zip(drawn, probabilities, strict=True)]
-    joblib.dump(judged, path)
-    return judged
+        fragments += [(text, lang, p) for text, p in zip(drawn, probabilities, strict=True)]
+    joblib.dump(fragments, path)
+    return fragments

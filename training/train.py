@@ -4,8 +4,8 @@
     python -m training.train --pack training/runs/pack/pack.npz --run training/runs/mini
     python -m training.export --weights training/runs/mini/weights --out server/models/qwen-mini
 
-Needs torch, numpy, safetensors and tokenizers alone. A run writes checkpoints and goes on from the
-last one when started again. The averaged weights of the last evaluation are kept.
+Needs only torch, numpy, safetensors and tokenizers. A run writes checkpoints and resumes from the
+last one when it is started again. The output is the averaged weights of the last evaluation.
 """
 
 import argparse
@@ -37,15 +37,15 @@ SHAPES = {
     "tiny": Shape(hidden_size=64, num_layers=2, num_heads=2, intermediate_size=128),
 }
 MAX_PART = 15_000_000  # bytes
-FINAL_LR = 0.02  # of the peak
-WARMUP = 0.02
-# A token's own row is learned in few of the steps.
+FINAL_LR = 0.02  # share of the peak
+WARMUP = 0.02  # share of the run
+# Factor of the learning rate: few steps update a given token's row.
 EMBEDDINGS_LR = 2.0
 WEIGHT_DECAY = 0.1
 EMA_DECAY = 0.999
-# Of the old vectors' size, that of the new ones beside them.
+# Size of new embedding dimensions, relative to the old ones.
 NEW_VECTORS = 0.3
-# What the text of users weighs in the course of a run, of what it is set to: language first.
+# The weight of users' texts falls to 0 over this share of the run: language is learned first.
 TEXT_UNTIL = 0.6
 
 STARTED = time.monotonic()
@@ -54,9 +54,9 @@ Losses = tuple[Tensor, Tensor, Tensor]
 
 
 def loss_of(model: Qwen2, batch: dict[str, Tensor], text_weight: Tensor) -> Losses:
-    """What is to be minimised, and of it the mean loss of labels and of replies.
+    """The loss to minimise, and its parts: the mean losses of labels and of replies.
 
-    The distribution of a label is learned over all tokens, so others lose to it.
+    The loss of a label is taken over all tokens, so that other tokens become unlikely.
     """
     hidden = model(batch["ids"], batch["positions"], batch["documents"]).flatten(0, 1)
     logits = model.lm_head(hidden[batch["target_at"]]).float()
@@ -65,13 +65,13 @@ def loss_of(model: Qwen2, batch: dict[str, Tensor], text_weight: Tensor) -> Loss
     reply = (each * batch["target_weights"] * is_reply).sum()
     text = (each * batch["target_weights"] * (1 - is_reply)).sum()
     logprobs = F.log_softmax(model.lm_head(hidden[batch["label_at"]]).float(), dim=-1)
-    of_labels = logprobs[:, batch["label_ids"]]
-    label = -((of_labels * batch["label_probs"]).sum(-1) * batch["label_weights"]).sum()
+    label_logprobs = logprobs[:, batch["label_ids"]]
+    label = -((label_logprobs * batch["label_probs"]).sum(-1) * batch["label_weights"]).sum()
     return label + reply + text_weight * text, label.detach(), reply.detach()
 
 
 def learning_rate(progress: float) -> float:
-    """As a share of the peak: a short rise, then half a cosine."""
+    """The share of the peak: linear warm-up, then cosine decay."""
     if progress < WARMUP:
         return progress / WARMUP
     return FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
@@ -79,11 +79,10 @@ def learning_rate(progress: float) -> float:
 
 @torch.no_grad()
 def start_from(model: Qwen2, pack: Pack, folder: Path) -> None:
-    """Takes the weights of a checkpoint with as many layers, which may be narrower.
+    """Copies the weights of a checkpoint with as many layers, which may be narrower.
 
-    What is new writes nothing to the old dimensions at first and is not read by what is old, so
-    that the model begins by saying nearly what the checkpoint says. The new dimensions of the
-    embeddings hold what the pack has of a larger Qwen's.
+    New dimensions do not affect the old ones at first, so that the model starts close to the
+    checkpoint. The new dimensions of the embeddings start from the pack's vectors of a larger Qwen.
     """
     old = read_weights(folder)
     width = old["model.norm.weight"].shape[0]
@@ -92,7 +91,7 @@ def start_from(model: Qwen2, pack: Pack, folder: Path) -> None:
     for name, weight in model.named_parameters():
         known = old[name].to(weight.device)
         if weight.ndim == 1:
-            # The mean square is taken over new, small dimensions, too.
+            # The mean square now includes the new, small dimensions.
             scale = (width / size) ** 0.5 if "norm" in name else 1.0
             weight[: len(known)] = known * scale
             continue
@@ -120,7 +119,7 @@ def new_optimizer(model: Qwen2, peak_lr: float) -> torch.optim.AdamW:
 
 
 class Run:
-    """A training under way: weights and their average."""
+    """The state of a training run: the weights and their average."""
 
     def __init__(self, model: Qwen2, args: argparse.Namespace) -> None:
         self.model, self._args = model, args
@@ -135,7 +134,7 @@ class Run:
             self.elapsed, self.step = state["elapsed"], state["step"]
 
     def update(self, lr_share: float) -> None:
-        """A step of the optimizer with the gradients there are, and of the average."""
+        """Updates the weights with the current gradients, and the average."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self._args.peak_lr * lr_share
@@ -156,11 +155,11 @@ class Run:
         torch.save(state, self._file.with_suffix(".tmp"))
         self._file.with_suffix(".tmp").replace(self._file)
 
-    def keep(self, scores: dict[str, float]) -> None:
-        """Writes the averaged weights and what they reached, in place of the former ones.
+    def write_average(self, scores: dict[str, float]) -> None:
+        """Writes the averaged weights and their scores, replacing earlier ones.
 
-        The last ones count: the log-loss of held-out replies is least after a twentieth of a run,
-        before any answer is to the point.
+        Not the weights with the smallest log-loss of held-out replies: that is reached after a
+        twentieth of a run, before any answer is to the point.
         """
         write_parts(quantized(self.average.state_dict()), self._args.out, MAX_PART)
         (self._args.out / "config.json").write_text(
@@ -174,7 +173,7 @@ def autocast(device: str) -> AbstractContextManager[None]:
 
 
 def compiled(model: Qwen2, batch: dict[str, Tensor], device: str) -> Callable[..., Losses]:
-    """`loss_of` compiled and tried once, forwards and backwards; as it is where that fails."""
+    """`loss_of`, compiled and run once, forward and backward; not compiled if that fails."""
     compute: Callable[..., Losses] = torch.compile(loss_of)
     try:
         with autocast(device):
@@ -194,8 +193,8 @@ def train(run: Run, pack: Pack, batches: Iterator[dict[str, Tensor]], args: Any)
     if args.compile:
         first = to_device(next(batches), args.device) | {"label_ids": label_ids}
         compute = compiled(run.model, first, args.device)
-    # Compiling does not count.
-    begun, next_at = clock(), 0.0
+    # Compilation does not count as training time.
+    begin, next_at = clock(), 0.0
     total_s = min(args.minutes * 60, run.elapsed + args.until_s - time.monotonic() + STARTED)
     sums, count = torch.zeros(2, device=args.device), 0
     points = Points(pack, args.device)
@@ -210,27 +209,27 @@ def train(run: Run, pack: Pack, batches: Iterator[dict[str, Tensor]], args: Any)
             run.update(learning_rate(progress))
             sums += torch.stack((label, reply))
             count += 1
-            run.elapsed, begun = run.elapsed + clock() - begun, clock()
+            run.elapsed, begin = run.elapsed + clock() - begin, clock()
             if run.elapsed / total_s < next_at:
                 continue
             next_at = min(1.0, (run.elapsed + 1e-9) / total_s + 1 / args.evaluations)
             label_mean, reply_mean = (sums / count).tolist()  # waits for the device
             sums.zero_()
             count = 0
-            run.elapsed, begun = run.elapsed + clock() - begun, clock()
+            run.elapsed, begin = run.elapsed + clock() - begin, clock()
             with autocast(args.device):
                 scores = evaluate(run.average, pack, args.settings, args.device)
                 scores |= points.shares(run.average)
             line = {"minutes": round(run.elapsed / 60, 2), "step": run.step,
                     "label": round(label_mean, 4), "reply": round(reply_mean, 4)}  # fmt: skip
             line |= scores
-            run.keep(line)
+            run.write_average(line)
             print(json.dumps(line), flush=True)
             log.write(json.dumps(line) + "\n")
             log.flush()
             if args.checkpoints:
                 run.save()
-            begun = clock()
+            begin = clock()
 
 
 def main() -> None:
@@ -263,19 +262,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pack", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints")
-    parser.add_argument("--out", type=Path, help="folder of the averaged weights; RUN/weights")
-    parser.add_argument("--start-from", type=Path, help="folder of a checkpoint to go on from")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the averaged weights; default: RUN/weights"
+    )
+    parser.add_argument("--start-from", type=Path, help="folder of a checkpoint to start from")
     parser.add_argument("--shape", choices=SHAPES, default="mini")
     parser.add_argument("--minutes", type=float, default=120.0, help="length of the whole run")
-    parser.add_argument("--until-s", type=float, default=math.inf, help="shortens it to end then")
+    parser.add_argument("--until-s", type=float, default=math.inf, help="latest end of the run")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--row-tokens", type=int, default=256)
-    parser.add_argument("--label-rows", type=float, default=0.42, help="share of labels, 0 to 1")
+    parser.add_argument("--label-rows", type=float, default=0.42, help="share of rows of labels")
     parser.add_argument("--drop-token", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--peak-lr", type=float, default=6e-4)
-    parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
-    parser.add_argument("--compile", action="store_true", help="needs a compiler")
+    parser.add_argument("--workers", type=int, default=0, help="processes that create batches")
+    parser.add_argument("--compile", action="store_true", help="requires a compiler")
     parser.add_argument("--no-checkpoints", dest="checkpoints", action="store_false")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--evaluations", type=int, default=16)

@@ -25,11 +25,11 @@ QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How often an English line is counted. The corpus has twice as much Chinese, and its phrases, run
-# together, would leave English 3,100 of 16,000 tokens: words that carry the mood fall to pieces.
+# How often an English line counts. The corpus has twice as much Chinese, whose unspaced phrases
+# would leave English 3,100 of 16,000 tokens and split the words that express a mood.
 ENGLISH_WEIGHT = 6
 MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# ChatML as Qwen1.5 uses it, its default system prompt included.
+# Qwen1.5's ChatML, with its default system prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `vocab_size` ids in which every label of every task is one token."""
+    """A tokenizer with `vocab_size` ids in which every label of every task is one token."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,7 +73,7 @@ def train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 def _lines(corpus: Path) -> Iterator[str]:
     labels = [label.text for task in trained_prompts().tasks.values() for label in task.labels]
-    # Often enough that each label is merged early into one token.
+    # So often that each label is merged into one token early.
     yield from labels * 20_000 * ENGLISH_WEIGHT
     for row in read_sentiment(corpus / "sentiment_train.jsonl.gz"):
         yield from [row.text] * _weight(row.lang)

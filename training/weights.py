@@ -1,7 +1,7 @@
-"""Writes weights as small as they are served: rows of 8-bit integers with a scale each.
+"""Writes weights as rows of 8-bit integers with a scale each.
 
-The server quantizes to the same integers itself (server/core/engine/model/linear.py), so in int8
-nothing is lost. Files can be kept below a size, so that they can be carried apart.
+The server's int8 quantization gives the same integers (server/core/engine/model/linear.py), so int8
+loses nothing. The weights can be split into files below a size limit.
 """
 
 import json
@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(R, C) -> integers (R, C), scales (R,): the largest of each row at 127."""
+    """(R, C) -> integers (R, C), scales (R,). The largest value of each row becomes 127."""
     wide = weight.float()
     scales = wide.abs().amax(1).clamp_min(1e-12) / 127
     return (wide / scales[:, None]).round().to(torch.int8), scales
@@ -28,7 +28,7 @@ def dequantize(integers: Tensor, scales: Tensor) -> Tensor:
 
 
 def quantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as integers and scales, vectors in float32."""
+    """The matrices as integers and scales, the vectors in float32."""
     result = {}
     for name, weight in state.items():
         if weight.ndim == 2:
@@ -39,7 +39,7 @@ def quantized(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_parts(state: Mapping[str, Tensor], folder: Path, max_bytes: int) -> None:
-    """Writes tensors to files of at most `max_bytes` and an index, as transformers names them."""
+    """Writes tensors to files of at most `max_bytes`, and an index, with transformers' names."""
     folder.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
