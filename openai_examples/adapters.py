@@ -1,4 +1,4 @@
-"""One question to the model and to each of its adapters (`--adapter NAME=FOLDER`), side by side.
+"""Sends one message to the model and to each of its adapters (`--adapter NAME=FOLDER`).
 
 python -m openai_examples.adapters
 """
@@ -11,7 +11,7 @@ MESSAGE: ChatCompletionUserMessageParam = {"role": "user", "content": "今天下
 
 
 def main() -> None:
-    """The list names each model twice: with sentiment, and as `:plain` without."""
+    """Prints an answer of each. The list also has each model as `:plain`, without sentiment."""
     with clear_errors():
         client = connect()
         for model in client.models.list():

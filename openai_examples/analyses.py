@@ -1,4 +1,4 @@
-"""More than the mood: what else the server can tell of a message, while it answers.
+"""Several analyses of a message with one chat request: sentiment, emotion, intent, keywords.
 
 python -m openai_examples.analyses
 """
@@ -11,15 +11,15 @@ MESSAGE = "快递三天没动静，客服也不回，你们到底管不管？"
 TASKS = ["sentiment", "emotion", "intent", "keywords"]
 
 
-def told(result: Any) -> str:
-    """A label with its probability, or pieces of the text."""
+def describe(result: Any) -> str:
+    """A label with its confidence, or keywords."""
     if isinstance(result, list):
         return ", ".join(result)
     return f"{result['emoji']} {result['label']:10} {result['confidence']:.2f}"
 
 
 def main() -> None:
-    """Asks for several tasks; their results stand in the first chunk, before the answer."""
+    """Requests several tasks. Their results are in the first chunk, before the answer."""
     with clear_errors():
         client = connect()
         stream = client.chat.completions.create(
@@ -31,7 +31,7 @@ def main() -> None:
         )
         for chunk in stream:
             for name, result in (chunk.model_extra or {}).get("analyses", {}).items():
-                print(f"{name:10} {told(result)}")
+                print(f"{name:10} {describe(result)}")
             if chunk.choices:
                 print(chunk.choices[0].delta.content or "", end="", flush=True)
     print()

@@ -1,4 +1,4 @@
-"""Several chats at once: they share the model's steps, none waits for another to end.
+"""Several chats at once. The server batches them; none waits for another to end.
 
 python -m openai_examples.async_many
 """
@@ -18,7 +18,7 @@ QUESTIONS = [
 
 
 async def ask(client: AsyncOpenAI, model: str, question: str) -> str:
-    """One line: the mood, the question and its answer."""
+    """A line with the mood, the question and its answer."""
     reply = await client.chat.completions.create(
         model=model, messages=[{"role": "user", "content": question}]
     )
@@ -27,7 +27,7 @@ async def ask(client: AsyncOpenAI, model: str, question: str) -> str:
 
 
 async def ask_all() -> list[str]:
-    """All questions together, the answers in their order."""
+    """Sends all questions at once; returns the answers in the same order."""
     async with connect_async() as client:
         model = (await client.models.list()).data[0].id
         return await asyncio.gather(*(ask(client, model, question) for question in QUESTIONS))

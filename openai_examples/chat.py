@@ -1,4 +1,4 @@
-"""One question, one answer, and the mood it was asked in.
+"""A question, its mood and its answer.
 
 python -m openai_examples.chat "今天终于下班了，好累"
 """
@@ -9,7 +9,7 @@ from openai_examples.connection import clear_errors, connect, served_model
 
 
 def main() -> None:
-    """Asks the words of the command line, or a default."""
+    """Sends the words of the command line, or a default message."""
     text = " ".join(sys.argv[1:]).strip() or "我今天考试通过了，好开心！"
     with clear_errors():
         client = connect()

@@ -1,4 +1,4 @@
-"""The judgement alone: one text, a batch, and labels of one's own.
+"""Classification without a chat: one text, a batch, and your own labels.
 
 python -m openai_examples.classify
 """
@@ -15,20 +15,20 @@ TICKET = "电脑打不开了，客户正在等我！"
 
 
 def classify(client: OpenAI, **body: Any) -> list[dict[str, Any]]:
-    """POST /v1/classify; the openai client carries routes it does not know, too."""
+    """Calls POST /v1/classify with the openai client's generic `post`."""
     response = client.post("/classify", body=body, cast_to=dict[str, Any])
     data: list[dict[str, Any]] = response["data"]
     return data
 
 
 def show(title: str, texts: list[str], data: list[dict[str, Any]]) -> None:
-    """A line for every text; the results come in the order of the texts."""
+    """Prints a line for each text. The results have the order of the texts."""
     for text, item in zip(texts, data, strict=True):
         print(f"{title:10} {item['label']:8} {item['confidence']:.2f}  {text}")
 
 
 def main() -> None:
-    """Asks three times."""
+    """Sends three requests."""
     with clear_errors():
         client = connect()
         show("one", [REVIEW], classify(client, input=REVIEW))

@@ -1,4 +1,4 @@
-"""Where the server is. Every example begins with one of these; this file shows nothing itself."""
+"""Connects to the server. Used by every example; not an example itself."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ def base_url() -> str:
 
 
 def api_key() -> str:
-    """OPENAI_API_KEY; the client insists on one, the server only if it was started with keys."""
+    """OPENAI_API_KEY. The client requires a key; the server only if it was started with keys."""
     return os.environ.get("OPENAI_API_KEY") or "unused"
 
 
@@ -26,18 +26,18 @@ def connect() -> OpenAI:
 
 
 def connect_async() -> AsyncOpenAI:
-    """The same for asyncio."""
+    """A client of the server for asyncio."""
     return AsyncOpenAI(base_url=base_url(), api_key=api_key())
 
 
 def served_model(client: OpenAI) -> str:
-    """The id of the model that is being served."""
+    """The id of the model that the server serves."""
     return client.models.list().data[0].id
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Ends the program with one sentence if there is no server, or with the server's own."""
+    """Exits with one sentence if no server answers, or with the server's error message."""
     try:
         yield
     except APIConnectionError:

@@ -1,4 +1,4 @@
-"""Typed questions about one input: is it so, which of these, and how much.
+"""Typed questions about one input: a predicate, a choice and a score.
 
 python -m openai_examples.decisions
 """
@@ -29,8 +29,8 @@ QUESTIONS: list[Question] = [
 ]
 
 
-def shown(answer: Answer) -> str:
-    """What the answer says; each type says it in a field of its own."""
+def describe(answer: Answer) -> str:
+    """The content of the answer; each type has its own field."""
     match answer.type:
         case "predicate":
             return f"{answer.probability:.2f} likely"
@@ -43,14 +43,14 @@ def shown(answer: Answer) -> str:
 
 
 def main() -> None:
-    """Asks all questions at once; the answers come in their order."""
+    """Sends all questions at once. The answers have the order of the questions."""
     with clear_errors():
         client = connect()
         decision = client.decisions.create(
             model=served_model(client), input=TICKET, questions=QUESTIONS
         )
     for answer in decision.answers:
-        print(f"{answer.name:8} {shown(answer)}")
+        print(f"{answer.name:8} {describe(answer)}")
     usage = decision.usage
     print(f"{usage.input_tokens} tokens, {usage.input_tokens_details.cached_tokens} of them cached")
 

@@ -1,4 +1,4 @@
-"""What a judgement rests on: the label of each sentence, and what each word adds to the text's.
+"""Explains a label: the label of each sentence, and the weight of each word.
 
 python -m openai_examples.explain
 """
@@ -11,11 +11,11 @@ REVIEW = "屏幕太好看了，我很喜欢！客服态度太差了，气死我�
 
 
 def main() -> None:
-    """Prints the sentences, then the three words that weigh most."""
+    """Prints the sentences, then the three words with the largest weights."""
     with clear_errors():
         client = connect()
         body = {"input": REVIEW, "sentences": True, "explain": True}
-        # The openai client carries routes it does not know, too.
+        # The openai client's generic `post` calls any route.
         [item] = client.post("/classify", body=body, cast_to=dict[str, Any])["data"]
         print(f"{item['label']}{', mixed' if item['mixed'] else ''}")
         for each in item["sentences"]:

@@ -1,4 +1,4 @@
-"""Keywords of texts: always pieces of the texts themselves.
+"""Keywords of texts. Every keyword occurs in its text.
 
 python -m openai_examples.extract
 """
@@ -14,11 +14,11 @@ REVIEWS = [
 
 
 def main() -> None:
-    """Prints a line for every text."""
+    """Prints a line for each text."""
     with clear_errors():
         client = connect()
         body = {"input": REVIEWS, "task": "keywords", "max_items": 3}
-        # The openai client carries routes it does not know, too.
+        # The openai client's generic `post` calls any route.
         response = client.post("/extract", body=body, cast_to=dict[str, Any])
         for text, item in zip(REVIEWS, response["data"], strict=True):
             print(f"{', '.join(item['items'])}  <-  {text}")

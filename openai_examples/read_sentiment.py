@@ -1,4 +1,4 @@
-"""Three ways to the sentiment of a reply: model_extra, an attribute, a response header.
+"""Three ways to read the sentiment of a reply: model_extra, an attribute, a response header.
 
 python -m openai_examples.read_sentiment
 """
@@ -7,7 +7,7 @@ from openai_examples.connection import clear_errors, connect, served_model
 
 
 def main() -> None:
-    """Reads the same object three times."""
+    """Reads the sentiment of one reply in three ways."""
     with clear_errors():
         client = connect()
         response = client.chat.completions.with_raw_response.create(
@@ -15,7 +15,7 @@ def main() -> None:
             messages=[{"role": "user", "content": "外卖又送错了，真烦。"}],
         )
     reply = response.parse()
-    # Type checkers know model_extra; the attribute works too, but they cannot know it.
+    # The attribute works, too, but type checkers only know model_extra.
     sentiment = (reply.model_extra or {})["sentiment"]
     print("model_extra ", sentiment["label"], sentiment["confidence"])
     print("attribute   ", reply.sentiment["label"])  # type: ignore[attr-defined]

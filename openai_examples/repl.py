@@ -1,4 +1,4 @@
-"""A conversation in the terminal; the emoji shows before the answer streams.
+"""A conversation in the terminal. The emoji is shown before the answer streams.
 
 python -m openai_examples.repl        # ends with `exit`, Ctrl-D or Ctrl-C
 """
@@ -10,7 +10,7 @@ from openai_examples.connection import clear_errors, connect, served_model
 
 
 def answer(client: OpenAI, model: str, conversation: list[ChatCompletionMessageParam]) -> str:
-    """Streams the answer to the terminal and returns it whole."""
+    """Streams the answer to the terminal and returns it."""
     text = ""
     stream = client.chat.completions.create(model=model, messages=conversation, stream=True)
     try:
@@ -21,14 +21,14 @@ def answer(client: OpenAI, model: str, conversation: list[ChatCompletionMessageP
             print(piece, end="", flush=True)
             text += piece
     finally:
-        print()  # an answer that is cut off ends its line, too
+        print()  # ends the line of an interrupted answer, too
     return text
 
 
 def answer_what_fits(
     client: OpenAI, model: str, conversation: list[ChatCompletionMessageParam]
 ) -> str:
-    """Forgets the oldest turns until the conversation fits into the model's context."""
+    """Deletes the oldest turns until the conversation fits into the model's context."""
     while True:
         try:
             return answer(client, model, conversation)
@@ -40,7 +40,7 @@ def answer_what_fits(
 
 
 def converse() -> None:
-    """Reads lines until the user has had enough."""
+    """Reads and answers lines until the user types `exit`."""
     client = connect()
     model = served_model(client)
     print(f"{model}: say something, or `exit`.")
@@ -53,7 +53,7 @@ def converse() -> None:
 
 
 def main() -> None:
-    """Ends quietly on Ctrl-D and Ctrl-C."""
+    """Exits quietly on Ctrl-D and Ctrl-C."""
     try:
         with clear_errors():
             converse()

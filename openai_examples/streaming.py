@@ -7,7 +7,7 @@ from openai_examples.connection import clear_errors, connect, served_model
 
 
 def main() -> None:
-    """Prints the emoji at once and the text as it comes."""
+    """Prints the emoji at once and the text as it arrives."""
     with clear_errors():
         client = connect()
         stream = client.chat.completions.create(

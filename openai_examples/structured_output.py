@@ -19,7 +19,7 @@ class Feedback(BaseModel):
 
 
 def main() -> None:
-    """Asks for the object, and shows it."""
+    """Requests the object and prints its fields."""
     text = "The app crashes whenever I open my cart. Please help!"
     with clear_errors():
         client = connect()

@@ -1,4 +1,4 @@
-"""A function of one's own, called by the model: what it asks for, and what it is told.
+"""A function that the model calls, and the answer with the function's result.
 
 python -m openai_examples.tool_calls
 """
@@ -19,12 +19,12 @@ class CurrentTime(BaseModel):
     with_date: bool = Field(description="whether the date is wanted, too")
 
     def run(self) -> str:
-        """What the model is told."""
+        """The result for the model."""
         return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC" if self.with_date else "%H:%M UTC")
 
 
 def main() -> None:
-    """Lets the model call the function, then answer with what it gave."""
+    """Lets the model call the function, then answer with the result."""
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What time is it?"}]
     with clear_errors():
         client = connect()
@@ -37,9 +37,9 @@ def main() -> None:
             parallel_tool_calls=False,
         )
         [call] = completion.choices[0].message.tool_calls or []
-        wanted = call.function.parsed_arguments
-        assert isinstance(wanted, CurrentTime)
-        result = wanted.run()
+        function_call = call.function.parsed_arguments
+        assert isinstance(function_call, CurrentTime)
+        result = function_call.run()
         print(f"call    {call.function.name} {call.function.arguments}")
         print(f"result  {result}")
         function: Function = {"name": call.function.name, "arguments": call.function.arguments}

@@ -11,7 +11,7 @@ MESSAGE: ChatCompletionUserMessageParam = {"role": "user", "content": "你好！
 
 
 def main() -> None:
-    """Both give an answer without a pass, a cue or a persona."""
+    """Answers in both ways: without a sentiment pass, a cue or a persona."""
     with clear_errors():
         client = connect()
         model = served_model(client)
