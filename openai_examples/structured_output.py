@@ -11,7 +11,7 @@ from openai_examples.connection import clear_errors, connect, served_model
 
 
 class Feedback(BaseModel):
-    """What is to be read out of a text. The answer always fits it."""
+    """The fields to extract from a text. The answer always has them."""
 
     topic: str = Field(max_length=20)
     priority: Literal["low", "high"]

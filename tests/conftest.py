@@ -1,4 +1,4 @@
-"""Checkpoints and live servers that tests share. Nothing here needs a network."""
+"""Checkpoints and live servers shared by the tests. Nothing needs a network."""
 
 import functools
 import shutil
@@ -29,7 +29,7 @@ START_TIMEOUT_S = 60
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where servers of this run keep their judges, also those in processes of their own."""
+    """The cache of judges for all servers of this run, also those in other processes."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_CACHE_DIR", str(folder))
@@ -38,7 +38,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def certificates_read_once() -> Iterator[None]:
-    """Each new client of httpx, and so each `httpx.post`, would read them for some 20 ms."""
+    """Otherwise each new httpx client, and so each `httpx.post`, reads them for some 20 ms."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (httpx._transports.default, httpx2._transports.default):
             patch.setattr(module, "create_ssl_context", functools.cache(module.create_ssl_context))
@@ -53,7 +53,7 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Qwen2 with the bundled tokenizer; it writes every kind of nonsense."""
+    """A random two-layer Qwen2 with the bundled tokenizer; it generates random text."""
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
     save_random_model(folder, AutoTokenizer.from_pretrained(BUNDLED_FOLDER).vocab_size)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -62,7 +62,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_random_model(folder: Path, vocab_size: int) -> None:
-    """Two layers of Qwen2 that end at the bundled tokenizer's markers, but have none themselves."""
+    """A random two-layer Qwen2 with the bundled tokenizer's stop tokens, without a tokenizer."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocab_size,
@@ -84,7 +84,7 @@ def save_random_model(folder: Path, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A running server and what it is made of."""
+    """A running server and its services."""
 
     url: str
     services: Services
@@ -110,7 +110,7 @@ def local_engine(services: Services) -> LocalEngine:
 
 @contextmanager
 def run_live(settings: Settings) -> Iterator[LiveServer]:
-    """Serves on a thread until the block ends."""
+    """Runs a server on a thread until the block ends."""
     services = load_services(settings)
     try:
         with run_app(create_app(settings, services)) as url:
@@ -121,7 +121,7 @@ def run_live(settings: Settings) -> Iterator[LiveServer]:
 
 @contextmanager
 def run_app(app: ASGIApp) -> Iterator[str]:
-    """The URL of a real uvicorn, on a thread of this process and a free port."""
+    """Runs the app with uvicorn on a thread and a free port; yields its URL."""
     config = uvicorn.Config(
         app,
         port=0,
@@ -164,12 +164,12 @@ def tiny(tiny_checkpoint: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture(params=["mini", "tiny"])
 def live(request: pytest.FixtureRequest) -> LiveServer:
-    """Both servers, one after the other: everything must hold for either model."""
+    """Each of the two servers in turn, so that a test holds for both models."""
     server: LiveServer = request.getfixturevalue(request.param)
     return server
 
 
 @pytest.fixture(scope="session")
 def serve() -> Callable[[Settings], AbstractContextManager[LiveServer]]:
-    """Starts a server with settings of the test's own."""
+    """Starts a server with the given settings."""
     return run_live

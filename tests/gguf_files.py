@@ -1,4 +1,4 @@
-"""Small GGUF files of tests: a checkpoint folder, written with the matrices in any type."""
+"""Writes a checkpoint folder as a small GGUF file, with the matrices in any type."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.weights import read_weights
 
-# Where a block of the types that gguf cannot quantize to has its scales, in float16.
+# Offsets of the float16 scales in a block, for types that gguf cannot quantize to.
 SCALES_AT = {
     Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2),
     Kind.Q6_K: (208,), Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,),
@@ -46,14 +46,14 @@ def write_gguf(
         config["num_hidden_layers"],
     )
     for name, tensor in read_weights(folder).items():
-        own_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert own_name
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name
         data, stored_as = tensor.float().numpy(), Kind.F32
         if tensor.ndim == 2:
             data, stored_as = quantized(data, kind), kind
         weights[name] = torch.from_numpy(gguf.quants.dequantize(data, stored_as).copy())
-        if own_name not in without:
-            writer.add_tensor(own_name, data, raw_dtype=stored_as)
+        if gguf_name not in without:
+            writer.add_tensor(gguf_name, data, raw_dtype=stored_as)
     change(writer)
     for key in without:
         writer.kv_data[0].pop(key, None)
@@ -65,7 +65,7 @@ def write_gguf(
 
 
 def quantized(rows: NDArray[np.float32], kind: Kind) -> NDArray[Any]:
-    """The rows in `kind`; where gguf cannot do that, other rows of as many columns."""
+    """The rows in `kind`; if gguf cannot quantize to it, random rows of the same size."""
     if kind not in SCALES_AT:
         data: NDArray[Any] = gguf.quants.quantize(rows, kind)
         return data
@@ -92,9 +92,9 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
-    said = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = said["model"]["vocab"] | {t["content"]: t["id"] for t in said["added_tokens"]}
-    special = {t["id"]: t["special"] for t in said["added_tokens"]}
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = tokenizer["model"]["vocab"] | {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    special = {t["id"]: t["special"] for t in tokenizer["added_tokens"]}
     texts = {token_id: text for text, token_id in ids.items()}
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(config["vocab_size"])]
     kinds = [
@@ -102,7 +102,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
     ]
     for token_id, is_special in special.items():
         kinds[token_id] = gguf.TokenType.CONTROL if is_special else gguf.TokenType.USER_DEFINED
-    merges = [m if isinstance(m, str) else " ".join(m) for m in said["model"]["merges"]]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)

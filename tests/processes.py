@@ -1,4 +1,4 @@
-"""`python -m server` as a process of its own."""
+"""Runs `python -m server` in its own process."""
 
 import os
 import re
@@ -18,7 +18,7 @@ START_TIMEOUT_S = 120
 
 @dataclass
 class Running:
-    """A server process that has announced itself."""
+    """A server process that has printed its address."""
 
     process: subprocess.Popen[str]
     url: str
@@ -30,7 +30,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds of the machine."""
+    """The resources that a process holds."""
 
     resident_kib: int
     num_threads: int
@@ -55,7 +55,7 @@ def started(
     cwd: Path | None = None,
     command: Sequence[str] = (sys.executable, "-m", "server"),
 ) -> Iterator[Running]:
-    """A server that is ready; killed when the block ends, if it still runs."""
+    """Runs a server that is ready; kills it at the end of the block."""
     process = subprocess.Popen(
         [*command, "--port", str(port), *options],
         env=env,
@@ -91,7 +91,7 @@ def started(
 
 
 def run_until_exit(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    """A server that does not start, or does not stay."""
+    """Runs a server that exits by itself."""
     return subprocess.run(
         [sys.executable, "-m", "server", "--port", "0", *options],
         env=env,
@@ -103,24 +103,24 @@ def run_until_exit(env: dict[str, str], *options: str) -> subprocess.CompletedPr
 
 
 def environment(home: Path, hub_url: str | None = None) -> dict[str, str]:
-    """This process's, but with a hub of the test's own, or none, and its cache in `home`."""
+    """The environment of this process with the given hub, or none, and its cache in `home`."""
     unreachable = f"http://127.0.0.1:{closed_port()}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "QWEN_"))}
     return {
         **kept,
-        # Judges that were fitted once in this run serve all of its servers.
+        # All servers of this run share the fitted judges.
         "QWEN_CACHE_DIR": os.environ["QWEN_CACHE_DIR"],
         "HF_ENDPOINT": hub_url or unreachable,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        # Seconds of every start; who tests the page asks for it with --ui.
+        # The page takes seconds of every start; its tests pass --ui.
         "QWEN_UI": "false",
     }
 
 
 def closed_port() -> int:
-    """A port where nobody listens."""
+    """A port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -25,7 +25,7 @@ def many(item: str, number: int) -> bytes:
     "text",
     ["{}", "[]", "null", "-0.5e-3", '{"a": [true, {"b": "\\u6211\\n"}], "a": 2}', "9" * 4300, '""'],
 )
-def test_json_means_what_it_means_to_python(text: str) -> None:
+def test_json_is_parsed_as_by_python(text: str) -> None:
     assert read_json(text.encode()) == json.loads(text)
 
 

@@ -100,21 +100,21 @@ def test_every_task_gets_a_judge_under_its_version(tmp_path: Path) -> None:
     assert len(model.calls) == len(examples()) + len(REFERENCE_TEXTS)
 
 
-def test_no_tasks_have_no_judges(tmp_path: Path) -> None:
+def test_without_tasks_there_are_no_judges(tmp_path: Path) -> None:
     model = answering()
     judges = loader(model, tmp_path)
     judges.load([])
     assert judges.judges == {} and not model.calls
 
 
-def test_tasks_that_come_one_by_one_get_their_judges(tmp_path: Path) -> None:
+def test_tasks_loaded_one_by_one_get_their_judges(tmp_path: Path) -> None:
     tasks: Iterable[Task] = (each for each in (task(), PLAIN))
     judges = loader(answering(), tmp_path)
     judges.load(tasks)
     assert len(judges.judges) == 2
 
 
-# --- what is kept ---------------------------------------------------------------------
+# --- saved judges ---------------------------------------------------------------------
 
 
 def assert_same(ours: Mapping[str, Judge], theirs: Mapping[str, Judge]) -> None:
@@ -167,7 +167,7 @@ def other_example(**changes: str) -> Task:
 
 
 class OtherTokenizer(FakeTokenizer):
-    """A template with more in front of the instruction."""
+    """A template with additional tokens before the instruction."""
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         return [3, *super().encode_chat(messages)]
@@ -203,7 +203,7 @@ def test_a_task_that_has_changed_is_fitted_again_and_no_other(
 @pytest.mark.parametrize(
     ("digest", "tokenizer"), [("other", FakeTokenizer()), ("digest", OtherTokenizer())]
 )
-def test_another_model_or_template_has_judges_of_its_own(
+def test_another_model_or_template_has_its_own_judges(
     tmp_path: Path, digest: str, tokenizer: FakeTokenizer
 ) -> None:
     load(answering(), tmp_path)
@@ -211,14 +211,14 @@ def test_another_model_or_template_has_judges_of_its_own(
     load(model, tmp_path, digest=digest, tokenizer=tokenizer)
     assert len(model.calls) == len(examples()) + len(REFERENCE_TEXTS)
     assert len(list(tmp_path.iterdir())) == 4
-    # The first ones are still there.
+    # The first judges are still saved.
     again = answering()
     load(again, tmp_path)
     assert not again.calls
 
 
 def test_what_was_fitted_in_a_short_context_is_not_used_in_a_longer_one(tmp_path: Path) -> None:
-    # No example fits behind the instruction.
+    # No example fits after the instruction.
     short = load(answering(), tmp_path, task(), max_context=7 + 13 + 4)
     assert isinstance(short[task().version], LabelJudge)
     assert isinstance(load(answering(), tmp_path, task())[task().version], HeadJudge)
@@ -240,7 +240,7 @@ def test_a_damaged_file_is_fitted_again_and_replaced(
     assert not again.calls
 
 
-def test_judges_that_cannot_be_kept_are_used(
+def test_judges_that_cannot_be_saved_are_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("here")
@@ -250,7 +250,7 @@ def test_judges_that_cannot_be_kept_are_used(
     assert f"--cache-dir {tmp_path / 'file'}" in warning.getMessage()
 
 
-# --- when it is needed ----------------------------------------------------------------
+# --- fitting on first use -------------------------------------------------------------
 
 
 async def test_a_task_is_fitted_when_it_is_used_and_kept_for_later_starts(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_task_that_is_given_twice_is_fitted_once(tmp_path: Path) -> None:
     assert len(model.calls) == len(examples())
 
 
-# --- how it is run --------------------------------------------------------------------
+# --- event loops, errors and progress -------------------------------------------------
 
 
 async def test_judges_are_fitted_where_an_event_loop_runs_already(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_how_far_the_fitting_is_and_a_log_does_not(
+def test_a_terminal_shows_the_progress_of_fitting_and_a_log_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown = {}
@@ -333,7 +333,7 @@ def test_a_terminal_shows_how_far_the_fitting_is_and_a_log_does_not(
         load(answering(), tmp_path / str(stderr.isatty()), task())
         shown[stderr.isatty()] = stderr.getvalue()
     assert "0/90" in shown[True]
-    # And it wipes the line in the end.
+    # The progress line is cleared at the end.
     assert not shown[True].rpartition("\r")[0].rpartition("\r")[2].strip()
     assert shown[False] == ""
 
@@ -376,7 +376,7 @@ def test_a_second_start_of_the_same_model_computes_no_judge(
         judges.append(services.judges)
     assert num_steps[0] > 0 and num_steps[1] == 0
     assert_same(*judges)
-    # Of the task that every chat needs; the other is fitted when it is used.
+    # The judge of the task that every chat needs; the other task is fitted on first use.
     assert len(list((tmp_path / "judges").iterdir())) == 1
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "server").rglob("*.py"))
 
 HTTP = ("starlette", "uvicorn", "sse_starlette", "server.routes", "server.app")
-# Where a request goes down: each floor may import what is below it, and nothing above.
+# From top to bottom: each layer may import lower ones only.
 FLOORS = ("server.core.roles", "server.core.text", "server.core.engine")
 ENGINE_ROOM = ("torch", "server.core.engine.model", "server.core.engine.scheduler",
                "server.core.engine.engine", "server.core.engine.local",
@@ -19,9 +19,9 @@ ENGINE_ROOM = ("torch", "server.core.engine.model", "server.core.engine.schedule
 
 
 def imports_of(source: str, package: str) -> Iterator[str]:
-    """Every module that the source of a module in `package` imports, wherever in the file.
+    """All modules that a module in `package` with this source imports, anywhere in the file.
 
-    `from a import b` counts as `a` and as `a.b`, for b may be a module.
+    `from a import b` counts as `a` and as `a.b`, because b may be a module.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def is_below(module: str, names: tuple[str, ...]) -> bool:
 
 
 def forbidden(path: Path, names: tuple[str, ...]) -> set[str]:
-    """What the file imports of the modules named, or of anything in them."""
+    """The file's imports of these modules or of modules in them."""
     package = ".".join(path.relative_to(ROOT).parent.parts)
     imported = imports_of(path.read_text(encoding="utf-8"), package)
     return {module for module in imported if is_below(module, names)}
@@ -54,7 +54,7 @@ def below(folder: str) -> list[Path]:
     return [path for path in MODULES if name_of(path).startswith(f"{folder}/")]
 
 
-# --- the reading itself ---------------------------------------------------------------
+# --- finding imports ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,18 @@ def below(folder: str) -> list[Path]:
         ("try:\n    import torch\nexcept ImportError:\n    pass", "server.core", "torch"),
     ],
 )
-def test_an_import_is_seen_in_whatever_form_it_is_written(
-    source: str, package: str, name: str
-) -> None:
+def test_every_form_of_import_is_found(source: str, package: str, name: str) -> None:
     assert any(is_below(module, (name,)) for module in imports_of(source, package))
 
 
 @pytest.mark.parametrize(
     "source", ["import torchvision", "from server.apple import x", "x = 'torch'"]
 )
-def test_a_name_that_only_resembles_another_is_not_taken_for_it(source: str) -> None:
+def test_a_similar_name_is_not_confused(source: str) -> None:
     assert not any(is_below(m, ("torch", "server.app")) for m in imports_of(source, "server.core"))
 
 
-def test_there_are_modules_to_look_at() -> None:
+def test_the_modules_are_found() -> None:
     names = {name_of(path) for path in MODULES}
     assert {"server/app.py", "server/errors.py", "server/core/engine/engine.py"} <= names
     assert (
@@ -101,7 +99,7 @@ def test_there_are_modules_to_look_at() -> None:
 
 
 @pytest.mark.parametrize("path", below("server/core"), ids=name_of)
-def test_the_core_knows_nothing_of_http(path: Path) -> None:
+def test_the_core_does_not_import_http(path: Path) -> None:
     assert not forbidden(path, HTTP)
 
 
@@ -139,13 +137,13 @@ def test_imports_are_absolute_and_at_the_top(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", below("server/core"), ids=name_of)
-def test_each_floor_of_the_core_knows_only_what_is_below_it(path: Path) -> None:
+def test_each_layer_of_the_core_imports_only_lower_ones(path: Path) -> None:
     folder = f"server.core.{path.relative_to(ROOT / 'server/core').parts[0]}"
     above = FLOORS[: FLOORS.index(folder)] if folder in FLOORS else FLOORS
     assert not forbidden(path, above)
 
 
-def test_the_core_consists_of_its_floors() -> None:
+def test_the_core_consists_of_its_layers() -> None:
     folders = {f"server.core.{path.parent.name}" for path in (ROOT / "server/core").glob("*/*.py")}
     assert folders == set(FLOORS)
     assert {path.name for path in (ROOT / "server/core").glob("*.py")} == {
@@ -163,7 +161,7 @@ def test_the_engine_does_not_know_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["roles/heads", "roles/language", "concurrency"])
-def test_what_knows_only_arrays_scripts_or_coroutines_imports_nothing_of_the_server(
+def test_general_helpers_import_nothing_of_the_server(
     name: str,
 ) -> None:
     assert not forbidden(ROOT / "server/core" / f"{name}.py", ("server",))
@@ -179,7 +177,7 @@ def test_no_module_of_the_server_hides_one_of_the_standard_library() -> None:
 
 
 @pytest.mark.parametrize("path", below("server/ui"), ids=name_of)
-def test_the_page_is_a_client_of_the_public_api_and_of_nothing_else(path: Path) -> None:
+def test_the_page_only_uses_the_public_api(path: Path) -> None:
     inside = {module for module in forbidden(path, ("server",)) if module != "server.ui"}
     allowed = ("server.ui", "server.middleware") if path.name == "serving.py" else ("server.ui",)
     assert all(is_below(module, allowed) for module in inside - {"server"}), inside

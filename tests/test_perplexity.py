@@ -1,4 +1,4 @@
-"""The measure of quality that benchmarks/perplexity.py prints."""
+"""The quality figures of benchmarks/perplexity.py."""
 
 import math
 
@@ -11,7 +11,7 @@ from server.core.engine.model.config import read_model_config
 from server.core.engine.model.qwen import load_qwen
 
 
-def test_a_flat_distribution_has_as_much_perplexity_as_there_are_tokens() -> None:
+def test_the_perplexity_of_a_flat_distribution_is_its_number_of_tokens() -> None:
     flat = torch.zeros(5, 7).log_softmax(-1)
     quality = compare([[0, 1, 2, 3, 4, 5]], [flat], [flat])
     assert quality.perplexity == pytest.approx(7)
@@ -40,5 +40,5 @@ def test_logprobs_do_not_depend_on_how_the_text_is_divided(
     assert whole.shape == (39, 1000)
 
 
-def test_both_texts_are_there() -> None:
+def test_both_texts_exist() -> None:
     assert all(path.read_text(encoding="utf-8").strip() for path in TEXTS)

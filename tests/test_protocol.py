@@ -56,7 +56,7 @@ def parse_classify(**fields: Any) -> ClassifyRequest:
 
 
 def refused(kind: type[RequestBody], body: bytes | Mapping[str, Any]) -> InvalidRequestError:
-    """The error of a body that must not be accepted, its shape checked."""
+    """The error of a body that must be refused; checks the error's shape."""
     with pytest.raises(InvalidRequestError) as caught:
         kind.parse(body if isinstance(body, bytes) else _json(body))
     error = caught.value
@@ -86,10 +86,10 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-# --- what is accepted -----------------------------------------------------------------
+# --- accepted values ------------------------------------------------------------------
 
 
-def test_the_least_request_takes_the_defaults() -> None:
+def test_a_minimal_request_has_the_defaults() -> None:
     body = parse_chat()
     assert body.model == "m"
     assert [message.for_template() for message in body.messages] == HI
@@ -157,7 +157,7 @@ def test_values_within_their_range_are_kept(name: str, value: Any) -> None:
         (CompletionRequest, "prompt", [1.5] * 5000),
     ],
 )
-def test_of_many_mistakes_only_the_first_costs_time(
+def test_validation_stops_at_the_first_mistake(
     kind: type[RequestBody], field: str, items: Any
 ) -> None:
     cause = refused(kind, {**LEAST[kind], field: items}).__cause__
@@ -204,7 +204,7 @@ def test_null_counts_as_absent_inside_the_text_options_of_a_response() -> None:
 
 @pytest.mark.parametrize("value", [0, "", [], {}, False, "x", [1, {"a": None}]])
 @pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "something_new", "__class__", "", "模型"])
-def test_parameters_without_effect_and_unknown_ones_are_accepted_whatever_they_say(
+def test_parameters_without_effect_and_unknown_ones_are_accepted_with_any_value(
     name: str, value: Any
 ) -> None:
     body = parse_chat(**{name: value})
@@ -223,7 +223,7 @@ def test_an_unsupported_parameter_is_accepted_at_its_neutral_value(name: str, va
 
 
 def not_neutral(name: str) -> list[Any]:
-    # False == 0 and True == 1 in Python, not for a client.
+    # In Python False == 0 and True == 1, but not in JSON.
     candidates = [7, -0.5, True, False, 0, 1, "x", ["x"], {"type": "x"}]
     neutral = [(type(x) is bool, x) for x in UNSUPPORTED[name]]
     return [x for x in candidates if (type(x) is bool, x) not in neutral]
@@ -370,7 +370,7 @@ OTHER_TOOL = {"type": "function", "function": {"name": "g"}}
 
 
 def allowed(mode: str, *tools: dict[str, Any]) -> dict[str, Any]:
-    """A choice that leaves these tools."""
+    """A tool choice that allows these tools."""
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
 
 
@@ -650,7 +650,7 @@ def test_the_first_of_several_mistakes_is_named() -> None:
     assert error.param == "messages[1].content"
 
 
-# --- bodies that are no request -------------------------------------------------------
+# --- invalid bodies -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [ChatCompletionRequest, ClassifyRequest])
@@ -715,7 +715,7 @@ def test_a_pair_of_surrogates_is_a_character() -> None:
     assert ChatCompletionRequest.parse(body).messages[0].content == "😀"
 
 
-def test_deep_nesting_below_the_limit_is_no_accident_either() -> None:
+def test_deep_nesting_below_the_limit_is_refused_with_the_field() -> None:
     deep: Any = "x"
     for _ in range(190):
         deep = [deep]
@@ -799,12 +799,12 @@ def test_wrong_stream_options_are_refused_with_the_field(options: Any, param: st
 
 
 def test_reasons_use_the_terms_of_json() -> None:
-    said = [
+    reasons = [
         refused_chat(stream=True, stream_options="x").message,
         refused_chat(messages=[]).message,
         refused_classify(instructions="Spam?", labels=["yes"]).message,
     ]
-    assert said == [
+    assert reasons == [
         "'stream_options': must be an object.",
         "'messages': must have 1 items or more, not 0.",
         "'labels': must have 2 items or more, not 1.",
@@ -885,7 +885,7 @@ def test_a_wrong_description_of_a_task_is_refused_with_the_field(
     assert f"'{param}'" in error.message
 
 
-def test_255_labels_are_still_fine() -> None:
+def test_255_labels_are_accepted() -> None:
     labels = [str(i) for i in range(255)]
     assert parse_classify(instructions="Which?", labels=labels).labels == labels
 
@@ -905,7 +905,7 @@ def refused_completion(**fields: Any) -> InvalidRequestError:
     return refused(CompletionRequest, {"model": "m", "prompt": "Hi"} | fields)
 
 
-def test_the_least_completion_takes_openais_defaults() -> None:
+def test_a_minimal_completion_has_openais_defaults() -> None:
     body = parse_completion()
     assert body.max_tokens == DEFAULT_MAX_TOKENS == 16
     assert (body.echo, body.logprobs, body.n, body.stop, body.stream) == (False, None, 1, [], False)
@@ -1010,7 +1010,7 @@ def test_an_echo_with_logprobs_is_refused_with_the_reason(logprobs: int) -> None
 @pytest.mark.parametrize(
     "fields", [{"suffix": "x"}, {"best_of": 3}, {"best_of": 3, "n": 2}, {"best_of": True}]
 )
-def test_what_completions_do_not_support_is_refused(fields: dict[str, Any]) -> None:
+def test_unsupported_values_of_a_completion_are_refused(fields: dict[str, Any]) -> None:
     error = refused_completion(**fields)
     assert error.param == next(iter(fields))
     assert error.code == "unsupported_parameter"
@@ -1019,18 +1019,18 @@ def test_what_completions_do_not_support_is_refused(fields: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "fields", [{"suffix": ""}, {"best_of": 1}, {"best_of": 2, "n": 2}, {"user": "me", "new": [1]}]
 )
-def test_what_changes_nothing_in_a_completion_is_accepted(fields: dict[str, Any]) -> None:
+def test_values_without_effect_in_a_completion_are_accepted(fields: dict[str, Any]) -> None:
     assert parse_completion(**fields).prompts == {"prompt": "Hi"}
 
 
 def write_logprobs(*pieces: list[TokenEvent]) -> list[dict[str, list[Any]]]:
-    """What is written piece by piece; the tokens are a, 你, two halves of 你 and a special one."""
+    """The logprobs of each piece; the tokens are a, 你, two halves of 你 and a special one."""
     token_bytes = [b"a", "你".encode(), "你".encode()[:2], "你".encode()[2:], b""]
     writer = LogprobsWriter(token_bytes, lambda token_ids: f"<|{token_ids[0]}|>")
     return [writer.write(tokens) for tokens in pieces]
 
 
-def test_logprobs_are_columns_that_go_on_from_piece_to_piece() -> None:
+def test_logprobs_are_columns_that_continue_across_pieces() -> None:
     first, second = write_logprobs(
         [TokenEvent(1, -0.5, ((1, -0.5), (4, -2.0))), TokenEvent(2, -1.0, ((0, -0.25),))],
         [TokenEvent(3, -0.125), TokenEvent(0, -float("inf"))],
@@ -1081,7 +1081,7 @@ def test_usage_adds_up() -> None:
     }
 
 
-def test_ids_have_their_prefix_and_are_never_the_same() -> None:
+def test_ids_have_their_prefix_and_are_unique() -> None:
     ids = {new_id("chatcmpl") for _ in range(100)}
     assert len(ids) == 100
     assert all(response_id.startswith("chatcmpl-") for response_id in ids)

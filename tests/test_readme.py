@@ -81,7 +81,7 @@ def test_every_source_file_is_in_the_tree() -> None:
             assert re.search(rf"\b{re.escape(path.name)}", tree), path
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
+def test_every_link_to_a_file_resolves() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
 

@@ -14,7 +14,7 @@ BOUND_S = 20
 
 
 @pytest.mark.parametrize("blocked", ["http.response.start", "http.response.body"])
-async def test_a_client_that_leaves_without_reading_ends_the_work(blocked: str) -> None:
+async def test_a_client_that_disconnects_without_reading_aborts_the_work(blocked: str) -> None:
     is_blocked, aborts = asyncio.Event(), []
 
     async def contents() -> AsyncIterator[dict[str, Any]]:

@@ -38,9 +38,9 @@ from training.replies import (
     label_replies,
     reply_kind,
     shared,
+    suitable_rows,
     swapped,
     to_the_point,
-    wanted,
 )
 from training.similar import measured_lines
 from training.teacher import Fragment, Probabilities, judged_fragments, train_teacher
@@ -296,7 +296,7 @@ def main() -> None:
     teacher = train_teacher(texts, values, args.out / "teacher.joblib")
     fragments = judged_fragments(texts, replies, teacher, rng, args.out / "fragments.joblib")
 
-    suitable = wanted(replies)
+    suitable = suitable_rows(replies)
     good = to_the_point(label_replies(suitable, texts, teacher), teacher)
     chosen = set(good)
     rest = [row for row in suitable if row.lang == "zh" and reply_kind(row) == "support"]

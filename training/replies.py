@@ -38,7 +38,7 @@ def reply_kind(row: ReplyRow) -> str | None:
     return "support" if is_short and not _SESSION.search(row.user + row.reply) else None
 
 
-def wanted(rows: Sequence[ReplyRow]) -> list[ReplyRow]:
+def suitable_rows(rows: Sequence[ReplyRow]) -> list[ReplyRow]:
     """Rows of a suitable kind whose user's line is not similar to one of the test data."""
     measured = measured_lines()
     return [row for row in rows if reply_kind(row) and not measured.has_near(row.user)]

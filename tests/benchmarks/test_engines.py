@@ -1,4 +1,4 @@
-"""The processes that are measured. The peers' own packages are not needed here."""
+"""The measured processes. Needs no package of the peers."""
 
 import ast
 import math
@@ -58,7 +58,7 @@ def test_the_peak_of_memory_is_the_workers_own() -> None:
 
 
 class Flat:
-    """Logits of as many tokens, all alike; what is behind the vocabulary is likelier."""
+    """Equal logits for the vocabulary, and a larger one beyond it."""
 
     def logits(self, ids: Sequence[int]) -> Iterable[NDArray[np.float32]]:
         for _ in ids[1:]:
@@ -70,7 +70,7 @@ def test_padding_of_the_vocabulary_does_not_count_in_the_perplexity() -> None:
     assert answer(Flat(), request)["perplexity"] == pytest.approx(7)
 
 
-def test_every_goal_is_about_what_is_measured() -> None:
+def test_every_goal_has_a_measured_case() -> None:
     known = {*compare.CASES, compare.PERPLEXITY, compare.PEAK}
     for goal in [*compare.GOALS, *compare.GOALS_OF_SHAPE]:
         for engine, case in [goal.figure, *goal.peers]:
@@ -105,7 +105,7 @@ def test_exports_are_kept_apart_from_the_checkpoint(
 @pytest.mark.parametrize("name", ["__init__", "__main__", "measuring", "openvino"])
 def test_openvino_s_environment_has_all_that_its_worker_imports(name: str) -> None:
     source = (ROOT / f"benchmarks/engines/{name}.py").read_text(encoding="utf-8")
-    # What a function imports is imported only for another engine, or is this file.
+    # An import within a function is only needed by another engine.
     top = "\n".join(
         ast.unparse(node)
         for node in ast.parse(source).body

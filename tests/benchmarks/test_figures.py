@@ -1,4 +1,4 @@
-"""Ratios of a round, and the tables."""
+"""Ratios within a round, and the tables."""
 
 import pytest
 
@@ -12,7 +12,7 @@ FIGURES: Figures = {
 }
 
 
-def test_the_best_of_the_peers_is_that_of_the_round() -> None:
+def test_the_best_peer_is_chosen_in_each_round() -> None:
     goal = Goal(("ours", "speed"), [("a", "speed"), ("b", "speed")])
     assert goal.values(FIGURES) == [1.5, 1.0, 2.0]
     assert goal.name == "ours / a or b: speed"
@@ -30,7 +30,7 @@ def test_a_goal_without_peers_is_about_the_figure_itself(
     assert "goal: at most 1024" in capsys.readouterr().out
 
 
-def test_the_best_of_some_peers_is_not_given_for_that_of_all() -> None:
+def test_a_goal_with_an_unmeasured_peer_is_left_out() -> None:
     goal = Goal(("ours", "speed"), [("a", "speed"), ("missing", "speed")])
     assert not report_goals(FIGURES, [goal])
 

@@ -1,4 +1,4 @@
-"""The client that only reads bytes."""
+"""The client that reads bytes without parsing them."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The rules by which answers are said to be to the point."""
+"""The rules that check whether answers are to the point."""
 
 from pathlib import Path
 
@@ -57,14 +57,14 @@ def test_an_answer_with_a_word_of_the_topic_is_to_the_point() -> None:
         ("这个我说不准，最好查一下。", True),
     ],
 )
-def test_an_answer_admits_or_happens_to_know(answer: str, does: bool) -> None:
+def test_an_answer_admits_or_is_correct(answer: str, does: bool) -> None:
     assert points.admits(QUESTION, answer) is does
 
 
 def test_shares_count_every_answer_and_admissions_only_where_due() -> None:
     to_loss = [Answer("How wonderful!", "negative", 1), Answer("Sorry about it.", "negative", 2)]
-    said = [to_loss, [Answer("The capital? I don't know.", "neutral", 1)]]
-    shares = points.shares([LOSS, QUESTION], said)
+    answers = [to_loss, [Answer("The capital? I don't know.", "neutral", 1)]]
+    shares = points.shares([LOSS, QUESTION], answers)
     assert shares["answers"] == 3
     assert shares["tone agrees"] == 0.6667
     assert shares["to the point"] == 0.3333
@@ -80,12 +80,12 @@ def test_the_openers_are_120_and_training_has_none_of_them() -> None:
     assert not [user for user in trained if measured.has_near(user)]
 
 
-def test_held_out_pairs_are_of_no_training() -> None:
+def test_held_out_pairs_are_not_in_the_training_data() -> None:
     held_out = points.read_pairs()
     trained = {row.user for row in read_openers()}
     assert held_out and not [user for g in held_out for user in g["users"] if user in trained]
 
 
-def test_pairs_are_read_from_where_they_are(tmp_path: Path) -> None:
+def test_pairs_are_read_from_the_given_file(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"users": ["a"], "replies": ["b"]}\n')
     assert points.read_pairs(tmp_path / "pairs.jsonl") == [{"users": ["a"], "replies": ["b"]}]

@@ -1,1 +1,1 @@
-"""Clients of other projects, where they are installed: pip install -e '.[clients]'."""
+"""Clients of other projects, if installed: pip install -e '.[clients]'."""

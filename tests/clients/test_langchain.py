@@ -9,7 +9,7 @@ from tests.conftest import LiveServer
 
 langchain_openai = pytest.importorskip("langchain_openai")
 
-# Warnings of other projects are theirs to mend.
+# Warnings of other projects are not errors here.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

@@ -1,4 +1,4 @@
-"""A cluster of two nodes on this machine, under load and whatever else happens to one."""
+"""A cluster of two nodes on this machine, under load and with failures."""
 
 import asyncio
 import json
@@ -86,7 +86,7 @@ def deployment(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Deployment]:
         serve.start(proxy_location="HeadOnly", http_options={"port": port})
         yield Deployment(port)
     finally:
-        # Not by way of Serve's own end, which waits for what runs.
+        # Not Serve's own shutdown, which waits for running requests.
         ray.shutdown()
         nodes.shutdown()
 
@@ -99,7 +99,7 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture
 async def client(deployment: Deployment) -> AsyncIterator[httpx.AsyncClient]:
-    """With the key, when all replicas run and are idle."""
+    """A client with the key, once all replicas run and are idle."""
     headers = {"authorization": f"Bearer {KEY}"}
     async with httpx.AsyncClient(
         base_url=deployment.url, headers=headers, timeout=BOUND_S
@@ -116,9 +116,9 @@ async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def replicas(client: httpx.AsyncClient) -> set[str]:
-    """Names of those that work."""
-    told = (await client.get("/health")).json()
-    return {each["replica"] for each in told.get("replicas", ())}
+    """The names of the replicas that work."""
+    health = (await client.get("/health")).json()
+    return {each["replica"] for each in health.get("replicas", ())}
 
 
 async def has_replicas(client: httpx.AsyncClient, number: int) -> bool:
@@ -129,7 +129,7 @@ async def has_replicas(client: httpx.AsyncClient, number: int) -> bool:
 
 
 async def has_inside(client: httpx.AsyncClient, number: int) -> bool:
-    """Whether so many requests are with the replicas."""
+    """Whether the replicas have this number of requests."""
     requests: int = (await client.get("/ready")).json()["requests"]
     return requests == number
 
@@ -169,7 +169,7 @@ class Stream:
         return self
 
     async def end(self) -> list[str]:
-        """All events, when there are no more."""
+        """All events, after the end of the stream."""
         async with asyncio.timeout(BOUND_S):
             await self._reading
         return self.events
@@ -186,7 +186,7 @@ def error_of(events: list[str]) -> str | None:
     return last["error"]["code"] if "error" in last else None
 
 
-async def test_a_stream_tells_the_mood_first_and_frees_its_slot_when_the_client_hangs_up(
+async def test_a_stream_sends_the_mood_first_and_frees_its_slot_on_disconnect(
     client: httpx.AsyncClient,
 ) -> None:
     stream = await Stream(client, {**endless("我失恋了，很难过"), "model": "qwen-mini"}).begun()
@@ -196,7 +196,7 @@ async def test_a_stream_tells_the_mood_first_and_frees_its_slot_when_the_client_
     await until(lambda: has_inside(client, 0))
 
 
-async def test_a_key_is_asked_for_at_the_entrance(client: httpx.AsyncClient) -> None:
+async def test_the_entrance_checks_the_key(client: httpx.AsyncClient) -> None:
     for key, status in (("another key", 401), (KEY, 200)):
         headers = {"authorization": f"Bearer {key}", "x-request-id": "mine"}
         response = await client.post("/v1/classify", json={"input": "好"}, headers=headers)
@@ -204,13 +204,13 @@ async def test_a_key_is_asked_for_at_the_entrance(client: httpx.AsyncClient) -> 
         assert response.headers.get_list("x-request-id") == ["mine"]
 
 
-async def test_all_numbers_and_states_are_told_by_replica(client: httpx.AsyncClient) -> None:
+async def test_metrics_and_health_are_reported_per_replica(client: httpx.AsyncClient) -> None:
     names = await replicas(client)
-    told = {}
+    replicas_of = {}
     for family in text_string_to_metric_families((await client.get("/metrics")).text):
-        told[family.name] = {sample.labels["replica"] for sample in family.samples}
-    assert told["qwen_requests_inside"] == names
-    assert len(told["qwen_requests"] - names) == 1  # the entrance
+        replicas_of[family.name] = {sample.labels["replica"] for sample in family.samples}
+    assert replicas_of["qwen_requests_inside"] == names
+    assert len(replicas_of["qwen_requests"] - names) == 1  # the entrance
     health = (await client.get("/health")).json()
     assert health["status"] == "ok" and health["model"] == "qwen-mini"
 
@@ -219,7 +219,7 @@ async def test_a_full_cluster_answers_429(client: httpx.AsyncClient) -> None:
     room = NUM_REPLICAS * (MAX_NUM_SEQS + MAX_QUEUE)
     refusals: asyncio.Queue[httpx.Response] = asyncio.Queue()
 
-    async def ask_again_and_again(name: str) -> None:
+    async def send_repeatedly(name: str) -> None:
         while True:
             body = endless(name) | {"stream": False}
             response = await client.post("/v1/chat/completions", json=body)
@@ -227,18 +227,18 @@ async def test_a_full_cluster_answers_429(client: httpx.AsyncClient) -> None:
                 refusals.put_nowait(response)
                 await asyncio.sleep(0.05)
 
-    asking = [asyncio.create_task(ask_again_and_again(f"number {i}")) for i in range(room + 1)]
+    sending = [asyncio.create_task(send_repeatedly(f"number {i}")) for i in range(room + 1)]
     async with asyncio.timeout(BOUND_S):
         refused = await refusals.get()
     assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
     await until(lambda: has_inside(client, room))
     assert (await client.get("/health")).status_code == 200
-    for task in asking:
+    for task in sending:
         task.cancel()
-    await asyncio.gather(*asking, return_exceptions=True)
+    await asyncio.gather(*sending, return_exceptions=True)
 
 
-async def test_a_conversation_stays_with_the_replica_that_knows_it(
+async def test_a_conversation_stays_with_the_replica_that_has_it_cached(
     client: httpx.AsyncClient,
 ) -> None:
     for i in range(16):
@@ -262,7 +262,7 @@ async def test_a_replica_that_dies_ends_its_own_requests_only_and_is_replaced(
     client: httpx.AsyncClient,
 ) -> None:
     before = await replicas(client)
-    # As many as all replicas compute together, so each has its share.
+    # As many as all replicas run at once, so that they are spread evenly.
     streams = [
         await Stream(client, endless(f"number {i}", max_tokens=200)).begun()
         for i in range(NUM_REPLICAS * MAX_NUM_SEQS)

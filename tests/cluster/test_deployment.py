@@ -1,4 +1,4 @@
-"""What Serve is told of the settings, and what the command says of wrong ones."""
+"""The deployment that follows from the settings, and errors of the command's options."""
 
 import importlib.util
 import socket
@@ -32,7 +32,7 @@ def test_a_replica_has_the_threads_and_the_memory_of_the_settings() -> None:
     assert (entrance.name, entrance.num_replicas) == ("Entrance", 1)
 
 
-def test_max_replicas_lets_their_number_follow_the_load() -> None:
+def test_with_max_replicas_their_number_follows_the_load() -> None:
     settings = ClusterSettings(num_replicas=2, max_replicas=5, max_num_seqs=8)
     replica, _ = build_app(deployment.build(settings), name="qwen").deployments
     scaling = replica._deployment_config.autoscaling_config
@@ -40,7 +40,7 @@ def test_max_replicas_lets_their_number_follow_the_load() -> None:
     assert scaling.target_ongoing_requests == 8
 
 
-def test_the_shipped_file_deploys_what_the_settings_say() -> None:
+def test_the_example_configuration_is_valid() -> None:
     content = yaml.safe_load((ROOT / "docs" / "cluster.yaml").read_text(encoding="utf-8"))
     [app] = ServeDeploySchema.model_validate(content).applications
     assert app.import_path == f"{deployment.__name__}:{deployment.build.__name__}"
@@ -78,14 +78,14 @@ def test_a_port_in_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sentence.startswith(f"error: cannot listen on 127.0.0.1:{port}: Address already in use")
 
 
-def test_a_ray_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_ray_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{closed_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     sentence = refusal(monkeypatch, "--port", str(closed_port()))
     assert sentence.startswith(f"error: no Ray cluster answers at RAY_ADDRESS={address}: ")
 
 
-def test_what_ray_says_when_it_cannot_start_is_one_sentence(
+def test_a_ray_that_cannot_start_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(**options: object) -> None:
@@ -104,7 +104,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
 
 
 def settings_table() -> str:
-    """The options of the cluster's own, as docs/cluster.md must have them."""
+    """The table of the cluster's own options that docs/cluster.md must contain."""
     own = ClusterSettings.__annotations__.keys() - {"ui"}
     lines = ["| option | default | |", "|---|---|---|"]
     for name, field in ClusterSettings.model_fields.items():

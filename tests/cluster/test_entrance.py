@@ -1,4 +1,4 @@
-"""The entrance alone: what it refuses, hands on, and tells of what fails behind it."""
+"""The entrance alone: requests that it refuses or relays, and failures of replicas."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ Answer = Callable[[], AsyncIterator[Message]]
 
 
 class FakeMembers:
-    """Answers as it is told."""
+    """Gives a fixed answer and records the calls."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -83,7 +83,7 @@ def ask(
         return httpx.post(f"{url}{path}", json={"messages": messages}, headers=headers), members
 
 
-def test_a_request_is_handed_on_with_its_id_and_its_conversation() -> None:
+def test_a_request_is_relayed_with_its_id_and_its_conversation() -> None:
     response, members = ask(whole, headers={"x-request-id": "mine"})
     assert response.json() == {}
     [scope], [conversation] = members.scopes, members.conversations
@@ -101,7 +101,7 @@ def test_a_request_is_handed_on_with_its_id_and_its_conversation() -> None:
         ({"max_body_bytes": 10}, {}, 413),
     ],
 )
-def test_what_is_refused_reaches_no_replica(
+def test_a_refused_request_reaches_no_replica(
     settings: dict[str, Any], headers: dict[str, str], status: int
 ) -> None:
     response, members = ask(whole, headers=headers, **settings)
@@ -113,7 +113,7 @@ def test_what_is_refused_reaches_no_replica(
     ("answer", "status", "code"),
     [(full, 429, "queue_full"), (silent, 504, "request_timeout")],
 )
-def test_what_fails_before_the_answer_is_a_status(answer: Answer, status: int, code: str) -> None:
+def test_a_failure_before_the_response_is_a_status(answer: Answer, status: int, code: str) -> None:
     response, _ = ask(answer, request_timeout=0.2)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
@@ -123,7 +123,7 @@ def test_what_fails_before_the_answer_is_a_status(answer: Answer, status: int, c
     ("answer", "code"), [(lost_in_a_stream, "replica_lost"), (endless_stream, "request_timeout")]
 )
 @pytest.mark.parametrize(("path", "ends"), [(CHAT, ["[DONE]"]), ("/v1/responses", [])])
-def test_what_fails_in_a_stream_is_its_last_event(
+def test_a_failure_in_a_stream_is_its_last_event(
     answer: Answer, code: str, path: str, ends: list[str]
 ) -> None:
     response, _ = ask(answer, path, request_timeout=0.5)
@@ -132,7 +132,7 @@ def test_what_fails_in_a_stream_is_its_last_event(
     assert rest == [*ends, ""]
 
 
-def test_without_replicas_it_is_not_sound() -> None:
+def test_without_replicas_health_and_ready_are_503() -> None:
     members: Any = FakeMembers(whole)
     with run_app(create_entrance(ClusterSettings(), Metrics(), members)) as url:
         health, ready = httpx.get(f"{url}/health"), httpx.get(f"{url}/ready")

@@ -1,4 +1,4 @@
-"""An ASGI application's answer as an iterator."""
+"""The response of an ASGI application as an iterator."""
 
 import asyncio
 from contextlib import aclosing
@@ -13,7 +13,7 @@ from server.cluster.exchange import exchange
 SCOPE = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []}
 
 
-async def test_the_body_goes_in_and_the_messages_come_out() -> None:
+async def test_the_application_gets_the_body_and_its_messages_are_returned() -> None:
     async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()
         await PlainTextResponse(body + b"!")(scope, receive, send)
@@ -23,7 +23,7 @@ async def test_the_body_goes_in_and_the_messages_come_out() -> None:
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
-async def test_the_application_sees_that_nobody_reads_on(is_cancelled: bool) -> None:
+async def test_the_application_gets_a_disconnect_when_the_iterator_ends(is_cancelled: bool) -> None:
     ended = asyncio.Event()
 
     async def endless(scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +49,7 @@ async def test_the_application_sees_that_nobody_reads_on(is_cancelled: bool) -> 
     assert ended.is_set()
 
 
-async def test_what_the_application_raises_is_raised() -> None:
+async def test_an_error_of_the_application_is_raised() -> None:
     async def failing(scope: Scope, receive: Receive, send: Send) -> None:
         raise ClientDisconnect
 

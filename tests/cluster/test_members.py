@@ -1,4 +1,4 @@
-"""What the processes of a cluster tell, whatever some of them do."""
+"""Results of all processes of a cluster, some of which fail."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -14,7 +14,7 @@ from server.cluster.members import Members
 
 
 class FakeHandle:
-    """A deployment whose processes answer as they are told."""
+    """A deployment whose processes give fixed answers."""
 
     def __init__(self, *answers: Callable[[], Awaitable[Any]]) -> None:
         self._answers = answers
@@ -43,7 +43,7 @@ async def broken() -> str:
     raise ValueError("not me")
 
 
-async def test_processes_that_are_lost_broken_or_silent_hide_no_others(
+async def test_lost_broken_or_silent_processes_are_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(members, "STATUS_TIMEOUT_S", 0.2)
@@ -53,6 +53,6 @@ async def test_processes_that_are_lost_broken_or_silent_hide_no_others(
     assert warning == "get_json() failed in a process of the cluster"
 
 
-async def test_a_cluster_without_processes_tells_nothing() -> None:
+async def test_a_cluster_without_processes_has_no_results() -> None:
     handle: Any = FakeHandle()
     assert await Members(handle, handle).get_json("/health") == []

@@ -24,13 +24,13 @@ from tests.cluster.test_cluster import (
 from ray import serve  # isort: skip
 from ray.cluster_utils import Cluster  # isort: skip
 
-# What only the node of the entrance has.
+# A resource that only the entrance's node has.
 HEAD = "head"
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, Deployment]]:
-    """The head, which holds the entrance and one replica."""
+    """A head node, which runs the entrance and one replica."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -59,7 +59,7 @@ async def test_a_node_that_dies_ends_its_own_requests_only_and_its_replica_is_re
     ) as client:
         await until(lambda: has_replicas(client, 2))
         before = await replicas(client)
-        # As many as both replicas compute together, so each has its share.
+        # As many as both replicas run at once, so that they are spread evenly.
         streams = [
             await Stream(client, endless(f"number {i}", max_tokens=1000)).begun()
             for i in range(2 * MAX_NUM_SEQS)
@@ -67,7 +67,7 @@ async def test_a_node_that_dies_ends_its_own_requests_only_and_its_replica_is_re
         await asyncio.to_thread(nodes.remove_node, worker, allow_graceful=False)
 
         async def is_answered() -> bool:
-            """Until Ray sees that the node is gone, requests may be sent there."""
+            """Ray may send requests to the node until it sees that the node is gone."""
             response = await client.post("/v1/classify", json={"input": "and you?"})
             is_lost = response.status_code == 503
             assert not is_lost or response.json()["error"]["code"] == "replica_lost"

@@ -1,4 +1,4 @@
-"""What is told of several replicas together."""
+"""Health, readiness and metrics of several replicas together."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ def state(name: str, status: str, **fields: Any) -> dict[str, Any]:
     return {"replica": name, "status": status, "requests": 3, **caches, **fields}
 
 
-def test_each_family_comes_once_with_the_samples_of_all() -> None:
-    told = []
+def test_each_family_is_listed_once_with_the_samples_of_all() -> None:
+    all_metrics = []
     for name in ("a", "b"):
         metrics = Metrics()
         metrics.request_answered("/v1/classify", 200, 0.1)
-        told += labelled(metrics.registry, name)
+        all_metrics += labelled(metrics.registry, name)
     registry = CollectorRegistry()
-    registry.register(Families(told))
+    registry.register(Families(all_metrics))
     text = generate_latest(registry).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert text.count("# TYPE qwen_requests_total counter") == 1
@@ -30,13 +30,13 @@ def test_each_family_comes_once_with_the_samples_of_all() -> None:
     assert [(each.labels["replica"], each.value) for each in samples] == [("a", 1), ("b", 1)]
 
 
-def test_a_cluster_is_sound_while_one_replica_is() -> None:
+def test_a_cluster_is_healthy_while_one_replica_is() -> None:
     broken = state("a", "stopped", reason="the engine broke down")
     sound = state("b", "ok", reason=None, model="qwen", warning=None)
-    told = health_of([broken, sound])
-    assert (told["status"], told["reason"], told["model"]) == ("ok", None, "qwen")
-    assert told["sentiment_cache"] == {"hits": 4, "misses": 2}
-    assert told["replicas"] == [broken, sound]
+    health = health_of([broken, sound])
+    assert (health["status"], health["reason"], health["model"]) == ("ok", None, "qwen")
+    assert health["sentiment_cache"] == {"hits": 4, "misses": 2}
+    assert health["replicas"] == [broken, sound]
     assert health_of([broken])["reason"] == "the engine broke down"
     assert health_of([])["reason"] == "no replica is running"
 
@@ -52,5 +52,5 @@ def test_a_cluster_is_sound_while_one_replica_is() -> None:
     ],
 )
 def test_a_cluster_is_ready_while_one_replica_is(states: list[str], status: str) -> None:
-    told = readiness_of([state("a", each) for each in states])
-    assert told["status"] == status and told["requests"] == 3 * len(states)
+    readiness = readiness_of([state("a", each) for each in states])
+    assert readiness["status"] == status and readiness["requests"] == 3 * len(states)

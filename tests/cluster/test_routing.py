@@ -1,4 +1,4 @@
-"""Which replica a request goes to."""
+"""The routing of requests to replicas."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ def hash_of(path: str, **fields: Any) -> str:
     return conversation_of(path, json.dumps(fields).encode())
 
 
-def said(*texts: str) -> list[dict[str, str]]:
+def turns_of(*texts: str) -> list[dict[str, str]]:
     return [
         {"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)
     ]
@@ -34,40 +34,40 @@ def said(*texts: str) -> list[dict[str, str]]:
 
 def test_a_conversation_keeps_its_hash_as_it_grows() -> None:
     system = [{"role": "system", "content": "be kind"}]
-    first = hash_of(CHAT, model="m", messages=[*system, *said("hello")])
-    assert first == hash_of(CHAT, model="m", messages=[*system, *said("hello", "hi", "why?")])
-    assert first == hash_of(CHAT, model="m", messages=[*system, *said("hello")], temperature=0)
+    first = hash_of(CHAT, model="m", messages=[*system, *turns_of("hello")])
+    assert first == hash_of(CHAT, model="m", messages=[*system, *turns_of("hello", "hi", "why?")])
+    assert first == hash_of(CHAT, model="m", messages=[*system, *turns_of("hello")], temperature=0)
 
 
-def test_a_text_for_input_is_a_turn_of_the_user() -> None:
+def test_a_string_input_is_a_turn_of_the_user() -> None:
     text = hash_of(RESPONSES, model="m", input="hello")
-    assert text == hash_of(RESPONSES, model="m", input=said("hello", "hi", "why?"))
+    assert text == hash_of(RESPONSES, model="m", input=turns_of("hello", "hi", "why?"))
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"messages": said("hello!")},
-        {"messages": [{"role": "system", "content": "be kind"}, *said("hello")]},
-        {"messages": said("hello"), "model": "other"},
-        {"messages": said("hello"), "prompt_cache_key": "mine"},
-        {"messages": said("hello"), "tools": [{"type": "function"}]},
+        {"messages": turns_of("hello!")},
+        {"messages": [{"role": "system", "content": "be kind"}, *turns_of("hello")]},
+        {"messages": turns_of("hello"), "model": "other"},
+        {"messages": turns_of("hello"), "prompt_cache_key": "mine"},
+        {"messages": turns_of("hello"), "tools": [{"type": "function"}]},
     ],
 )
-def test_what_begins_otherwise_has_another_hash(fields: dict[str, Any]) -> None:
-    assert hash_of(CHAT, **fields) != hash_of(CHAT, messages=said("hello"))
+def test_a_different_beginning_has_another_hash(fields: dict[str, Any]) -> None:
+    assert hash_of(CHAT, **fields) != hash_of(CHAT, messages=turns_of("hello"))
 
 
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/v1/classify", b'{"input": "hello"}'), (CHAT, b"{"), (CHAT, b"[1]"), ("/v1/models", b"")],
 )
-def test_what_is_no_conversation_has_none(path: str, body: bytes) -> None:
+def test_other_requests_have_no_conversation(path: str, body: bytes) -> None:
     assert conversation_of(path, body) == ""
 
 
 @pytest.mark.parametrize("turns", [None, 1, [], ["x"], [{"role": 1}], [None]])
-def test_nonsense_is_left_to_the_replica_to_refuse(turns: Any) -> None:
+def test_invalid_turns_are_left_to_the_replica_to_refuse(turns: Any) -> None:
     assert hash_of(CHAT, messages=turns)
 
 
@@ -76,7 +76,7 @@ def test_nonsense_is_left_to_the_replica_to_refuse(turns: Any) -> None:
 
 @pytest.fixture
 def router() -> ConversationRouter:
-    """It knows four replicas, all idle."""
+    """A router with four idle replicas."""
     router = ConversationRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
     router.initialize_state(max_num_seqs=MAX_NUM_SEQS, max_requests=MAX_REQUESTS)
     replicas: Any = [
@@ -117,7 +117,7 @@ async def test_a_conversation_prefers_its_own_replica_until_that_is_busy(
     assert len(others) == 2
 
 
-async def test_conversations_are_spread_and_all_else_goes_to_one_of_two(
+async def test_conversations_are_spread_and_other_requests_go_to_one_of_two(
     router: ConversationRouter,
 ) -> None:
     owners = Counter([(await choose(router, f"conversation {i}"))[0][0] for i in range(400)])
@@ -127,13 +127,13 @@ async def test_conversations_are_spread_and_all_else_goes_to_one_of_two(
     assert {name for [pair] in pairs for name in pair} == set(owners)
 
 
-async def test_what_was_sent_counts_before_the_replica_tells_of_it(
+async def test_a_sent_request_counts_before_the_replica_reports_it(
     router: ConversationRouter,
 ) -> None:
     for name in ("r0", "r1", "r2"):
         for _ in range(MAX_REQUESTS):
             router.on_send_request(ReplicaID(name, DEPLOYMENT))
-        set_requests(router, {name: 1})  # what it told of the first
+        set_requests(router, {name: 1})  # its last report
     assert await choose(router) == [["r3"]]
     router.on_request_completed(ReplicaID("r1", DEPLOYMENT), "id")
     assert {name for _ in range(50) for [group] in [await choose(router)] for name in group} == {
@@ -148,4 +148,4 @@ async def test_the_last_replica_with_room_is_found(router: ConversationRouter) -
         assert await choose(router) == [["r3"]]
     set_requests(router, {"r3": MAX_REQUESTS})
     [two] = await choose(router)
-    assert len(two) == 2  # one of them says that all are full
+    assert len(two) == 2  # one of them refuses the request

@@ -1,4 +1,4 @@
-"""`fit` as a whole: what it prints and writes, that it is served, and how it fails."""
+"""The whole `fit` command: its output, serving its result, and its errors."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ from tests.conftest import LiveServer
 Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
 
 INSTRUCTION = "Is this about an animal or about a machine?"
-# A random model knows nothing, but what it computes of other words is different.
+# A random model has no knowledge, but its hidden states differ by word.
 WORDS = {
     "animal": ("cat", "dog", "horse", "fox", "bird"),
     "machine": ("printer", "engine", "tractor", "drill", "pump"),
@@ -34,8 +34,8 @@ def table(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
     return path
 
 
-def told(num_each: int = 30) -> list[tuple[str, str]]:
-    """Rows whose words tell their labels."""
+def learnable(num_each: int = 30) -> list[tuple[str, str]]:
+    """Rows whose words determine their labels."""
     return [
         (f"the {words[i % 5]} the {words[i % 3]} number {i}", label)
         for i in range(num_each)
@@ -43,30 +43,30 @@ def told(num_each: int = 30) -> list[tuple[str, str]]:
     ]
 
 
-def untold(num_each: int = 30) -> list[tuple[str, str]]:
-    """Rows whose labels nobody can know."""
+def unlearnable(num_each: int = 30) -> list[tuple[str, str]]:
+    """Rows whose labels cannot be learned."""
     return [(f"number {7 * i}", ("animal", "machine")[i % 2]) for i in range(2 * num_each)]
 
 
 def fit(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
-    """Runs the command in this process; its sentence if it fails, or nothing."""
+    """Runs the command in this process; returns its error message, or an empty string."""
     monkeypatch.setattr("sys.argv", ["qwen-all-in-one", "fit", *map(str, arguments)])
     try:
         main()
-    except SystemExit as exit_:
-        # Python writes a text to stderr, and exits with 1.
-        return one_sentence(exit_)
+    except SystemExit as stopped:
+        # Python prints a string code to stderr and exits with 1.
+        return one_sentence(stopped)
     return ""
 
 
-def one_sentence(exit_: SystemExit) -> str:
-    assert isinstance(exit_.code, str) and "\n" not in exit_.code
-    return exit_.code
+def one_sentence(stopped: SystemExit) -> str:
+    assert isinstance(stopped.code, str) and "\n" not in stopped.code
+    return stopped.code
 
 
 @pytest.fixture
 def options(tiny_checkpoint: Path, tmp_path: Path) -> list[object]:
-    """Of a new task, on the random model."""
+    """The options of a new task on the random model."""
     return ["--task", "things", "--instruction", INSTRUCTION, "--model", tiny_checkpoint,
             "--out", tmp_path / "out"]  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_a_new_task_is_fitted_written_and_served(
     tmp_path: Path,
     serve: Serve,
 ) -> None:
-    assert fit(monkeypatch, table(tmp_path / "rows.csv", told()), *options) == ""
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", learnable()), *options) == ""
     printed = capsys.readouterr().out
     assert "42 training rows, 18 test rows, 0 left out" in printed
     assert "The new judge is better" in printed and f"--tasks {tmp_path / 'out'}" in printed
@@ -117,10 +117,10 @@ def test_a_new_task_is_fitted_written_and_served(
         assert "things" in json.dumps(models[0]["tasks"])
 
 
-def test_the_report_has_the_figures_and_needs_nothing_else(
+def test_the_report_has_all_figures_and_is_self_contained(
     monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
 ) -> None:
-    rows = [*told(), ("", "animal"), ("the cat the cat number 0", "animal")]
+    rows = [*learnable(), ("", "animal"), ("the cat the cat number 0", "animal")]
     assert fit(monkeypatch, table(tmp_path / "rows.csv", rows), *options) == ""
     report = json.loads((tmp_path / "out" / "things-report.json").read_text())
     assert report["is_gain"] and report["after"]["accuracy"] > report["before"]["accuracy"]
@@ -130,11 +130,11 @@ def test_the_report_has_the_figures_and_needs_nothing_else(
     assert page.count("<svg") == 2 and "The new judge is better" in page
     assert f"{report['after']['accuracy']:.3f}" in page
     assert "http" not in page and "<script" not in page
-    # No text of anybody is in either.
+    # Neither contains a text of a row.
     assert "tractor" not in page and "tractor" not in json.dumps(report)
 
 
-def test_the_command_that_is_printed_serves_what_was_fitted(
+def test_the_printed_command_serves_the_fitted_task(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[object],
@@ -142,7 +142,7 @@ def test_the_command_that_is_printed_serves_what_was_fitted(
     tmp_path: Path,
     serve: Serve,
 ) -> None:
-    out, rows = tmp_path / "my fits", table(tmp_path / "rows.csv", told())
+    out, rows = tmp_path / "my fits", table(tmp_path / "rows.csv", learnable())
     assert fit(monkeypatch, rows, *options, "--dtype", "bfloat16", "--out", out) == ""
     *_, line = capsys.readouterr().out.splitlines()
     python, m, server, *arguments = shlex.split(line)
@@ -153,7 +153,7 @@ def test_the_command_that_is_printed_serves_what_was_fitted(
         assert classify(live, "things", "the dog the cat number 77") == ["animal"]
 
 
-def test_the_options_of_the_model_are_the_servers_own() -> None:
+def test_the_model_options_are_those_of_the_server() -> None:
     given: dict[str, Any] = {
         "model": "a/b",
         "revision": "main",
@@ -170,10 +170,10 @@ def test_the_options_of_the_model_are_the_servers_own() -> None:
     assert settings.server.model_dump(include=set(given)) == given
 
 
-def test_a_label_cannot_write_into_the_page(
+def test_a_label_cannot_inject_html_into_the_report(
     monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
 ) -> None:
-    rows = [(text, f"<b>{label}</b>") for text, label in told()]
+    rows = [(text, f"<b>{label}</b>") for text, label in learnable()]
     assert fit(monkeypatch, table(tmp_path / "rows.csv", rows), *options) == ""
     page = (tmp_path / "out" / "things-report.html").read_text()
     assert "<b>animal" not in page and "&lt;b&gt;animal" in page
@@ -182,7 +182,7 @@ def test_a_label_cannot_write_into_the_page(
 def test_a_folder_may_hold_several_tasks(
     monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path
 ) -> None:
-    rows = table(tmp_path / "rows.csv", told())
+    rows = table(tmp_path / "rows.csv", learnable())
     assert fit(monkeypatch, rows, *options) == ""
     assert fit(monkeypatch, rows, *options, "--task", "more/things") == ""
     tables = tomllib.loads((tmp_path / "out" / "tasks.toml").read_text())
@@ -190,7 +190,7 @@ def test_a_folder_may_hold_several_tasks(
     assert tables["more/things"]["judge"] == "more_things.safetensors"
 
 
-def test_a_task_that_there_is_keeps_all_but_its_examples(
+def test_an_existing_task_keeps_all_but_its_examples(
     monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     tasks = tmp_path / "tasks.toml"
@@ -202,7 +202,7 @@ def test_a_task_that_there_is_keeps_all_but_its_examples(
     )
     few = [{"text": f"few {i}", "label": value} for i in range(10) for value in "ab"]
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, few)))
-    rows = table(tmp_path / "rows.csv", told())
+    rows = table(tmp_path / "rows.csv", learnable())
     options = ["--model", tiny_checkpoint, "--tasks", tasks, "--task", "things"]
     names = ["--labels", "machine=b,animal=a", "--out", tmp_path / "out", "--force"]
     assert fit(monkeypatch, rows, *options, *names) == ""
@@ -214,13 +214,13 @@ def test_a_task_that_there_is_keeps_all_but_its_examples(
 # --- what is not written --------------------------------------------------------------
 
 
-def test_what_is_no_better_is_not_written_unless_forced(
+def test_a_judge_that_is_not_better_is_only_written_with_force(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[object],
     tmp_path: Path,
 ) -> None:
-    rows = table(tmp_path / "rows.csv", untold())
+    rows = table(tmp_path / "rows.csv", unlearnable())
     assert "--force writes it" in fit(monkeypatch, rows, *options)
     assert "The new judge is not better" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -231,20 +231,20 @@ def test_what_is_no_better_is_not_written_unless_forced(
 @pytest.mark.parametrize(
     ("rows", "more", "says"),
     [
-        (told()[::2], (), "the rows have 1 label"),
-        (told(9), (), "the label 'animal' has 9 rows that can be used; 10 are needed"),
+        (learnable()[::2], (), "the rows have 1 label"),
+        (learnable(9), (), "the label 'animal' has 9 rows that can be used; 10 are needed"),
         ([], (), "the rows have 0 labels"),
-        (told(), ("--task", "sentiment"), "the task 'sentiment' already has an instruction"),
-        (told(), ("--label-column", "kind"), "has no column 'kind'"),
-        (told(), ("--encoding", "utf-32"), "is not text in utf-32"),
-        (told(), ("--labels", "animal"), "--labels 'animal': give NAME=LABEL pairs"),
-        (told(), ("--test-share", "0.9"), "--test-share '0.9'"),
-        (told(), ("--tasks", "/no/such.toml"), "cannot read the task file /no/such.toml"),
-        (told(), ("--model", "/no/such/model"), "neither a folder"),
-        (told(), ("--revision", "main"), "--revision is for models of the hub"),
-        (told(), ("--out", __file__), "is a file; name a folder"),
-        (told(), ("--out", "/proc/new"), "cannot write to --out /proc/new"),
-        (told(), ("--instruction", "word " * 600), "leaves no room in a context of 512"),
+        (learnable(), ("--task", "sentiment"), "the task 'sentiment' already has an instruction"),
+        (learnable(), ("--label-column", "kind"), "has no column 'kind'"),
+        (learnable(), ("--encoding", "utf-32"), "is not text in utf-32"),
+        (learnable(), ("--labels", "animal"), "--labels 'animal': give NAME=LABEL pairs"),
+        (learnable(), ("--test-share", "0.9"), "--test-share '0.9'"),
+        (learnable(), ("--tasks", "/no/such.toml"), "cannot read the task file /no/such.toml"),
+        (learnable(), ("--model", "/no/such/model"), "neither a folder"),
+        (learnable(), ("--revision", "main"), "--revision is for models of the hub"),
+        (learnable(), ("--out", __file__), "is a file; name a folder"),
+        (learnable(), ("--out", "/proc/new"), "cannot write to --out /proc/new"),
+        (learnable(), ("--instruction", "word " * 600), "leaves no room in a context of 512"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -263,7 +263,7 @@ def test_bad_input_is_one_sentence(
 def test_a_label_that_the_task_lacks_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = table(tmp_path / "rows.csv", told())
+    path = table(tmp_path / "rows.csv", learnable())
     says = fit(monkeypatch, path, "--model", "mini", "--out", tmp_path / "out")
     assert "line 2: the task 'sentiment' has no label 'animal'" in says
 
@@ -273,11 +273,11 @@ def test_a_folder_with_a_broken_task_file_is_one_sentence(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tasks.toml").write_text("[")
-    path = table(tmp_path / "rows.csv", told())
+    path = table(tmp_path / "rows.csv", learnable())
     assert "cannot read its tasks.toml" in fit(monkeypatch, path, *options)
 
 
-def test_no_such_option_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_option_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["qwen-all-in-one", "fit", "rows.csv", "--nonsense"])
     with pytest.raises(SystemExit) as raised:
         main()
@@ -290,7 +290,7 @@ def test_no_such_option_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_judge_of_another_model_or_instruction_is_refused_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, options: list[object], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
-    assert fit(monkeypatch, table(tmp_path / "rows.csv", told()), *options) == ""
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", learnable()), *options) == ""
     out = tmp_path / "out"
     for serving, says in (
         (("--model", tiny_checkpoint, "--dtype", "bfloat16"), "give --dtype float32"),
@@ -304,7 +304,7 @@ def test_a_judge_of_another_model_or_instruction_is_refused_in_one_sentence(
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, *options: object) -> str:
-    """The sentence with which a server does not start."""
+    """The error message of a server that does not start."""
     monkeypatch.setattr("sys.argv", ["qwen-all-in-one", "--port", "0", *map(str, options)])
     with pytest.raises(SystemExit) as raised:
         main()

@@ -1,4 +1,4 @@
-"""The worked example of docs/fit.md, as it is printed there, on the bundled model."""
+"""The example of docs/fit.md, exactly as written there, on the bundled model."""
 
 import re
 import shlex
@@ -27,7 +27,7 @@ def test_the_example_fits_a_task_that_is_served(
     arguments = shlex.split(fitting.replace("DIR", "mini"))
     assert arguments[:5] == program
     monkeypatch.chdir(tmp_path)
-    # The bundled model knows of moods and of little else.
+    # The bundled model was trained for moods only, so the result may not be better.
     assert fit(monkeypatch, ROOT / "docs" / "complaints.csv", *arguments[5:], "--force") == ""
     assert shlex.split(serving) == ["python", "-m", "server", "--model", "DIR", "--tasks", "fitted"]
     with serve(Settings(model="mini", tasks=Path("fitted"))) as server:
@@ -35,7 +35,7 @@ def test_the_example_fits_a_task_that_is_served(
     assert set(found) <= {f"Q{i}" for i in range(1, 7)}
 
 
-def test_every_option_that_is_named_is_one() -> None:
+def test_every_option_in_the_docs_exists() -> None:
     options = {name.replace("_", "-") for name in FitSettings.model_fields}
     named = set(re.findall(r"`--([a-z-]+)", TEXT)) - {"adapter"}  # the server's own
     assert named <= options
@@ -43,5 +43,5 @@ def test_every_option_that_is_named_is_one() -> None:
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\((?!http)([^)#]+)\)", TEXT))
-def test_every_link_to_a_file_leads_somewhere(target: str) -> None:
+def test_every_link_to_a_file_resolves(target: str) -> None:
     assert (ROOT / "docs" / target).exists()

@@ -1,4 +1,4 @@
-"""A head learned from rows, tested on others, with a model that knows what it is asked about."""
+"""Fits a head to rows and tests it on others, with a fake model that knows the true labels."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ async def learned(model: FakeModel, with_examples: bool = True) -> Fitted:
 
 
 @pytest.mark.parametrize("with_examples", [True, False])
-async def test_a_head_that_tells_the_labels_is_a_gain(with_examples: bool) -> None:
+async def test_a_head_on_informative_states_is_a_gain(with_examples: bool) -> None:
     fitted = await learned(FakeModel(states=telling), with_examples)
     assert isinstance(fitted.judge, HeadJudge) and fitted.judge.layer in LAYERS
     comparison = fitted.comparison
@@ -65,14 +65,14 @@ async def test_a_head_that_tells_the_labels_is_a_gain(with_examples: bool) -> No
     assert ("90 examples" in fitted.recipe) or ("none of the task's examples" in fitted.recipe)
 
 
-async def test_a_head_that_tells_nothing_is_none() -> None:
+async def test_a_head_on_uninformative_states_is_no_gain() -> None:
     fitted = await learned(FakeModel(label_scores=lambda text: telling(text, 0)[:3]))
     assert not fitted.comparison.is_gain
     assert fitted.comparison.before.accuracy > 0.95
 
 
-async def test_the_test_part_has_no_part_in_the_recipe_nor_in_what_is_tested() -> None:
-    # Of the test part the states say the contrary.
+async def test_the_test_part_affects_neither_the_recipe_nor_the_tested_head() -> None:
+    # The states of the test part point to wrong labels.
     contrary = {each.text for each in selection().test}
 
     def states(text: str, layer: int) -> np.ndarray:
@@ -83,7 +83,7 @@ async def test_the_test_part_has_no_part_in_the_recipe_nor_in_what_is_tested() -
     assert fitted.judge.validation is not None and fitted.judge.validation.accuracy > 0.95
 
 
-async def test_what_is_written_is_fitted_to_the_test_part_too() -> None:
+async def test_the_written_head_is_fitted_to_the_test_part_too() -> None:
     fitted = await learned(FakeModel(states=hinting), with_examples=False)
     measured_ = await measured(FakeModel(states=hinting), prompts_of(task([])), LabelJudge())
     assert isinstance(fitted.judge, HeadJudge)
@@ -100,7 +100,7 @@ async def test_a_learning_curve_rises_to_all_rows() -> None:
     assert curve.accuracies[-1] - 0.1 < curve.expected_of_twice < 1
 
 
-async def test_the_labels_texts_are_scored_for_the_test_part_alone() -> None:
+async def test_label_texts_are_scored_for_the_test_part_only() -> None:
     model = FakeModel(states=telling)
     await measured(model, prompts_of(), LabelJudge())
     scored = [call["text"] for call in model.calls if call["labels"]]
@@ -108,7 +108,7 @@ async def test_the_labels_texts_are_scored_for_the_test_part_alone() -> None:
     assert len(model.calls) == NUM_ROWS + len(examples())
 
 
-async def test_without_layers_the_test_part_alone_is_run() -> None:
+async def test_without_layers_only_the_test_part_is_run() -> None:
     model = FakeModel()
     found = await measured(model, prompts_of(), LabelJudge(), layers=())
     assert len(model.calls) == len(found.test) == 27

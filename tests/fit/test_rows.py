@@ -1,4 +1,4 @@
-"""Labelled texts from CSV and JSON Lines: what is read, what is named as bad, what is refused."""
+"""Labelled texts from CSV and JSON Lines: rows, bad rows and errors."""
 
 from pathlib import Path
 
@@ -33,14 +33,14 @@ def test_csv_is_read_whatever_spreadsheet_wrote_it(
     assert bad == []
 
 
-def test_a_download_of_the_page_is_read_as_what_was_said(tmp_path: Path) -> None:
+def test_a_download_of_the_page_is_read_as_the_original_texts(tmp_path: Path) -> None:
     texts = ["=1+1", "-10 for the soup", "'quoted'", "@you", "plain"]
     content = to_labelled_csv(dict.fromkeys(texts, "a"))
     rows, _ = read(tmp_path / "rows.csv", content)
     assert [row.text for row in rows] == texts
 
 
-def test_a_text_may_hold_lines_delimiters_and_quotation_marks(tmp_path: Path) -> None:
+def test_a_text_may_contain_line_breaks_delimiters_and_quotes(tmp_path: Path) -> None:
     content = 'text,label\n"one, ""two""\nthree",a\nfour,b\n'
     rows, _ = read(tmp_path / "rows.csv", content)
     assert rows == [Row(2, 'one, "two"\nthree', "a"), Row(4, "four", "b")]
@@ -52,7 +52,7 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
     assert rows == [Row(2, "fine", "5")]
 
 
-def test_rows_without_text_or_label_are_named(tmp_path: Path) -> None:
+def test_rows_without_text_or_label_are_reported(tmp_path: Path) -> None:
     content = "text,label\n,a\n  ,a\nb,\nshort\n\nfine,a\n"
     rows, bad = read(tmp_path / "rows.csv", content)
     assert rows == [Row(7, "fine", "a")]
@@ -71,7 +71,7 @@ def test_json_lines_are_read_with_numbers_as_labels(tmp_path: Path) -> None:
     assert bad == []
 
 
-def test_lines_that_are_no_json_objects_are_named(tmp_path: Path) -> None:
+def test_lines_that_are_no_json_objects_are_reported(tmp_path: Path) -> None:
     content = '{"text": "a"\n["a", "b"]\n{"text": null, "label": "x"}\n{"text": "a"}\n'
     rows, bad = read(tmp_path / "rows.jsonl", content + "[" * 100_000)
     assert rows == []
@@ -84,7 +84,7 @@ def test_lines_that_are_no_json_objects_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
+def test_the_given_encoding_is_used(tmp_path: Path) -> None:
     content = "text,label\n好吃,正面\n"
     for encoding in ("gb18030", "utf-16"):
         rows, _ = read(tmp_path / "rows.csv", content.encode(encoding), encoding=encoding)
@@ -104,7 +104,7 @@ def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
         (b"text,label\n" + b"a" * 200_000 + b",b\n", "line 2: is not CSV"),
     ],
 )
-def test_a_file_that_is_no_table_is_one_sentence(tmp_path: Path, content: bytes, says: str) -> None:
+def test_an_invalid_file_is_one_sentence(tmp_path: Path, content: bytes, says: str) -> None:
     with pytest.raises(FitError) as raised:
         read(tmp_path / "rows.csv", content)
     message = str(raised.value)
@@ -120,6 +120,6 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, s
 
 
 @pytest.mark.parametrize("encoding", ["nonsense", "rot13"])
-def test_an_encoding_there_is_not_is_one_sentence(tmp_path: Path, encoding: str) -> None:
+def test_an_unknown_encoding_is_one_sentence(tmp_path: Path, encoding: str) -> None:
     with pytest.raises(FitError, match=f"--encoding '{encoding}'"):
         read(tmp_path / "rows.csv", "text,label\na,b\n", encoding=encoding)

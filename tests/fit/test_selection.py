@@ -1,4 +1,4 @@
-"""Which rows are used, and that no text is both fitted to and tested with."""
+"""The selection of rows; no text is in both the training and the test part."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def reasons(selection: Selection) -> Counter[str]:
 # --- tasks and labels -----------------------------------------------------------------
 
 
-def test_a_task_that_there_is_is_found_by_its_name() -> None:
+def test_an_existing_task_is_found_by_its_name() -> None:
     assert task_of({"mood": TASK}, "mood", None, ["anything"]) is TASK
 
 
@@ -71,7 +71,7 @@ def test_a_new_task_has_the_labels_of_the_rows() -> None:
         ("kind", "Which?", [str(i) for i in range(256)], "have 256 labels"),
     ],
 )
-def test_a_task_that_cannot_be_is_one_sentence(
+def test_an_invalid_task_is_one_sentence(
     name: str, instruction: str | None, labels: list[str], says: str
 ) -> None:
     with pytest.raises(FitError, match=says):
@@ -88,7 +88,7 @@ def test_labels_are_known_by_value_and_by_text_in_any_case() -> None:
     ]
 
 
-def test_labels_mean_what_is_said_of_them() -> None:
+def test_labels_are_renamed_or_left_out() -> None:
     rows = [Row(2, "a", "1"), Row(3, "b", "0"), Row(4, "c", "?"), Row(5, "d", "good")]
     kept, left_out = renamed(rows, {"1": "good", "0": "bad", "?": ""})
     assert [each.label for each in labelled(kept, TASK)] == [0, 1, 0]
@@ -119,7 +119,7 @@ def test_each_label_has_its_share_in_the_test_part_the_same_each_time() -> None:
     assert selection == chosen(texts(num_good=40, num_bad=10))
 
 
-def test_repeated_texts_are_used_once_and_named() -> None:
+def test_repeated_texts_are_used_once_and_reported() -> None:
     again = [LabelledText(500, "good 1", 0), LabelledText(501, "good 1", 0)]
     selection = chosen([*texts(), *again])
     assert [each.line for each in selection.left_out] == [500, 501]
@@ -141,14 +141,14 @@ def test_examples_of_the_task_are_in_neither_part() -> None:
     }
 
 
-def test_texts_beyond_the_context_are_named() -> None:
+def test_texts_that_exceed_the_context_are_reported() -> None:
     selection = chosen(texts(), is_too_long=lambda text: text == "bad 3")
     assert [(each.line, each.reason) for each in selection.left_out] == [
         (103, "is too long for the context")
     ]
 
 
-def test_of_a_hundred_thousand_rows_so_many_are_drawn_as_wanted() -> None:
+def test_max_rows_draws_a_random_sample_of_a_large_file() -> None:
     many = texts(num_good=60_000, num_bad=40_000)
     selection = chosen(many, max_rows=500)
     assert len(selection.train) + len(selection.test) == 500
@@ -157,7 +157,7 @@ def test_of_a_hundred_thousand_rows_so_many_are_drawn_as_wanted() -> None:
     assert selection == chosen(many, max_rows=500)
 
 
-def test_a_label_without_rows_is_known_of_the_examples() -> None:
+def test_a_label_without_rows_is_learned_from_the_examples() -> None:
     task = WITH_EXAMPLES.model_copy(
         update={
             "labels": (*LABELS, Label(value="so-so", text="中")),

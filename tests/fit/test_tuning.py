@@ -17,7 +17,7 @@ from server.core.roles.task_files import read_task_file
 from server.fit.errors import FitError
 from server.fit.selection import Selection
 from server.fit.tuning import check_tuning
-from tests.fit.test_command import INSTRUCTION, fit, table, told
+from tests.fit.test_command import INSTRUCTION, fit, learnable, table
 
 LABEL_IDS = [[300, 301], [400], [500, 501, 502]]
 NUM_VECTORS = 5
@@ -25,7 +25,7 @@ TEXT = "What is this about, now?"
 
 
 def rows(num: int, start: int = 0) -> list[tuple[list[int], int]]:
-    """Prompts of several lengths, whose second last token tells the label."""
+    """Prompts of several lengths, whose second last token determines the label."""
     return [
         ([20 + i % 7] * (i % 5 + 1) + [100 + i % 3, 9], i % 3) for i in range(start, start + num)
     ]
@@ -40,7 +40,7 @@ def test_training_lowers_the_loss_of_rows_held_out(soft_prompt: SoftPrompt) -> N
     reports: list[None] = []
     before = soft_prompt.loss(rows(9, start=60))
     soft_prompt.train(rows(60), rows(9, start=60), 3, lambda: reports.append(None))
-    # A random model cannot be told much.
+    # A random model cannot learn much.
     assert soft_prompt.loss(rows(9, start=60)) < before - 0.1
     assert len(reports) == 180
 
@@ -62,7 +62,7 @@ def test_the_vectors_of_the_best_epoch_are_kept(
 
 
 def vectors_of(soft_prompt: SoftPrompt, folder: Path) -> NDArray[np.float32]:
-    """As they are written."""
+    """The vectors as they are written."""
     soft_prompt.save(folder)
     vectors = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     return np.array(vectors.numpy())
@@ -111,7 +111,7 @@ def test_the_method_writes_a_task_that_names_its_adapter(
     out = tmp_path / "out"
     options = ["--task", "things", "--instruction", INSTRUCTION, "--model", tiny_checkpoint,
                "--out", out, "--method", "prompt", "--force"]  # fmt: skip
-    assert fit(monkeypatch, table(tmp_path / "rows.csv", told(12)), *options) == ""
+    assert fit(monkeypatch, table(tmp_path / "rows.csv", learnable(12)), *options) == ""
     printed = capsys.readouterr().out
     assert "a soft prompt of" in printed
     assert f"--tasks {out}" in printed
@@ -128,7 +128,7 @@ def test_without_peft_the_method_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("server.fit.tuning.importlib.util.find_spec", lambda name: None)
     options = ["--task", "things", "--instruction", INSTRUCTION, "--model", tiny_checkpoint]
-    path = table(tmp_path / "rows.csv", told())
+    path = table(tmp_path / "rows.csv", learnable())
     says = fit(monkeypatch, path, *options, "--out", tmp_path / "out", "--method", "prompt")
     assert "pip install 'qwen-all-in-one[tune]'" in says
 
@@ -136,7 +136,7 @@ def test_without_peft_the_method_says_what_to_install(
 def test_a_label_without_rows_cannot_be_tuned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = table(tmp_path / "rows.csv", told())
+    path = table(tmp_path / "rows.csv", learnable())
     options = ["--labels", "animal=positive,machine=negative", "--model", "mini"]
     says = fit(monkeypatch, path, *options, "--out", tmp_path / "out", "--method", "prompt")
     assert "'neutral' has no rows; --method prompt needs rows of every label" in says

@@ -1,4 +1,4 @@
-"""A real Qwen, where there is one: `QWEN_REAL` names the folder of its checkpoint."""
+"""A real Qwen, if `QWEN_REAL` names the folder of its checkpoint."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What `fit` gives on a real Qwen. Run with QWEN_REAL=FOLDER."""
+"""`fit` on a real Qwen. Run with QWEN_REAL=FOLDER."""
 
 import json
 import os

@@ -41,7 +41,7 @@ def texts(file: GGUF) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference(real_folder: Path, texts: list[list[int]]) -> list[Tensor]:
-    """Of the safetensors in float32."""
+    """Log-probabilities of the safetensors in float32."""
     return of(real_folder, "float32", texts)
 
 

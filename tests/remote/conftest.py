@@ -1,4 +1,4 @@
-"""Servers in front of others: of ours, and of a stand-in for vLLM."""
+"""Servers with an upstream: another server of ours, or a stand-in for vLLM."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from tests.remote.standin import StandIn
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_of_an_engine() -> Iterator[None]:
-    """In the environment: a server in front would refuse them."""
+    """Removes them from the environment: a server with an upstream would refuse them."""
     with pytest.MonkeyPatch.context() as patch:
         for name in LOCAL_ENGINE_SETTINGS:
             patch.delenv(f"QWEN_{name.upper()}", raising=False)
@@ -22,14 +22,14 @@ def no_settings_of_an_engine() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def front(mini: LiveServer) -> Iterator[LiveServer]:
-    """In front of the bundled model's own server."""
+    """A server whose upstream is the bundled model's server."""
     with run_live(Settings(model="mini", engine=mini.base_url, ui=False)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[tuple[StandIn, LiveServer]]:
-    """The stand-in, and a server in front of it."""
+    """The stand-in, and a server whose upstream it is."""
     stand_in = StandIn()
     with (
         pytest.MonkeyPatch.context() as patch,

@@ -1,6 +1,6 @@
-"""Records what vLLM says to everything that the scenario makes a server in front ask of it.
+"""Records vLLM's answers to all requests that the scenario causes.
 
-    cp -r server/models/qwen-mini /tmp/qwen-mini  # vLLM does not know its 8-bit rows
+    cp -r server/models/qwen-mini /tmp/qwen-mini  # vLLM cannot read its 8-bit rows
     python -m training.export --weights server/models/qwen-mini --out /tmp/qwen-mini --dtype float32
     VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve /tmp/qwen-mini \\
         --served-model-name qwen-mini --dtype float32 --enforce-eager \\

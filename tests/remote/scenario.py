@@ -1,4 +1,4 @@
-"""What is asked of the server in front: recorded with vLLM behind it, asked again in the tests."""
+"""The requests that are recorded with vLLM as the upstream and repeated in the tests."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""A stand-in for vLLM on loopback, which says what vLLM 0.32 said when it was recorded.
+"""A stand-in for vLLM on loopback, with recorded answers of vLLM 0.32.
 
-`python -m tests.remote.record` records anew, where the requests have changed.
+`python -m tests.remote.record` records them again, which is needed when the requests change.
 """
 
 import json
@@ -21,7 +21,7 @@ Respond = Callable[[Request, Mapping[str, Any]], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request and its answer, as it was sent."""
+    """A request and its answer."""
 
     method: str
     path: str
@@ -32,7 +32,7 @@ class Exchange:
 
     @property
     def key(self) -> str:
-        """Of the request."""
+        """The key of the request."""
         return key_of(self.method, self.path, self.body)
 
 
@@ -41,17 +41,17 @@ def key_of(method: str, path: str, body: Any) -> str:
 
 
 def read_recording() -> dict[str, Exchange]:
-    """By the key of the request."""
+    """The exchanges by the key of the request."""
     exchanges = [Exchange(**json.loads(line)) for line in FILE.read_text("utf-8").splitlines()]
     return {exchange.key: exchange for exchange in exchanges}
 
 
 @dataclass
 class StandIn:
-    """Answers as recorded, or as a test wants it.
+    """Gives recorded answers, or those of a test.
 
-    respond: in place of what was recorded of /v1/completions. is_healthy: what /health says.
-    bodies: of the requests to /v1/completions, in order.
+    respond: replaces the recording for /v1/completions. is_healthy: the state of /health. bodies:
+    those of the requests to /v1/completions, in order.
     """
 
     respond: Respond | None = None
@@ -74,7 +74,7 @@ class StandIn:
 
     async def _answer(self, request: Request) -> Response:
         if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
-            return JSONResponse({"error": "Unauthorized"}, status_code=401)  # as vLLM says it
+            return JSONResponse({"error": "Unauthorized"}, status_code=401)  # as vLLM does
         body = json.loads(await request.body() or "null")
         if request.url.path == "/v1/completions":
             self.bodies.append(body)
@@ -88,6 +88,6 @@ class StandIn:
 
 
 async def until_gone(request: Request) -> None:
-    """Returns when the other side has hung up."""
+    """Returns when the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

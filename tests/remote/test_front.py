@@ -1,4 +1,4 @@
-"""A server in front of another one of ours: it says what that one would say."""
+"""A server whose upstream is another server of ours: both give the same answers."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def answer_of(server: LiveServer, path: str, body: dict[str, Any]) -> Any:
 
 
 def without(reply: dict[str, Any], *names: str) -> dict[str, Any]:
-    """What does not differ from one answer to the next; tool calls have ids, too."""
+    """The reply without fields that differ each time, such as the ids of tool calls."""
     kept = {key: value for key, value in reply.items() if key not in ("id", "created", *names)}
     for choice in kept.get("choices", []):
         for call in choice.get("message", {}).get("tool_calls") or []:
@@ -41,7 +41,7 @@ def without(reply: dict[str, Any], *names: str) -> dict[str, Any]:
     "name",
     ["plain", "logprobs", "biased", "sampled", "choices", "json", "tool", "extract", "completion"],
 )
-def test_what_needs_no_mood_is_the_same_in_front_and_behind(
+def test_answers_without_a_mood_equal_those_of_the_upstream(
     mini: LiveServer, front: LiveServer, name: str
 ) -> None:
     path, body = SCENARIO[name]
@@ -51,7 +51,7 @@ def test_what_needs_no_mood_is_the_same_in_front_and_behind(
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Every number, text and null by where it stands, as `approx` can compare them."""
+    """All numbers, strings and nulls by their paths, so that `approx` can compare them."""
     if isinstance(value, dict):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, list):
@@ -61,7 +61,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return {key: leaf for name, item in items for key, leaf in flat(item, f"{path}/{name}").items()}
 
 
-async def test_labels_are_scored_as_the_engine_behind_scores_them(
+async def test_label_scores_equal_those_of_the_upstream(
     mini: LiveServer, front: LiveServer
 ) -> None:
     encode = mini.services.tokenizer.encode_text
@@ -75,7 +75,7 @@ async def test_labels_are_scored_as_the_engine_behind_scores_them(
     assert again.num_cached is not None and again.num_cached > 0
 
 
-def test_moods_are_judged_and_told_of_how(front: LiveServer) -> None:
+def test_moods_are_judged_by_label_scores(front: LiveServer) -> None:
     [model, *_] = answer_to_get(front, "/v1/models")["data"]
     assert model["capabilities"]["heads"] is False
     judged_by = {task["name"]: task.get("judged_by") for task in model["tasks"]}
@@ -88,7 +88,7 @@ def answer_to_get(server: LiveServer, path: str) -> Any:
     return httpx.get(server.url + path).json()
 
 
-def test_the_server_behind_has_heads(mini: LiveServer) -> None:
+def test_the_upstream_itself_has_heads(mini: LiveServer) -> None:
     assert answer_to_get(mini, "/v1/models")["data"][0]["capabilities"]["heads"] is True
 
 
@@ -99,7 +99,7 @@ def test_a_task_without_a_judge_gets_one_when_it_is_first_used(front: LiveServer
     assert {"label_scores"} == {task["judged_by"] for task in tasks if task["name"] == "emotion"}
 
 
-def test_a_stream_says_what_the_whole_reply_says(front: LiveServer) -> None:
+def test_a_stream_has_the_text_of_the_whole_reply(front: LiveServer) -> None:
     path, body = chat(SAD, temperature=0.9, seed=3)
     expected = answer_of(front, path, body)
     streamed = httpx.post(front.url + path, json={**body, "stream": True}, timeout=60)
@@ -108,7 +108,7 @@ def test_a_stream_says_what_the_whole_reply_says(front: LiveServer) -> None:
     assert {**first["sentiment"], "cached": 0} == {**expected["sentiment"], "cached": 0}
 
 
-def test_the_openai_client_gets_usage_with_what_was_cached(front: LiveServer) -> None:
+def test_the_openai_client_gets_usage_with_cached_tokens(front: LiveServer) -> None:
     client = openai.OpenAI(base_url=front.base_url, api_key="unused")
     for _ in range(2):
         reply = client.chat.completions.create(
@@ -118,7 +118,7 @@ def test_the_openai_client_gets_usage_with_what_was_cached(front: LiveServer) ->
     assert 0 < (reply.usage.prompt_tokens_details.cached_tokens or 0) < reply.usage.prompt_tokens
 
 
-async def test_whoever_hangs_up_in_front_frees_the_slot_behind(
+async def test_a_client_disconnect_frees_the_upstreams_slot(
     mini: LiveServer, front: LiveServer
 ) -> None:
     behind: Any = mini.services.engine
@@ -134,14 +134,14 @@ async def test_whoever_hangs_up_in_front_frees_the_slot_behind(
             await until(lambda: is_idle(behind) and front.services.engine.num_running == 0)
 
 
-def test_what_the_server_behind_refuses_is_refused_by_name(front: LiveServer) -> None:
+def test_a_parameter_that_the_upstream_refuses_is_named(front: LiveServer) -> None:
     path, body = chat("hello", logit_bias={str(i): 1 for i in range(1025)})
     response = httpx.post(front.url + path, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "logit_bias"
 
 
-def test_metrics_tell_of_tokens_and_not_of_memory(front: LiveServer) -> None:
+def test_metrics_have_tokens_but_no_memory(front: LiveServer) -> None:
     answer_of(front, *SCENARIO["plain"])
     text = httpx.get(f"{front.url}/metrics").text
     assert "qwen_kv_tokens" not in text
@@ -149,7 +149,7 @@ def test_metrics_tell_of_tokens_and_not_of_memory(front: LiveServer) -> None:
     assert "qwen_first_token_seconds_count 0.0" not in text
 
 
-# --- what it is started with ----------------------------------------------------------
+# --- settings and start ---------------------------------------------------------------
 
 
 def test_no_weights_are_needed(mini: LiveServer, tmp_path: Path) -> None:
@@ -167,14 +167,14 @@ def test_the_context_is_the_smaller_one(mini: LiveServer, front: LiveServer) -> 
 
 
 @pytest.mark.parametrize("name", LOCAL_ENGINE_SETTINGS)
-def test_a_setting_of_the_engine_is_refused_in_front_of_another(name: str) -> None:
+def test_a_setting_of_the_local_engine_is_refused_with_an_upstream(name: str) -> None:
     values: dict[str, Any] = {"dtype": "int8", "max_draft_tokens": 2}
     settings = Settings(engine="http://127.0.0.1:1", **{name: values.get(name, 8)})
     with pytest.raises(CheckpointError, match=f"--{name.replace('_', '-')} has no effect"):
         load_services(settings)
 
 
-def test_an_adapter_is_refused_in_front_of_another_engine() -> None:
+def test_an_adapter_is_refused_with_an_upstream() -> None:
     settings = Settings(engine="http://127.0.0.1:1", adapter=("a=folder",))
     with pytest.raises(CheckpointError, match="--adapter cannot be used with --engine"):
         load_services(settings)
@@ -185,7 +185,7 @@ def test_a_key_without_an_engine_is_refused() -> None:
         load_services(Settings(model="mini", engine_key=SecretStr("secret")))
 
 
-def test_another_checkpoint_is_told_apart_by_its_tokens(mini: LiveServer, tmp_path: Path) -> None:
+def test_another_checkpoint_is_detected_by_its_tokens(mini: LiveServer, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     shutil.copytree(BUNDLED_FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     path = folder / "tokenizer.json"
@@ -211,6 +211,6 @@ def test_the_address_may_be_a_base_url(given: str, url: str) -> None:
 @pytest.mark.parametrize(
     "given", ["", "vllm", "localhost:8000", "ftp://host", "http://", "http://a b"]
 )
-def test_what_is_no_address_is_one_sentence(given: str) -> None:
+def test_an_invalid_address_is_one_sentence(given: str) -> None:
     with pytest.raises(SystemExit, match=f"error: --engine {given!r}: it is not http://HOST:PORT"):
         read_settings(Settings, ["--engine", given])

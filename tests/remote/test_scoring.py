@@ -1,4 +1,4 @@
-"""Label scores by few requests: every token that is needed, and the sums."""
+"""Scoring continuations with few requests: the requested tokens and the sums."""
 
 import itertools
 import random
@@ -8,8 +8,8 @@ import pytest
 from server.remote.scoring import MAX_PROMPT_TOKENS, MAX_PROMPTS, MAX_TOKEN_IDS, batches, sums
 
 
-def made_up(beginning: tuple[int, ...], token_id: int) -> float:
-    """A log-probability that depends on all that stands before."""
+def fake_logprob(beginning: tuple[int, ...], token_id: int) -> float:
+    """A fake log-probability that depends on the whole beginning."""
     return -float(hash((beginning, token_id)) % 1000)
 
 
@@ -30,20 +30,20 @@ def labels(number: int, length: int, vocabulary: int) -> list[list[int]]:
         labels(100, 64, 5),
     ],
 )
-def test_the_requests_tell_all_that_the_scores_need(continuations: list[list[int]]) -> None:
-    told = {}
+def test_the_requests_cover_all_scores(continuations: list[list[int]]) -> None:
+    logprobs = {}
     for batch in batches(continuations, num_prompt_tokens=100):
         assert batch.beginnings and len(batch.beginnings) <= MAX_PROMPTS
         assert 0 < len(batch.token_ids) <= MAX_TOKEN_IDS
         for beginning, token_id in itertools.product(batch.beginnings, batch.token_ids):
-            told[beginning, token_id] = made_up(beginning, token_id)
+            logprobs[beginning, token_id] = fake_logprob(beginning, token_id)
     expected = [
-        sum(made_up(tuple(ids[:i]), ids[i]) for i in range(len(ids))) for ids in continuations
+        sum(fake_logprob(tuple(ids[:i]), ids[i]) for i in range(len(ids))) for ids in continuations
     ]
-    assert sums(continuations, told) == expected
+    assert sums(continuations, logprobs) == expected
 
 
-def test_the_first_request_computes_the_prompt_alone() -> None:
+def test_the_first_request_scores_only_first_tokens() -> None:
     first, *others = batches([[1, 2], [3, 4], [3, 5]], num_prompt_tokens=100)
     assert (first.beginnings, list(first.token_ids)) == ([()], [1, 3])
     [rest] = others

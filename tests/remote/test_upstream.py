@@ -1,4 +1,4 @@
-"""The other server fails, is slow, restarts or refuses: what clients of the one in front see."""
+"""The upstream fails, is slow, restarts or refuses: the effects for clients of this server."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ PATH, PLAIN = SCENARIO["plain"]
 
 @pytest.fixture
 def stand_in(vllm: tuple[StandIn, LiveServer]) -> Iterator[StandIn]:
-    """That of the module, as it was recorded at the end of each test."""
+    """The module's stand-in, reset after each test."""
     stand_in, _ = vllm
     stand_in.bodies.clear()
     yield stand_in
@@ -60,7 +60,7 @@ def answering(status: int, content: Any, **headers: str) -> Respond:
 
 
 def streaming(*lines: str, hold: bool = False) -> Respond:
-    """A stream of these lines; with `hold` it goes on for ever, and says nothing."""
+    """A stream of these lines. hold: it then stays open without sending anything."""
 
     async def respond(request: Request, body: Mapping[str, Any]) -> Response:
         async def content() -> AsyncIterator[str]:
@@ -86,18 +86,18 @@ def chunk(*token_ids: int, finish_reason: str | None = None) -> str:
 @pytest.mark.parametrize(
     "name", ["plain", "logprobs", "biased", "json", "tool", "extract", "completion"]
 )
-def test_vllm_says_what_the_engine_of_this_process_says(
+def test_vllm_gives_the_same_answers_as_the_local_engine(
     front: LiveServer, stand_in: StandIn, mini: LiveServer, name: str
 ) -> None:
     path, body = SCENARIO[name]
-    there, here = (
+    upstream_reply, local_reply = (
         httpx.post(server.url + path, json=body, timeout=BOUND_S).json() for server in (front, mini)
     )
-    assert said(there) == said(here)
+    assert content_of(upstream_reply) == content_of(local_reply)
 
 
 @pytest.mark.parametrize("name", ["sampled", "choices"])
-def test_what_is_drawn_there_has_its_reason_to_end(
+def test_sampled_choices_have_a_finish_reason(
     front: LiveServer, stand_in: StandIn, name: str
 ) -> None:
     reply = httpx.post(front.url + PATH, json=SCENARIO[name][1], timeout=BOUND_S).json()
@@ -106,21 +106,19 @@ def test_what_is_drawn_there_has_its_reason_to_end(
     assert reply["usage"]["completion_tokens"] > 0
 
 
-def test_moods_are_judged_by_what_vllm_tells_of_the_labels(
-    front: LiveServer, stand_in: StandIn
-) -> None:
+def test_moods_are_judged_by_vllms_label_scores(front: LiveServer, stand_in: StandIn) -> None:
     path, body = SCENARIO["classify"]
     answer = httpx.post(front.url + path, json=body, timeout=BOUND_S).json()
     assert [each["label"] for each in answer["data"]] == ["negative", "positive", "neutral"]
     for name, label in (("sad", "negative"), ("happy", "positive")):
         reply = httpx.post(front.url + PATH, json=SCENARIO[name][1], timeout=BOUND_S).json()
-        assert (reply["sentiment"]["label"], bool(said(reply))) == (label, True)
+        assert (reply["sentiment"]["label"], bool(content_of(reply))) == (label, True)
     path, body = SCENARIO["labels"]
     [item] = httpx.post(front.url + path, json=body, timeout=BOUND_S).json()["data"]
     assert item["label"] == "物流"
 
 
-def test_a_stream_of_vllms_is_the_whole_reply(front: LiveServer, stand_in: StandIn) -> None:
+def test_a_stream_of_vllm_equals_the_whole_reply(front: LiveServer, stand_in: StandIn) -> None:
     whole, streamed = (
         httpx.post(front.url + PATH, json=SCENARIO[name][1], timeout=BOUND_S)
         for name in ("sad", "streamed")
@@ -131,8 +129,8 @@ def test_a_stream_of_vllms_is_the_whole_reply(front: LiveServer, stand_in: Stand
     assert usage["usage"] == whole.json()["usage"]
 
 
-def said(reply: dict[str, Any]) -> Any:
-    """The texts and calls of a reply, the items that were found."""
+def content_of(reply: dict[str, Any]) -> Any:
+    """The texts, tool calls and finish reasons of a reply, or its extracted items."""
     if "data" in reply:
         return [each["items"] for each in reply["data"]]
     choices = reply["choices"]
@@ -142,7 +140,7 @@ def said(reply: dict[str, Any]) -> Any:
     return texts, calls, [choice["finish_reason"] for choice in choices]
 
 
-# --- what fails -----------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,14 +158,14 @@ def said(reply: dict[str, Any]) -> Any:
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )  # fmt: skip
-def test_an_error_becomes_ours_in_openais_shape(
+def test_an_upstream_error_becomes_one_in_openais_shape(
     front: LiveServer, stand_in: StandIn, status: int, content: Any, expected: tuple[Any, ...]
 ) -> None:
     stand_in.respond = answering(status, content, **{"retry-after": "17"})
     response = post(front)
     error = response.json()["error"]
     assert (response.status_code, error["type"], error["param"], error["code"]) == expected
-    assert len(stand_in.bodies) == 1, "what was sent is not sent again"
+    assert len(stand_in.bodies) == 1, "a sent request must not be repeated"
     if status == 429:
         assert response.headers["retry-after"] == "17"
     if expected[0] == 502:
@@ -217,7 +215,9 @@ def test_a_mood_that_cannot_be_judged_fails_no_chat(front: LiveServer, stand_in:
     assert reply.json()["sentiment"] is None
 
 
-async def test_a_server_that_says_nothing_hangs_nobody(stand_in: StandIn, url: str) -> None:
+async def test_the_deadline_ends_a_request_to_a_silent_upstream(
+    stand_in: StandIn, url: str
+) -> None:
     settings = Settings(model="mini", engine=url, ui=False, request_timeout=1)
     with run_live(settings) as front:
         stand_in.respond = streaming(chunk(30), hold=True)
@@ -242,7 +242,7 @@ async def engine_at(url: str, max_num_seqs: int = 2) -> AsyncIterator[RemoteEngi
 
 
 class Held:
-    """Begins streams that go on until the other side leaves them."""
+    """Starts streams that stay open until the client disconnects."""
 
     def __init__(self) -> None:
         self.num_begun = self.num_left = 0
@@ -276,7 +276,7 @@ def url(vllm: tuple[StandIn, LiveServer]) -> str:
 PARAMS = SamplingParams(max_tokens=9)
 
 
-async def test_whoever_is_aborted_hangs_up(held: Held, url: str) -> None:
+async def test_an_aborted_sequence_closes_its_connection(held: Held, url: str) -> None:
     async with engine_at(url) as engine:
         stream = engine.submit([1], PARAMS)
         assert (await anext(aiter(stream))).token_id == 30
@@ -287,7 +287,7 @@ async def test_whoever_is_aborted_hangs_up(held: Held, url: str) -> None:
         assert engine.num_running == 0
 
 
-async def test_a_call_that_is_cancelled_hangs_up(stand_in: StandIn, url: str) -> None:
+async def test_a_cancelled_call_closes_its_connection(stand_in: StandIn, url: str) -> None:
     gone = threading.Event()
 
     async def respond(request: Request, body: Mapping[str, Any]) -> Response:
@@ -303,7 +303,7 @@ async def test_a_call_that_is_cancelled_hangs_up(stand_in: StandIn, url: str) ->
         await until(gone.is_set)
 
 
-async def test_closing_ends_every_sequence_and_takes_no_more(held: Held, url: str) -> None:
+async def test_close_ends_every_sequence_and_refuses_new_ones(held: Held, url: str) -> None:
     async with engine_at(url) as engine:
         work = Work()
         streams = [engine.submit([1], PARAMS, work=work) for _ in range(4)]
@@ -316,7 +316,7 @@ async def test_closing_ends_every_sequence_and_takes_no_more(held: Held, url: st
             with pytest.raises(SequenceAbortedError):
                 async for _ in stream:
                     pass
-            stream.abort()  # nothing is left to end
+            stream.abort()  # without effect
         with pytest.raises(EngineClosedError):
             engine.submit([1], PARAMS)
         await until(lambda: held.num_left == 2)
@@ -335,9 +335,10 @@ async def test_a_large_request_leaves_room_for_another(held: Held, url: str) -> 
 
 async def test_a_label_is_scored_by_all_its_tokens(stand_in: StandIn, url: str) -> None:
     async def respond(request: Request, body: Mapping[str, Any]) -> Response:
-        told = {f"token_id:{i}": -float(i) for i in body["logprob_token_ids"]}
+        logprobs = {f"token_id:{i}": -float(i) for i in body["logprob_token_ids"]}
         choices = [
-            {"index": i, "logprobs": {"top_logprobs": [told]}} for i in range(len(body["prompt"]))
+            {"index": i, "logprobs": {"top_logprobs": [logprobs]}}
+            for i in range(len(body["prompt"]))
         ]
         usage = {"prompt_tokens_details": {"cached_tokens": 16}}
         return JSONResponse({"choices": choices, "usage": usage})
@@ -353,7 +354,7 @@ async def test_a_label_is_scored_by_all_its_tokens(stand_in: StandIn, url: str) 
 @pytest.mark.parametrize(
     ("details", "num_cached", "num_kept"), [({}, 0, 0), ({"cached_tokens": 1}, 1, 1)]
 )
-def test_tokens_are_counted_as_kept_only_where_the_other_server_reports_cached_ones(
+def test_tokens_count_as_kept_only_if_the_upstream_reports_cached_ones(
     front: LiveServer, stand_in: StandIn, details: dict[str, int], num_cached: int, num_kept: int
 ) -> None:
     usage = json.dumps({"choices": [], "usage": {"prompt_tokens_details": details}})
@@ -383,18 +384,18 @@ async def test_the_key_is_sent(stand_in: StandIn, url: str) -> None:
 
 @asynccontextmanager
 async def raw_server(port: int, answer: bytes) -> AsyncIterator[list[bytes]]:
-    """Says the same to every request and hangs up; the first lines of the requests."""
-    asked, writers = list[bytes](), list[asyncio.StreamWriter]()
+    """Gives every request the same answer and closes; yields the requests' first lines."""
+    request_lines, writers = list[bytes](), list[asyncio.StreamWriter]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.append(writer)
-        asked.append(await reader.readline())
+        request_lines.append(await reader.readline())
         writer.write(answer)
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", port)
     async with server:
-        yield asked
+        yield request_lines
     for writer in writers:  # or the event loop may end before their sockets are closed
         writer.close()
         with suppress(ConnectionError):
@@ -410,17 +411,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 HEALTHY = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 
 
-async def test_what_was_sent_is_not_sent_again(quick: None) -> None:
+async def test_a_sent_request_is_not_repeated(quick: None) -> None:
     port = closed_port()
-    async with raw_server(port, b"") as asked, engine_at(f"http://127.0.0.1:{port}") as engine:
+    async with (
+        raw_server(port, b"") as request_lines,
+        engine_at(f"http://127.0.0.1:{port}") as engine,
+    ):
         with pytest.raises(EngineUnreachableError):
             await engine.score([1], [[2]])
-        assert len([line for line in asked if b"/v1/completions" in line]) == 1
+        assert len([line for line in request_lines if b"/v1/completions" in line]) == 1
 
 
-async def test_connecting_is_tried_again_for_nothing_was_sent(
-    quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_connecting_is_retried(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     port = closed_port()
     async with engine_at(f"http://127.0.0.1:{port}") as engine:
         await until(lambda: engine.trouble is not None)
@@ -431,7 +433,7 @@ async def test_connecting_is_tried_again_for_nothing_was_sent(
             assert await prefill == 0
 
 
-async def test_a_server_that_is_gone_is_told_of_and_may_come_back(quick: None) -> None:
+async def test_a_lost_upstream_is_reported_and_may_recover(quick: None) -> None:
     port = closed_port()
     async with engine_at(f"http://127.0.0.1:{port}") as engine:
         with pytest.raises(EngineUnreachableError):
@@ -444,7 +446,7 @@ async def test_a_server_that_is_gone_is_told_of_and_may_come_back(quick: None) -
         await until(lambda: not engine.is_alive)
 
 
-async def test_a_server_that_is_not_healthy_makes_the_one_in_front_not_ready(
+async def test_an_unhealthy_upstream_makes_this_server_not_ready(
     stand_in: StandIn, front: LiveServer
 ) -> None:
     async with httpx.AsyncClient(base_url=front.url) as client:
@@ -466,13 +468,13 @@ def start(url: str, **changes: Any) -> None:
     load_services(Settings(model="mini", engine=url, **changes)).engine.close()
 
 
-def test_no_server_there_is_one_sentence() -> None:
+def test_an_unreachable_upstream_is_one_sentence() -> None:
     url = f"http://127.0.0.1:{closed_port()}"
     with pytest.raises(OSError, match=f"the engine at {url} does not answer .*; start it first"):
         start(url)
 
 
-def test_a_key_that_is_missing_is_one_sentence(stand_in: StandIn, url: str) -> None:
+def test_a_missing_key_is_one_sentence(stand_in: StandIn, url: str) -> None:
     stand_in.key = "secret"
     try:
         with pytest.raises(OSError, match="refuses the key; give its own with --engine-key"):

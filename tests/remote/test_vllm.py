@@ -1,4 +1,4 @@
-"""A real vLLM behind the server: QWEN_VLLM is its URL, QWEN_VLLM_MODEL what it serves.
+"""A real vLLM as the upstream: QWEN_VLLM is its URL, QWEN_VLLM_MODEL its model.
 
     VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve DIR \\
         --dtype bfloat16 --enforce-eager --max-model-len 4096 --port 8100
@@ -72,7 +72,7 @@ def test_formats_are_kept(real_front: LiveServer) -> None:
     assert ask(real_front, "extract").json()["data"][0]["items"]
 
 
-def test_a_stream_tells_the_mood_first_and_then_the_text(real_front: LiveServer) -> None:
+def test_a_stream_sends_the_mood_before_the_text(real_front: LiveServer) -> None:
     client = openai.OpenAI(base_url=real_front.base_url, api_key="unused")
     for text, label in ((SAD, "negative"), (HAPPY, "positive")):
         first, *rest = client.chat.completions.create(
@@ -91,7 +91,7 @@ def num_running_there() -> float:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_hanging_up_ends_the_request_there(real_front: LiveServer, stream: bool) -> None:
+async def test_a_disconnect_ends_the_request_in_vllm(real_front: LiveServer, stream: bool) -> None:
     url = f"{real_front.base_url}/chat/completions"
     async with httpx.AsyncClient(timeout=BOUND_S) as client:
         asking = asyncio.create_task(

@@ -1,4 +1,4 @@
-"""What is asked of the other server, parameter by parameter, and what its answers say."""
+"""Requests to the upstream, parameter by parameter, and its answers."""
 
 from dataclasses import fields
 from typing import Any
@@ -26,7 +26,7 @@ PLAIN = SamplingParams(max_tokens=9)
 
 
 @pytest.mark.parametrize(
-    ("changes", "asked"),
+    ("changes", "sent"),
     [
         ({"max_tokens": 5}, {"max_tokens": 5}),
         ({"temperature": 0.0}, {"temperature": 0.0}),
@@ -45,16 +45,16 @@ PLAIN = SamplingParams(max_tokens=9)
     ],
     ids=lambda value: next(iter(value)),
 )
-def test_a_sampling_parameter_is_asked_for_by_its_name_there(
-    changes: dict[str, Any], asked: dict[str, Any]
+def test_a_sampling_parameter_is_sent_with_vllms_name(
+    changes: dict[str, Any], sent: dict[str, Any]
 ) -> None:
     plain = continuation_body([1], PLAIN)
     changed = continuation_body([1], SamplingParams(**{"max_tokens": 9, **changes}))
-    assert changed == {**plain, **asked} != plain
+    assert changed == {**plain, **sent} != plain
 
 
-def test_every_sampling_parameter_is_looked_at() -> None:
-    """One that is new fails here until somebody has decided what it is there."""
+def test_every_sampling_parameter_is_considered() -> None:
+    """Fails for a new parameter until its form in vLLM is decided."""
     assert {field.name for field in fields(SamplingParams)} == {
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
         "frequency_penalty", "presence_penalty", "logit_bias", "seed", "num_logprobs",
@@ -62,7 +62,7 @@ def test_every_sampling_parameter_is_looked_at() -> None:
     }  # fmt: skip
 
 
-def test_what_is_neutral_is_said_for_the_checkpoint_has_defaults_of_its_own() -> None:
+def test_neutral_values_are_sent_because_the_checkpoint_has_defaults() -> None:
     for body in (continuation_body([1], PLAIN), scoring_body([[1]], [2]), prefill_body([1])):
         assert body["repetition_penalty"] == 1.0
         assert body["ignore_eos"] is True
@@ -70,7 +70,7 @@ def test_what_is_neutral_is_said_for_the_checkpoint_has_defaults_of_its_own() ->
 
 
 @pytest.mark.parametrize("kind", ["json", "lark"])
-def test_a_grammar_is_asked_for_in_a_language_that_only_llguidance_reads(
+def test_a_grammar_is_sent_in_lark_that_only_llguidance_accepts(
     tokenizer: ChatTokenizer, kind: str
 ) -> None:
     grammars = GrammarCompiler(tokenizer, [2, 0])
@@ -93,16 +93,16 @@ def test_more_biases_than_vllm_holds_are_refused_by_name() -> None:
 # --- answers --------------------------------------------------------------------------
 
 
-def test_tokens_come_without_logprobs_where_none_were_asked_for() -> None:
+def test_tokens_have_no_logprobs_unless_requested() -> None:
     choice = {"token_ids": [5, 6], "logprobs": None}
     assert tokens_of(choice, PLAIN) == [TokenEvent(5), TokenEvent(6)]
 
 
-TOLD = {
+CHOICE = {
     "token_ids": [5],
     "logprobs": {
         "token_logprobs": [-3.0],
-        # The one sampled comes first. Token 0 stands where vLLM had nothing to tell.
+        # The sampled token comes first. vLLM fills up with token 0.
         "top_logprobs": [
             {"token_id:5": -3.0, "token_id:7": -0.5, "token_id:8": -1.0, "token_id:0": -9999.0}
         ],
@@ -119,11 +119,11 @@ TOLD = {
         ({"num_logprobs": 0, "logprob_token_ids": (8, 5)}, ((8, -1.0), (5, -3.0))),
     ],
 )
-def test_a_token_comes_with_the_logprobs_that_were_asked_for(
+def test_a_token_has_the_requested_logprobs(
     changes: dict[str, Any], top: tuple[tuple[int, float], ...]
 ) -> None:
     params = SamplingParams(max_tokens=1, **changes)
-    assert tokens_of(TOLD, params) == [TokenEvent(5, -3.0, top)]
+    assert tokens_of(CHOICE, params) == [TokenEvent(5, -3.0, top)]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_token_comes_with_the_logprobs_that_were_asked_for(
     [
         {"text": "of a server that knows no token ids"},
         {"token_ids": None, "logprobs": None},
-        {"token_ids": [1, 2], "logprobs": TOLD["logprobs"]},
+        {"token_ids": [1, 2], "logprobs": CHOICE["logprobs"]},
         {"token_ids": [1], "logprobs": {"token_logprobs": [0.0], "top_logprobs": [{"a": 0.0}]}},
     ],
 )
@@ -140,7 +140,7 @@ def test_an_answer_without_token_ids_cannot_be_used(choice: dict[str, Any]) -> N
         tokens_of(choice, PLAIN)
 
 
-def test_a_reason_is_one_of_ours_or_an_error() -> None:
+def test_an_unknown_finish_reason_is_an_error() -> None:
     assert reason_of({"finish_reason": None}) is None
     assert reason_of({"finish_reason": "length"}) is FinishReason.LENGTH
     with pytest.raises(UpstreamFormatError, match="abort"):
@@ -152,7 +152,7 @@ def scored(*tops: dict[str, float]) -> dict[str, Any]:
     return {"choices": choices[::-1]}
 
 
-def test_scores_are_told_prompt_by_prompt_whatever_their_order() -> None:
+def test_scores_are_ordered_by_prompt() -> None:
     body = scoring_body([[1], [1, 2]], [7, 8])
     answer = scored(
         {"token_id:9": 0.0, "token_id:7": -1.0, "token_id:8": -2.0},
@@ -177,7 +177,7 @@ def test_an_answer_without_the_scores_cannot_be_used(answer: dict[str, Any]) -> 
         (None, None),
     ],
 )
-def test_cached_tokens_are_told_where_the_other_server_tells_them(
+def test_cached_tokens_are_read_if_the_upstream_reports_them(
     usage: Any, number: int | None
 ) -> None:
     assert num_cached_in({"usage": usage}) == number

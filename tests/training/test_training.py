@@ -1,4 +1,4 @@
-"""Rows, weights and lines as training makes them."""
+"""Rows, weights and lines of the training data."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def pack(tmp_path: Path) -> Pack:
     return Pack(tmp_path / "pack.npz")
 
 
-def test_documents_lie_behind_their_prefix_and_know_what_is_learned(pack: Pack) -> None:
+def test_documents_follow_their_prefix_with_their_targets(pack: Pack) -> None:
     pairs = [(np.array([7, 8]), np.array([9, 9]))]
     documents = pack.reply_documents(pairs, np.array([0, 1]))
     rows = packed(pack, "persona", pack.flatten(*documents), 2, Settings(rows=2, row_tokens=16))
@@ -55,7 +55,7 @@ def test_documents_lie_behind_their_prefix_and_know_what_is_learned(pack: Pack) 
     assert flat[rows["target_at"][learned] + 1].tolist() == rows["targets"][learned].tolist()
 
 
-def test_what_does_not_fit_is_not_used(pack: Pack) -> None:
+def test_documents_that_do_not_fit_are_not_used(pack: Pack) -> None:
     pairs = [(np.array([7] * 5), np.array([9] * 5))]
     flat = pack.flatten(*pack.reply_documents(pairs, None))
     rows = packed(pack, "plain", flat, 1, Settings(rows=1, row_tokens=24))
@@ -82,7 +82,7 @@ def test_batches_keep_their_shape_and_their_weights_add_up(pack: Pack) -> None:
     assert shapes[0] == shapes[1] == shapes[2]
 
 
-def test_the_model_says_what_that_of_transformers_says() -> None:
+def test_the_logits_equal_those_of_transformers() -> None:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -131,11 +131,11 @@ def test_weights_in_parts_are_read_as_one(tmp_path: Path) -> None:
         ("楼上邻居搬走了", False),
     ],
 )
-def test_lines_that_say_nearly_the_same_are_near(line: str, is_near: bool) -> None:
+def test_similar_lines_are_near(line: str, is_near: bool) -> None:
     assert Lines(["My cat died!", "楼上邻居半夜吵得睡不着"]).has_near(line) is is_near
 
 
-def test_new_openers_are_kept_without_what_is_known_or_measured() -> None:
+def test_new_openers_are_kept_without_known_or_measured_lines() -> None:
     row = {"label": "negative", "lang": "en", "topic": "pets",
            "users": ["My cat died!", "our hamster is ill", "we lost the match"],
            "replies": ["I'm sorry."]}  # fmt: skip
@@ -146,10 +146,10 @@ def test_new_openers_are_kept_without_what_is_known_or_measured() -> None:
     assert is_held_out(kept[0]) == is_held_out(dict(kept[0]))
 
 
-# --- answers in the course of a training ----------------------------------------------
+# --- answers during training ----------------------------------------------------------
 
 
-def test_answers_are_the_likeliest_tokens_behind_the_cue_of_the_mood(pack: Pack) -> None:
+def test_answers_are_greedy_after_the_cue_of_the_mood(pack: Pack) -> None:
     torch.manual_seed(0)
     model = Qwen2(Shape(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24)).eval()
     points = Points(pack, "cpu")
@@ -173,8 +173,8 @@ def test_shares_are_those_of_answers_with_a_word_of_the_topic(
     points = Points(pack, "cpu")
     langs = [opener["lang"] for opener in points._openers]
     topics = [opener["topic"].split("|")[0] for opener in points._openers]
-    said = [topic if lang == "zh" else "" for lang, topic in zip(langs, topics, strict=True)]
-    monkeypatch.setattr(points, "answers", lambda model: said)
+    answers = [topic if lang == "zh" else "" for lang, topic in zip(langs, topics, strict=True)]
+    monkeypatch.setattr(points, "answers", lambda model: answers)
     shares = points.shares(Qwen2(SHAPE))
     assert shares["zh_to_the_point"] > 0.9
     assert shares["en_to_the_point"] == 0.0

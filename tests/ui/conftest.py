@@ -1,4 +1,4 @@
-"""A browser, where the machine has Chromium; its pages watch where their requests go."""
+"""A Chromium browser, if installed. Its pages check the hosts of their requests."""
 
 import csv
 import os
@@ -14,8 +14,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
-# No sandbox can be made by root, and nothing here comes from elsewhere. The rest keeps the
-# browser from calling its makers.
+# Root cannot create a sandbox, and all pages are local. The other flags turn off the browser's own
+# requests.
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -26,7 +26,7 @@ FLAGS = (
     "--disable-sync",
 )
 TIMEOUT_MS = 30_000
-SCREENSHOTS_VARIABLE = "QWEN_TEST_SCREENSHOTS"  # a folder; without it they are thrown away
+SCREENSHOTS_VARIABLE = "QWEN_TEST_SCREENSHOTS"  # a folder; default: a temporary one
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Visit:
-    """A page of a server in a browser, and what a user does there."""
+    """A page of a server in a browser, with the actions of a user."""
 
     page: Page
     folder: Path
@@ -59,7 +59,7 @@ class Visit:
 
     @property
     def conversations(self) -> Locator:
-        """Those kept, the newest first."""
+        """The kept conversations, the newest first."""
         return self.page.locator("#conversations label")
 
     @property
@@ -68,7 +68,7 @@ class Visit:
 
     @property
     def analyses(self) -> Locator:
-        """The boxes of what else a message is asked for."""
+        """The checkboxes of the analyses."""
         return self.page.locator("#analyses label")
 
     @property
@@ -84,7 +84,7 @@ class Visit:
         self.message.press("Enter")
 
     def until_answered(self, number: int) -> None:
-        """Waits until so many answers are there and complete."""
+        """Waits until this number of answers is complete."""
         expect(self.answers).to_have_count(number)
         expect(self.page.locator("#message .submit-button")).to_be_visible()
 
@@ -99,10 +99,10 @@ class Visit:
         self.page.get_by_role("tab").nth(1).click()
 
     def classify(self, file: Path) -> None:
-        """Gives the file and begins."""
+        """Uploads the file and starts a run."""
         self.open_classify()
         self.page.locator("#file input[type=file]").set_input_files(file)
-        # What is still being uploaded is no file yet.
+        # Waits for the end of the upload.
         expect(self.page.locator("#file")).to_contain_text(file.stem)
         self.page.locator("#run").click()
 
@@ -118,7 +118,7 @@ class Visit:
         return str(self.page.evaluate("navigator.clipboard.readText()"))
 
     def width(self) -> int:
-        """Of what there is to see, in pixels."""
+        """The width of the page, in pixels."""
         return int(self.page.evaluate("document.documentElement.scrollWidth"))
 
     def assert_no_markup_of_the_attack(self) -> None:
@@ -129,7 +129,7 @@ class Visit:
         self.page.screenshot(path=self.folder / f"{name}.png")
 
 
-# Dialogs, and any of its tags, are failures.
+# A dialog or any of its tags is a failure.
 ATTACK = (
     "<img src=x onerror=alert(1)><script>alert(2)</script> <b>bold</b> <own>tag</own> &lt;p&gt;"
 )
@@ -144,7 +144,7 @@ PHONE = {
 
 @pytest.fixture
 def visit(browser: Browser, tmp_path: Path) -> VisitPage:
-    """Opens a page; at the end, no request of it has left this machine and nothing has failed."""
+    """Opens a page; at the end checks that it sent no request elsewhere and had no errors."""
     folder = Path(os.environ.get(SCREENSHOTS_VARIABLE) or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -170,5 +170,5 @@ def visit(browser: Browser, tmp_path: Path) -> VisitPage:
 
 
 def _host(url: str) -> str:
-    """Empty for what is in the page itself."""
+    """Empty for URLs of the page itself."""
     return urlsplit(url).hostname or ""

@@ -28,7 +28,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_file_is_classified_and_given_back(
+def test_a_file_is_classified_and_downloaded(
     mini: LiveServer, visit: VisitPage, tmp_path: Path
 ) -> None:
     with visit(mini.url) as page:
@@ -52,7 +52,7 @@ def test_the_results_are_in_the_language_of_the_page(
         assert {row["label"] for row in page.download()} == {"positive", "negative"}
 
 
-def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
+def test_ten_thousand_lines_block_neither_the_page_nor_a_chat(
     mini: LiveServer, visit: VisitPage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [f"第{number % 500}次来" for number in range(NUM_LINES - 1)] + ["最后一条"]
@@ -81,14 +81,14 @@ def test_ten_thousand_lines_neither_freeze_the_page_nor_starve_a_chat(
         )
         rows = page.download()
         assert [row["text"] for row in rows] == lines
-        # Only what is in sight of the table is there.
+        # The table only contains its visible rows.
         scroll = "each => each.querySelectorAll('*').forEach(part => part.scrollTop = 1e6)"
         page.page.locator("#results").evaluate(scroll)
         expect(page.page.locator("#results")).to_contain_text("第199次来")
         expect(page.page.locator("#results")).not_to_contain_text("第200次来")
 
 
-def test_what_was_judged_before_a_stop_can_be_downloaded(
+def test_results_of_a_stopped_run_can_be_downloaded(
     mini: LiveServer, visit: VisitPage, tmp_path: Path
 ) -> None:
     lines = [f"This is number {number}." for number in range(3_000)]
@@ -118,7 +118,7 @@ def test_markup_in_a_file_and_in_labels_stays_text(
         page.assert_no_markup_of_the_attack()
 
 
-def test_the_tasks_are_those_the_server_has(
+def test_the_tasks_are_those_of_the_server(
     tiny_checkpoint: Path,
     serve: Callable[[Settings], AbstractContextManager[LiveServer]],
     visit: VisitPage,
@@ -162,7 +162,7 @@ def test_a_row_is_explained_in_colours_and_its_label_corrected(
             assert list(csv.DictReader(given)) == [{"text": text, "label": "neutral"}]
 
 
-def test_on_a_phone_the_explanation_fits(
+def test_the_explanation_fits_on_a_phone(
     mini: LiveServer, visit: VisitPage, tmp_path: Path
 ) -> None:
     text = "屏幕太好看了，我很喜欢！可是客服态度太差了，等了两个小时。"

@@ -1,4 +1,4 @@
-"""A server with API keys: the page asks for one, and keeps it as long as the tab lives."""
+"""A server with API keys: the page asks for one, and keeps it as long as its tab is open."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def be_refused(page: Visit) -> None:
     expect(page.message).to_have_value("hello")
 
 
-def test_the_key_is_asked_for_once_and_kept_in_its_tab_only(
+def test_the_key_is_asked_for_once_and_kept_only_in_its_tab(
     locked: LiveServer, visit: VisitPage, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)

@@ -35,9 +35,7 @@ def test_a_chat_shows_the_mood_and_the_answer(mini: LiveServer, visit: VisitPage
         page.save_screenshot("chat-zh")
 
 
-def test_the_mood_is_there_before_any_text_of_the_answer(
-    mini: LiveServer, visit: VisitPage
-) -> None:
+def test_the_mood_is_shown_before_the_answer(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         with held(mini.services, answers_only=True):
             page.say("What a lovely morning, I am so happy!")
@@ -55,7 +53,7 @@ def test_an_opener_a_retry_an_undo_and_a_new_conversation(
         page.until_answered(1)
         page.page.get_by_role("button", name="Retry").click()
         page.until_answered(1)
-        # The same text again: the mood is known.
+        # The same text again: its mood is cached.
         expect(page.mood).to_contain_text("from the cache")
         page.open_new_conversation()
         page.conversations.click()
@@ -66,9 +64,7 @@ def test_an_opener_a_retry_an_undo_and_a_new_conversation(
         expect(page.conversations).to_have_count(0)
 
 
-def test_conversations_are_kept_in_the_browser_each_by_itself(
-    mini: LiveServer, visit: VisitPage
-) -> None:
+def test_the_browser_keeps_separate_conversations(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         page.say("The first one.")
         page.until_answered(1)
@@ -83,7 +79,7 @@ def test_conversations_are_kept_in_the_browser_each_by_itself(
         expect(page.bubbles.first).to_contain_text("The first one.")
 
 
-def test_another_conversation_is_opened_while_an_answer_comes(
+def test_another_conversation_is_opened_during_an_answer(
     tiny: LiveServer, visit: VisitPage
 ) -> None:
     with visit(tiny.url) as page:
@@ -100,7 +96,7 @@ def test_another_conversation_is_opened_while_an_answer_comes(
         assert httpx.get(f"{tiny.url}/ready").json()["requests"] == 0
 
 
-def test_a_conversation_left_without_an_answer_gives_its_message_back(
+def test_leaving_an_unanswered_conversation_restores_its_message(
     mini: LiveServer, visit: VisitPage
 ) -> None:
     with visit(mini.url) as page:
@@ -121,7 +117,7 @@ def test_a_conversation_left_without_an_answer_gives_its_message_back(
         expect(page.conversations.locator("input")).to_be_checked()
 
 
-def test_an_edited_message_is_answered_anew(mini: LiveServer, visit: VisitPage) -> None:
+def test_an_edited_message_is_answered_again(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         page.say("I am <b>sad</b>")
         page.until_answered(1)
@@ -140,7 +136,7 @@ def test_an_edited_message_is_answered_anew(mini: LiveServer, visit: VisitPage) 
         (UnavailableError(), "The server is restarting; try again in a moment."),
     ],
 )
-def test_a_server_that_lets_nobody_in_says_for_how_long(
+def test_the_page_shows_why_a_request_is_refused(
     mini: LiveServer,
     visit: VisitPage,
     monkeypatch: pytest.MonkeyPatch,
@@ -157,14 +153,14 @@ def test_a_server_that_lets_nobody_in_says_for_how_long(
         expect(page.message).to_have_value("hello")
 
 
-def test_under_the_hood_stands_what_was_sent(mini: LiveServer, visit: VisitPage) -> None:
+def test_under_the_hood_shows_the_request(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url) as page:
         page.say("It's a good day")
         page.until_answered(1)
         hood = page.page.locator("#hood")
         hood.get_by_role("button").first.click()
         expect(hood).to_contain_text(f"{mini.base_url}/chat/completions")
-        # What nobody chose is the server's to say.
+        # Settings that the user did not choose are not sent.
         expect(hood).not_to_contain_text("temperature")
         page.page.locator("#own-sampling input").check()
         page.say("It's a good day")
@@ -176,7 +172,7 @@ def test_under_the_hood_stands_what_was_sent(mini: LiveServer, visit: VisitPage)
         page.save_screenshot("hood-en")
 
 
-def test_what_else_is_asked_for_stands_beneath_the_mood(mini: LiveServer, visit: VisitPage) -> None:
+def test_analyses_are_shown_below_the_mood(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url, "zh-CN", permissions=["clipboard-read", "clipboard-write"]) as page:
         expect(page.analyses).to_have_text(["emotion", "intent", "keywords"])
         expect(page.analyses.locator("input:checked")).to_have_count(0)
@@ -185,8 +181,8 @@ def test_what_else_is_asked_for_stands_beneath_the_mood(mini: LiveServer, visit:
         text = "我的耳机又坏了，气死我了！"
         page.say(text)
         page.until_answered(1)
-        said, mood, emotion, keywords = page.bubbles.first.inner_text().splitlines()
-        assert mood.endswith("%") and said.replace("\u2060", "") == text
+        message, mood, emotion, keywords = page.bubbles.first.inner_text().splitlines()
+        assert mood.endswith("%") and message.replace("\u2060", "") == text
         expected = {
             f"{label.emoji} {label.text}" for label in mini.services.tasks["emotion"].labels
         }
@@ -196,7 +192,7 @@ def test_what_else_is_asked_for_stands_beneath_the_mood(mini: LiveServer, visit:
         page.page.get_by_role("button", name="Copy").first.click()
         assert page.clipboard() == text
         page.save_screenshot("chat-analyses-zh")
-        # They are kept with the conversation, and no longer asked for once they are off.
+        # They are kept with the conversation, and not requested after a reload.
         page.page.reload()
         page.conversations.click()
         expect(page.bubbles.first).to_contain_text("keywords: ")
@@ -206,7 +202,7 @@ def test_what_else_is_asked_for_stands_beneath_the_mood(mini: LiveServer, visit:
         expect(page.bubbles.nth(2)).not_to_contain_text("keywords")
 
 
-def test_what_is_copied_is_what_was_said(mini: LiveServer, visit: VisitPage) -> None:
+def test_a_copied_message_is_the_users_text(mini: LiveServer, visit: VisitPage) -> None:
     with visit(mini.url, permissions=["clipboard-read", "clipboard-write"]) as page:
         page.say(ATTACK)
         page.until_answered(1)
@@ -263,7 +259,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(mini: LiveServer, visit: Vi
         assert page.width() <= 390
 
 
-def test_a_reply_is_stopped_and_what_came_of_it_stays(tiny: LiveServer, visit: VisitPage) -> None:
+def test_the_text_of_a_stopped_reply_stays(tiny: LiveServer, visit: VisitPage) -> None:
     with visit(tiny.url) as page:
         page.say("never stop")
         expect(page.answers).to_have_count(1)
@@ -273,7 +269,9 @@ def test_a_reply_is_stopped_and_what_came_of_it_stays(tiny: LiveServer, visit: V
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
-def test_a_server_with_a_certificate_is_asked_over_https(tmp_path: Path, visit: VisitPage) -> None:
+def test_the_page_calls_a_server_with_a_certificate_over_https(
+    tmp_path: Path, visit: VisitPage
+) -> None:
     _, tls_options = self_signed(tmp_path)
     with (
         started(environment(tmp_path), "--model", "mini", "--ui", *tls_options) as server,
@@ -294,15 +292,15 @@ def test_the_page_has_its_headers_and_the_api_its_errors(mini: LiveServer) -> No
     assert httpx.get(f"{mini.base_url}/chat/completions").status_code == 405
 
 
-def test_without_the_page_the_address_is_unknown(
+def test_without_the_page_its_path_is_not_found(
     tiny_checkpoint: Path, serve: Callable[[Settings], AbstractContextManager[LiveServer]]
 ) -> None:
     with serve(Settings(model=str(tiny_checkpoint), ui=False)) as server:
         assert httpx.get(server.url).status_code == 404
 
 
-def test_without_the_extra_the_server_says_how_to_get_the_page(tmp_path: Path) -> None:
-    # As if Gradio were not installed: Python reads this file at its start.
+def test_without_the_extra_the_server_says_how_to_install_the_page(tmp_path: Path) -> None:
+    # Simulates a missing Gradio: Python imports this file at its start.
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['gradio'] = None\n")
     env = {**environment(tmp_path), "PYTHONPATH": str(tmp_path)}
     with started(env, "--model", "mini", "--ui") as server:
@@ -311,7 +309,7 @@ def test_without_the_extra_the_server_says_how_to_get_the_page(tmp_path: Path) -
     assert "page              pip install 'qwen-all-in-one[ui]'" in "".join(server.output)
 
 
-def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: VisitPage) -> None:
+def test_an_open_page_does_not_delay_shutdown(tmp_path: Path, visit: VisitPage) -> None:
     folder, file = tmp_path / "gradio", tmp_path / "one.txt"
     file.write_text("fine", encoding="utf-8")
     env = {**environment(tmp_path), "GRADIO_TEMP_DIR": str(folder)}
@@ -321,7 +319,7 @@ def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: Visit
         page.open_chat()
         page.say("hello")
         page.until_answered(1)
-        expect(page.conversations).to_have_count(1)  # nothing of the page is still to be loaded
+        expect(page.conversations).to_have_count(1)  # the page is completely loaded
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(BOUND_S) == 0
         page.say("and now?")
@@ -329,12 +327,12 @@ def test_an_open_page_does_not_hold_the_server_back(tmp_path: Path, visit: Visit
     output = "".join(server.output)
     assert "Traceback" not in output
     assert "graceful shutdown exceeded" not in output
-    # Neither what was uploaded nor what was given back is left; of an upload an empty file is.
+    # Uploads and downloads are deleted; of an upload an empty file remains.
     assert not any(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize(("width", "is_open"), [(390, False), (1280, True)])
-def test_the_side_bar_opens_only_where_it_leaves_room(
+def test_the_sidebar_opens_only_in_a_wide_window(
     mini: LiveServer, visit: VisitPage, width: int, is_open: bool
 ) -> None:
     with visit(mini.url, viewport={"width": width, "height": 844}) as page:

@@ -52,7 +52,7 @@ TURNS = [
 ]
 
 
-def test_the_curl_line_is_one_command_whatever_was_said() -> None:
+def test_the_curl_line_quotes_any_text() -> None:
     words = shlex.split(curl_line("http://x", BODY, has_key=True).replace("\\\n", ""))
     assert words[:3] == ["curl", "-N", "http://x/v1/chat/completions"]
     assert "authorization: Bearer $OPENAI_API_KEY" in words
@@ -67,7 +67,7 @@ def test_the_python_lines_send_the_same_request() -> None:
     assert {**given, "sentiment": False} == BODY
 
 
-def test_what_the_openai_client_does_not_know_goes_beside_the_rest() -> None:
+def test_fields_unknown_to_the_openai_client_go_into_extra_body() -> None:
     assert arguments_of({"model": "m", "sentiment": False}) == {
         "model": "m",
         "extra_body": {"sentiment": False},
@@ -78,22 +78,22 @@ def test_what_the_openai_client_does_not_know_goes_beside_the_rest() -> None:
 
 
 def test_a_conversation_is_sent_without_moods_and_empty_answers() -> None:
-    said = request_messages(TURNS, "be kind")
-    assert [message["role"] for message in said] == [
+    messages = request_messages(TURNS, "be kind")
+    assert [message["role"] for message in messages] == [
         *("system", "user", "assistant", "user", "assistant", "user")
     ]
-    assert [message["content"] for message in said] == ["be kind", "a", "b", "c", "d", "e"]
+    assert [message["content"] for message in messages] == ["be kind", "a", "b", "c", "d", "e"]
     assert request_messages(TURNS, " ")[0]["role"] == "user"
 
 
-def test_an_index_of_a_shown_message_leads_to_its_turn() -> None:
+def test_the_index_of_a_shown_message_gives_its_turn() -> None:
     contents = [message["content"] for message in shown_messages(TURNS, "zh")]
     assert contents == ["a\n\u2063😄 正面 93%", "b", "c", "d", "e"]
     assert [turn_at(TURNS, index) for index in range(5)] == [0, 0, 1, 1, 2]
     assert plain(contents[0]) == "a"
 
 
-def test_each_analysis_has_a_line_beneath_what_was_said() -> None:
+def test_each_analysis_has_a_line_below_the_message() -> None:
     analyses = {
         "intent": {"label": "chat", "text": "闲聊", "emoji": "💬", "confidence": 0.9},
         "keywords": ["<b>x</b>", "y"],
@@ -143,7 +143,7 @@ def test_batches_keep_order_and_lose_nothing() -> None:
     assert max(map(len, parts)) == 16
 
 
-def test_own_labels_come_before_the_task() -> None:
+def test_own_labels_take_precedence_over_the_task() -> None:
     assert task_of("intent", " ", "x") == {"task": "intent"}
     assert task_of("intent", "a，a", "") is None
     assert task_of("intent", "a, b，a", "x") == {"instructions": "x", "labels": ["a", "b"]}
@@ -151,16 +151,16 @@ def test_own_labels_come_before_the_task() -> None:
 
 @pytest.fixture
 def without_collector() -> Iterator[None]:
-    """Keeps alive what only a reference cycle holds."""
+    """Keeps objects alive that only a reference cycle holds."""
     gc.disable()
     yield
     gc.enable()
 
 
-async def test_a_stream_that_is_left_leaves_no_generator_to_the_collector(
+async def test_an_abandoned_stream_leaves_no_generator_to_the_collector(
     tiny: LiveServer, without_collector: None
 ) -> None:
-    """The collector may run in another thread, and end them while the event loop does, too."""
+    """The collector may run in another thread and close them while the event loop does."""
     begun = weakref.WeakSet[AsyncGeneratorType[Any, Any]]()
     note_of_loop: Any = sys.get_asyncgen_hooks().firstiter
 
@@ -178,7 +178,7 @@ async def test_a_stream_that_is_left_leaves_no_generator_to_the_collector(
     await until(lambda: all(each.ag_frame is None for each in begun))
 
 
-def test_only_what_was_chosen_is_sent() -> None:
+def test_only_chosen_settings_are_sent() -> None:
     options = Options("", False, 0.5, 16.0, with_sentiment=True, tasks=[], api_key="sk")
     body = chat_body("m", TURNS, options)
     assert not {"temperature", "max_tokens", "tasks"} & set(body)
@@ -188,7 +188,7 @@ def test_only_what_was_chosen_is_sent() -> None:
     assert "sk" not in json.dumps(body)
 
 
-def test_what_the_server_says_is_told_without_the_status() -> None:
+def test_an_error_of_the_server_is_shown_without_its_status() -> None:
     response = httpx2.Response(400, request=httpx2.Request("POST", "http://x"))
     error = BadRequestError(
         "Error code: 400 - too long", response=response, body={"message": "too long"}
@@ -212,12 +212,12 @@ def test_a_label_has_a_name_in_either_language() -> None:
     assert name_of(unknown, "zh") == "new"
 
 
-def test_every_text_is_there_in_both_languages() -> None:
+def test_every_text_exists_in_both_languages() -> None:
     assert all(zh and en for zh, en in TEXTS.values())
 
 
-async def test_the_page_wakes_the_server_some_fifty_times_a_second_at_most() -> None:
-    # Gradio's own interval of 1 ms takes time from the engine, even while nobody has it open.
+async def test_the_page_wakes_the_server_at_most_fifty_times_a_second() -> None:
+    # Gradio's default interval of 1 ms takes time from the engine, even while no page is open.
     app = build_page()
     async with app.router.lifespan_context(app):
         mount: Any = app.routes[-1]
