@@ -1,6 +1,7 @@
 # make serve   set up and start the server      make test    set up and run the tests
 # make check   lint and type-check              make bench   measure against the peers,
 #              on the model that QWEN_REAL names or on random weights
+# make docs    build the site of docs/ into build/docs
 # make vllm    set up vLLM for CPUs, apart from the project
 # make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
 PYTHON ?= python3
@@ -17,7 +18,7 @@ OPENVINO := benchmarks/cache/openvino
 # So does vLLM, in front of which the server is tested.
 VLLM ?= benchmarks/cache/vllm
 
-.PHONY: serve test soak check bench openvino vllm format clean
+.PHONY: serve test soak check docs bench openvino vllm format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -32,6 +33,9 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(VENV)/.bench openvino
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -57,6 +61,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.serve
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[docs]'
+	touch $@
 
 # Compiles llama.cpp for this machine: some minutes, and a C++ compiler.
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
