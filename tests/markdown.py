@@ -74,7 +74,8 @@ def _block(page: Path, text: str, match: re.Match[str], follows_at_once: bool) -
 
 def load_json(text: str) -> Any:
     """JSON in which a bare `…` stands for the rest of an array or object."""
-    written, stack = [], []
+    written: list[str] = []
+    stack: list[str] = []
     for part in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}…]|[^"\[\]{}…]+', text):
         if part in "[{":
             stack.append(part)
