@@ -77,6 +77,7 @@ def _cluster(arguments: list[str]) -> None:
 def _check(settings: Settings) -> None:
     """Loads the model and answers once."""
     services = load_services(settings)
+    _warn(services.warning)
     messages = [{"role": "user", "content": "你好！"}]
     params = SamplingParams(max_tokens=16, stop_token_ids=services.defaults.eos_token_ids)
 
@@ -112,8 +113,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
         ssl_keyfile=settings.ssl_keyfile,
     )
     server = Server(config, app, services.engine, settings.grace_period)
-    for warning in filter(None, (services.warning, exposure(settings))):
-        try_print(f"\nWARNING: {warning}", sys.stderr)
+    _warn(services.warning, exposure(settings))
     # Before the banner, so that clients can connect as soon as it is printed.
     try:
         listener.listen(config.backlog)
@@ -183,6 +183,11 @@ class Server(uvicorn.Server):
         if self._page is not None:
             self._page.close()
         self.should_exit = True
+
+
+def _warn(*warnings: str | None) -> None:
+    for warning in filter(None, warnings):
+        try_print(f"\nWARNING: {warning}", sys.stderr)
 
 
 def _page_line(settings: Settings, url: str) -> str:

@@ -125,7 +125,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        return error_response(NotFoundError(f"Unknown request URL: {where}.", code="unknown_url"))
+        reason = f"Unknown request URL: {where}. The base URL of a client is http://HOST:PORT/v1."
+        return error_response(NotFoundError(reason, code="unknown_url"))
     if error.status_code == 405:
         response = error_response(
             MethodNotAllowedError(f"Not allowed: {where}.", code="method_not_allowed")

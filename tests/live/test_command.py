@@ -351,9 +351,10 @@ def test_an_explicit_model_reports_an_unreachable_hub(
 
 
 def test_check_answers_once_and_exits(tmp_path: Path) -> None:
-    done = run_until_exit(environment(tmp_path), "--model", "mini", "--check")
+    done = run_until_exit(environment(tmp_path), "--check")
     assert done.returncode == 0, done.stderr
-    assert "qwen-mini works: sentiment" in done.stdout
+    assert "qwen-mini-fallback works: sentiment" in done.stdout
+    assert f"WARNING: {DEFAULT_MODEL}" in done.stderr
     # No progress bar without a terminal.
     assert "layers" not in done.stderr
     assert "Serving" not in done.stdout

@@ -128,8 +128,9 @@ def test_an_unknown_model_is_refused_with_the_known_ones(tiny: LiveServer) -> No
 
 
 def test_unknown_routes_and_wrong_methods_are_json_too(tiny: LiveServer) -> None:
-    response = httpx.get(f"{tiny.url}/nowhere")
-    assert_error(response, 404, "invalid_request_error", None, "unknown_url")
+    response = httpx.get(f"{tiny.url}/chat/completions")
+    message = assert_error(response, 404, "invalid_request_error", None, "unknown_url")
+    assert message.endswith("/v1.")  # what a client's base URL lacks
     response = httpx.get(f"{tiny.base_url}/chat/completions")
     assert_error(response, 405, "invalid_request_error", None, "method_not_allowed")
     assert "POST" in response.headers["allow"]

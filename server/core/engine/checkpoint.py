@@ -136,7 +136,7 @@ def _download(repo_id: str, revision: str | None, has_weights: bool) -> Path:
     except (LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise HubUnreachableError(
             f"the Hugging Face hub cannot be reached and {repo_id!r} is not complete in the "
-            "cache; connect once to download it, or use --model mini"
+            "cache; connect once to download it, set HF_ENDPOINT to a mirror, or use --model mini"
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise CheckpointError(
