@@ -22,7 +22,7 @@ def test_the_example_fits_a_task_that_is_served(
     tmp_path: Path,
     serve: Callable[[Settings], AbstractContextManager[LiveServer]],
 ) -> None:
-    [(fitting, serving)] = re.findall(r"```console\n(.*)\n(.*)\n```", TEXT)
+    [(fitting, serving)] = re.findall(r"```bash\n(.*)\n(.*)\n```", TEXT)
     program = ["python", "-m", "server", "fit", "docs/complaints.csv"]
     arguments = shlex.split(fitting.replace("DIR", "mini"))
     assert arguments[:5] == program
