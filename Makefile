@@ -4,6 +4,7 @@
 # make docs    build the site of docs/ into build/docs
 # make vllm    set up vLLM for CPUs, apart from the project
 # make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
+# make lowest  the tests with the lowest versions that pyproject.toml allows
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -17,8 +18,11 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
 OPENVINO := benchmarks/cache/openvino
 # So does vLLM, in front of which the server is tested.
 VLLM ?= benchmarks/cache/vllm
+LOWEST ?= .venv-lowest
+# Where uv takes torch from; --torch-backend names PyTorch's own index.
+LOWEST_TORCH ?= --torch-backend cpu
 
-.PHONY: serve test soak check docs bench openvino vllm format clean
+.PHONY: serve test soak check docs bench openvino vllm lowest format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -28,6 +32,10 @@ test: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak --capture=no tests/faults tests/cluster $(ARGS)
+
+# Without the slowest tests: a Ray cluster, and a browser.
+lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest --ignore=tests/cluster --ignore=tests/ui $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -49,7 +57,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +72,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[docs]'
+	touch $@
+
+# pip always takes the highest version, uv takes the lowest too.
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --python $(LOWEST) --upgrade --resolution lowest-direct \
+		$(LOWEST_TORCH) --editable '.[dev]'
 	touch $@
 
 # Compiles llama.cpp for this machine: some minutes, and a C++ compiler.
