@@ -5,6 +5,7 @@
 # make vllm    set up vLLM for CPUs, apart from the project
 # make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
 # make lowest  the tests with the lowest versions that pyproject.toml allows
+# make release build wheel and sdist into dist/, check them with twine
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -22,7 +23,7 @@ LOWEST ?= .venv-lowest
 # Where uv takes torch from; --torch-backend names PyTorch's own index.
 LOWEST_TORCH ?= --torch-backend cpu
 
-.PHONY: serve test soak check docs bench openvino vllm lowest format clean
+.PHONY: serve test soak check docs bench openvino vllm lowest release format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -36,6 +37,11 @@ soak: $(VENV)/.dev
 # Without the slowest tests: a Ray cluster, and a browser.
 lowest: $(LOWEST)/.ready
 	$(LOWEST)/bin/python -m pytest --ignore=tests/cluster --ignore=tests/ui $(ARGS)
+
+release: $(VENV)/.release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -72,6 +78,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) --editable '.[docs]'
+	touch $@
+
+$(VENV)/.release: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) --editable '.[release]'
 	touch $@
 
 # pip always takes the highest version, uv takes the lowest too.
