@@ -5,6 +5,7 @@
 # make vllm    set up vLLM for CPUs, apart from the project
 # make soak    set up and run the long tests: SOAK_MINUTES (10) of load, much nonsense
 # make lowest  the tests with the lowest versions that pyproject.toml allows
+# make container  the Dockerfile's lines in a fresh Debian root; needs root and debootstrap
 # make release build wheel and sdist into dist/, check them with twine
 PYTHON ?= python3
 VENV   ?= .venv
@@ -23,7 +24,7 @@ LOWEST ?= .venv-lowest
 # Where uv takes torch from; --torch-backend names PyTorch's own index.
 LOWEST_TORCH ?= --torch-backend cpu
 
-.PHONY: serve test soak check docs bench openvino vllm lowest release format clean
+.PHONY: serve test soak check docs bench openvino vllm lowest release container format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
@@ -37,6 +38,9 @@ soak: $(VENV)/.dev
 # Without the slowest tests: a Ray cluster, and a browser.
 lowest: $(LOWEST)/.ready
 	$(LOWEST)/bin/python -m pytest --ignore=tests/cluster --ignore=tests/ui $(ARGS)
+
+container: $(VENV)/.dev
+	$(BIN)/python -m pytest -m container --capture=no tests/container $(ARGS)
 
 release: $(VENV)/.release
 	rm -rf dist
