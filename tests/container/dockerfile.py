@@ -30,12 +30,6 @@ class Instruction:
     flags: tuple[str, ...]
     rest: str
 
-    @property
-    def command(self) -> list[str]:
-        """The words of the exec form."""
-        words: list[str] = json.loads(self.rest)
-        return words
-
 
 def instructions(text: str) -> Iterator[Instruction]:
     """The instructions of a Dockerfile, with continued lines joined as Docker joins them."""
@@ -74,9 +68,6 @@ class Image:
 
     def _carry_out(self, instruction: Instruction, context: Path) -> None:
         match instruction.name:
-            case "ARG":
-                name, _, default = instruction.rest.partition("=")
-                self.arguments[name] = default
             case "FROM":
                 self._bootstrap(self._expanded(instruction.rest))
             case "WORKDIR":
@@ -86,6 +77,14 @@ class Image:
                 self._copy(shlex.split(instruction.rest), context)
             case "RUN":
                 self._run(instruction)
+            case _:
+                self._set(instruction)
+
+    def _set(self, instruction: Instruction) -> None:
+        match instruction.name:
+            case "ARG":
+                name, _, default = instruction.rest.partition("=")
+                self.arguments[name] = default
             case "ENV":
                 pairs = [word.partition("=") for word in shlex.split(instruction.rest)]
                 self.environment |= {name: value for name, _, value in pairs}
@@ -98,7 +97,7 @@ class Image:
             case "HEALTHCHECK":
                 self.healthcheck = json.loads(instruction.rest.removeprefix("CMD "))
             case "CMD":
-                self.command = instruction.command
+                self.command = json.loads(instruction.rest)
             case name:
                 raise NotImplementedError(name)
 

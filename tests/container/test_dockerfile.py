@@ -133,7 +133,7 @@ def test_what_the_dockerfile_copies_is_in_the_context() -> None:
 
 
 def test_a_continued_line_with_comments_is_one_instruction() -> None:
-    text = "# of the image\nRUN --mount=type=cache,target=/c \\\n# why\n    a \\\n    && b\nUSER 1000\n"
+    text = "RUN --mount=type=cache,target=/c \\\n# why\n    a \\\n    && b\n\nUSER 1000\n"
     run, user = instructions(text)
     assert (run.name, run.flags) == ("RUN", ("mount=type=cache,target=/c",))
     assert run.rest.split() == ["a", "&&", "b"]
