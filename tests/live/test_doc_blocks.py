@@ -31,7 +31,7 @@ ADDRESS = "http://127.0.0.1:8000"
 SUBCOMMANDS = {"fit": FitSettings, "cluster": ClusterSettings}
 # Environment variables that are no settings.
 OTHER_VARIABLES = {"QWEN_REAL", "QWEN_VLLM", "QWEN_VLLM_MODEL"}
-MAX_NUM_NOT_RUN = 30
+MAX_NUM_NOT_RUN = 6
 
 Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
 
