@@ -43,7 +43,8 @@ def test_every_block_runs_and_shows_its_output(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = blocks_of(page)
-    outputs = [after if after and after.is_output else None for after in (*blocks[1:], None)]
+    nexts = (*blocks[1:], None) if blocks else ()
+    outputs = [after if after and after.is_output else None for after in nexts]
     with ExitStack() as stack:
         run = PageRun(mini, serve, stack)
         for block, output in zip(blocks, outputs, strict=True):
