@@ -24,7 +24,7 @@ from tests.processes import closed_port
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 KEY = "a key of the test"
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 600  # the first start compiles kernels and fits judges
 
 
 @pytest.fixture(scope="module")
