@@ -1,4 +1,5 @@
 # make serve   set up and start the server      make test    set up and run the tests
+# make unit    run the tests that need neither PyTorch nor a server, in seconds
 # make check   lint and type-check              make bench   measure against the peers,
 #              on the model that QWEN_REAL names or on random weights
 # make docs    build the site of docs/ into build/docs
@@ -24,13 +25,16 @@ LOWEST ?= .venv-lowest
 # Where uv takes torch from; --torch-backend names PyTorch's own index.
 LOWEST_TORCH ?= --torch-backend cpu
 
-.PHONY: serve test soak check docs bench openvino vllm lowest release container format clean
+.PHONY: serve test unit soak check docs bench openvino vllm lowest release container format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m pytest -m soak --capture=no tests/faults tests/cluster $(ARGS)

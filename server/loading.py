@@ -40,6 +40,7 @@ from server.core.roles.tasks import DEFAULT_LANGUAGE, ExtractTask, ReplyStyle, T
 from server.core.text.completion import Completer
 from server.core.text.grammar import GrammarCompiler
 from server.core.text.tokenizer import ChatTemplateError, ChatTokenizer
+from server.core.text.tokenizer_files import read_tokenizer
 from server.errors import ContextLengthError, InvalidRequestError
 from server.judge_loading import JudgeLoader, PriorLoader
 from server.metrics import Metrics
@@ -177,7 +178,7 @@ def find_model(settings: Settings, served: UpstreamModel | None = None) -> Model
     task_file = read_task_file() | _task_file_of(checkpoint) | user_file
     source = open_source(checkpoint.path)
     config = read_model_config(source)
-    tokenizer = ChatTokenizer.of(source)
+    tokenizer = read_tokenizer(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model "

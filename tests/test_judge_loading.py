@@ -24,7 +24,7 @@ from server.core.text.tokenizer import ChatTokenizer
 from server.errors import EngineUnreachableError
 from server.judge_loading import JudgeLoader, PriorLoader
 from server.loading import load_services
-from tests.core.roles.test_judges import (
+from tests.unit.core.roles.test_judges import (
     NUM_LAYERS,
     VALUES,
     FakeModel,

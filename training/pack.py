@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from server.core.text.tokenizer import ChatTokenizer
+from server.core.text.tokenizer_files import read_tokenizer
 from training.add_openers import PAIRS
 from training.corpus import (
     ReplyRow,
@@ -284,7 +285,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
-    tokenizer = ChatTokenizer.from_folder(args.tokenizer)
+    tokenizer = read_tokenizer(args.tokenizer)
     prompts = trained_prompts()
     renderer = Renderer(tokenizer, prompts)
     values = renderer.values

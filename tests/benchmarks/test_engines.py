@@ -15,7 +15,7 @@ from benchmarks.engines import TOKEN_ENGINES, measuring
 from benchmarks.engines.measuring import answer
 from benchmarks.worker import Worker
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from tests.test_layout import ROOT, imports_of, is_below
+from tests.unit.test_layout import ROOT, imports_of, is_below
 
 TEXT = list(range(1000, 1040))
 

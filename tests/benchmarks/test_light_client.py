@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import light_client
 from benchmarks.servers import Server
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 
 def as_measured(live: LiveServer) -> Server:

@@ -5,7 +5,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 langchain_openai = pytest.importorskip("langchain_openai")
 

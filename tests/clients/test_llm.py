@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 pytest.importorskip("llm")
 

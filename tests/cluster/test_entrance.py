@@ -14,7 +14,7 @@ from server.cluster.entrance import create_entrance
 from server.cluster.settings import ClusterSettings
 from server.errors import OverloadedError, ReplicaLostError
 from server.metrics import Metrics
-from tests.conftest import run_app
+from tests.servers import run_app
 
 CHAT = "/v1/chat/completions"
 Answer = Callable[[], AsyncIterator[Message]]

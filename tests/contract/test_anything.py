@@ -14,8 +14,8 @@ from server.protocol.base import RequestBody
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import ResponsesRequest
-from tests.conftest import LiveServer
-from tests.test_protocol import LEAST
+from tests.servers import LiveServer
+from tests.unit.test_protocol import LEAST
 
 TEXT = st.text(max_size=12)
 JSON = st.recursive(

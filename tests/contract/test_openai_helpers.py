@@ -22,7 +22,7 @@ from openai.lib.responses_tool_runner import (
 )
 from openai.resources.responses import AsyncResponses, Responses
 
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 MESSAGES: Any = [{"role": "user", "content": "今天真开心！"}]
 

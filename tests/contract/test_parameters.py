@@ -12,8 +12,8 @@ import pytest
 
 from server.protocol import chat, completions, responses
 from server.protocol.sampling import SamplingRequest
-from tests.conftest import LiveServer
 from tests.contract.test_shapes import events
+from tests.servers import LiveServer
 
 PLAIN = "tiny-random:plain"
 PROMPT = "今天天气很好，"

@@ -11,8 +11,8 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
-from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
+from tests.servers import LiveServer
 
 OURS = frozenset({"sentiment"})
 OURS_IN_EVENTS = frozenset({"response.sentiment"})

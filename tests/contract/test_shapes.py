@@ -8,8 +8,8 @@ import pytest
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
+from tests.servers import LiveServer
 
 SENTIMENT = frozenset({"sentiment"})
 USER = [{"role": "user", "content": "我今天考试通过了！"}]

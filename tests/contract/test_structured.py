@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
 from tests.contract.test_shapes import SENTIMENT, chat, events
-from tests.core.text.test_grammar import TOO_COMPLEX, schemas
+from tests.servers import LiveServer
+from tests.unit.core.text.test_grammar import TOO_COMPLEX, schemas
 
 WEATHER: dict[str, Any] = {
     "type": "function",

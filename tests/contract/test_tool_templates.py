@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from server.config import Settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from tests.conftest import LiveServer, save_random_model
 from tests.contract.test_shapes import chat, events
 from tests.contract.test_structured import WEATHER, function
+from tests.servers import LiveServer, save_random_model
 
 # Qwen2.5's, but for its words and its own system message.
 TEMPLATE = """\

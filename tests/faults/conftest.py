@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from server.services import Services
-from tests.conftest import LiveServer, local_engine
+from tests.servers import LiveServer, local_engine
 
 BOUND_S = 30
 

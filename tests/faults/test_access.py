@@ -18,8 +18,8 @@ from server.config import Settings
 from server.guards import OPEN_PATHS, HostMiddleware, exposure
 from server.metrics import Metrics
 from server.routes import ROUTES
-from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
+from tests.servers import LiveServer
 
 KEY, OTHER_KEY, FILED_KEY = "sk-the-right-one", "sk-another", "sk-from-a-file"
 ORIGIN = "https://chat.example"

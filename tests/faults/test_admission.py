@@ -16,7 +16,6 @@ import pytest
 from server import middleware
 from server.config import Settings
 from server.middleware import MAX_BODIES, BodyMiddleware
-from tests.conftest import LiveServer
 from tests.faults.conftest import (
     BOUND_S,
     endless,
@@ -30,6 +29,7 @@ from tests.faults.test_hostile import connected
 from tests.live.test_clients_at_once import is_idle, until
 from tests.live.test_errors import assert_error
 from tests.processes import Footprint, environment, started
+from tests.servers import LiveServer
 
 NUM_CLIENTS, MAX_QUEUE, MAX_NUM_SEQS = 200, 32, 16
 NUM_CROWDS, MAX_GROWTH = 3, 1.05

@@ -13,9 +13,9 @@ import pytest
 from server.config import Settings
 from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import Sequence
-from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, until_inside
 from tests.live.test_clients_at_once import is_idle, until
+from tests.servers import LiveServer
 
 MAX_PREFILL_TOKENS = 16
 

@@ -22,9 +22,9 @@ from server.app import create_app
 from server.config import Settings
 from server.loading import load_services
 from server.services import Services
-from tests.conftest import LiveServer, local_engine, run_app
 from tests.faults.conftest import BOUND_S, contents_of, never_ending, until_inside
 from tests.live.test_clients_at_once import is_idle, until
+from tests.servers import LiveServer, local_engine, run_app
 
 MAX_ROWS = 256  # of a step, by default
 # What is computed meanwhile, at most, for each heavy request beside: some four times what is usual.

@@ -18,10 +18,10 @@ from server.core.engine.stream import TokenStream
 from server.core.engine.work import Work
 from server.core.text import choices, grammar
 from server.core.text.detokenizer import Detokenizer
-from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, contents_of, endless, events_of, held, text_of
 from tests.live.test_clients_at_once import is_idle, until
 from tests.live.test_errors import assert_error
+from tests.servers import LiveServer
 
 SEED = 666  # of the request that is hit
 NUM_OTHERS = 3

@@ -22,9 +22,9 @@ from server.core.engine.sequence import Sequence
 from server.core.engine.stream import TokenStream
 from server.core.text.tokenizer import ChatTokenizer
 from server.routes import streaming
-from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, endless, text_of, until_inside
 from tests.live.test_clients_at_once import is_idle, until
+from tests.servers import LiveServer
 
 PATHS = [
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/classify", "/v1/extract",

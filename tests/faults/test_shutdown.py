@@ -22,10 +22,10 @@ from server.core.engine.local import LocalEngine
 from server.listener import bind
 from server.loading import load_services
 from server.metrics import Metrics
-from tests.conftest import LiveServer, local_engine
 from tests.faults.conftest import BOUND_S, endless, events_of, held, until_inside
 from tests.live.test_errors import assert_error
 from tests.processes import Running, environment, started
+from tests.servers import LiveServer, local_engine
 
 NUM_STREAMS = 8
 MODEL = "qwen-mini"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from server.__main__ import main
 from server.config import ModelSettings, Settings, read_settings
 from server.fit.settings import FitSettings
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 Serve = Callable[[Settings], AbstractContextManager[LiveServer]]
 

@@ -10,8 +10,8 @@ import pytest
 
 from server.config import Settings
 from server.fit.settings import FitSettings
-from tests.conftest import LiveServer
 from tests.fit.test_command import classify, fit
+from tests.servers import LiveServer
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "fit.md").read_text(encoding="utf-8")

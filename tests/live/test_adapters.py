@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from server.config import Settings
 from server.core.engine.checkpoint import CheckpointError
 from server.loading import load_services
-from tests.conftest import LiveServer
 from tests.core.engine.model.test_adapters import save_adapter
 from tests.live.test_chat import chunks_of, text_of
 from tests.live.test_examples import output_of
+from tests.servers import LiveServer
 
 OF_LM: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -14,8 +14,8 @@ from server.config import Settings
 from server.core.engine.scheduler import ScheduledChunk
 from server.core.engine.sequence import SamplingParams, Sequence
 from server.loading import load_services
-from tests.conftest import LiveServer, local_engine
 from tests.live.test_chat import chunks_of, post
+from tests.servers import LiveServer, local_engine
 
 TASKS = ["emotion", "intent", "sentiment"]
 BOUND_S = 60

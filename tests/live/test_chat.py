@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 MESSAGES = [{"role": "user", "content": "我今天考试通过了，好开心！"}]
 STOP_AFTER = 24

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from server.config import Settings
-from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
+from tests.servers import LiveServer
 
 
 def classify(live: LiveServer, **body: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from server.core.engine.sequence import SamplingParams, Sequence
 from server.core.text.tokenizer import ChatTokenizer
 from server.routes import replying
 from server.routes.sampling import sampling_params
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 BOUND_S = 30
 

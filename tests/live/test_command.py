@@ -37,7 +37,6 @@ from server.core.engine.checkpoint import (
     find_checkpoint,
 )
 from server.listener import bind
-from tests.conftest import run_app
 from tests.processes import (
     START_TIMEOUT_S,
     closed_port,
@@ -46,6 +45,7 @@ from tests.processes import (
     self_signed,
     started,
 )
+from tests.servers import run_app
 
 REVISIONS = {"main": "0123456789abcdef0123456789abcdef01234567", "v1": "1" * 40}
 COMMITS = {DEFAULT_REVISION, *REVISIONS.values()}

@@ -17,8 +17,8 @@ from server.core.engine.local import LocalEngine
 from server.core.engine.sequence import SamplingParams
 from server.routes import completions
 from server.routes.sampling import sampling_params
-from tests.conftest import LiveServer
 from tests.contract.strict import assert_is
+from tests.servers import LiveServer
 
 BOUND_S = 30
 PROMPT = "今天天气很好，"

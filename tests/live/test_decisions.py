@@ -11,7 +11,7 @@ from openai.types import Decision
 
 from server.config import Settings
 from server.core.roles.questions import INSTRUCTIONS
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 TICKET = "I was charged twice for my order. Please refund me today!"
 PREDICATE: Any = {"type": "predicate", "instructions": "A refund is requested."}

@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from server.core.roles.details import MAX_JUDGEMENTS, MAX_WORDS
-from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
+from tests.servers import LiveServer
 
 MIXED = "屏幕太好看了，我很喜欢！😄 客服态度太差了，气死我了。"
 

@@ -24,8 +24,8 @@ from server.cluster.settings import ClusterSettings
 from server.config import Settings
 from server.core.roles.task_files import read_task_file
 from server.fit.settings import FitSettings
-from tests.conftest import LiveServer
 from tests.markdown import PAGES, ROOT, Block, blocks_of, check_json, check_text, load_json
+from tests.servers import LiveServer
 
 ADDRESS = "http://127.0.0.1:8000"
 SUBCOMMANDS = {"fit": FitSettings, "cluster": ClusterSettings}

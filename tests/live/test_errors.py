@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from server.config import Settings
 from server.protocol.messages import MAX_MESSAGES
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 LONG = "word " * 2000
 

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from server.config import Settings
-from tests.conftest import LiveServer, run_app
+from tests.servers import LiveServer, run_app
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "openai_examples"

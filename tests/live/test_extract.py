@@ -6,8 +6,8 @@ import httpx
 import pytest
 
 from server.core.text.spans import MAX_WORD_CHARS
-from tests.conftest import LiveServer
 from tests.live.test_errors import assert_error
+from tests.servers import LiveServer
 
 REVIEW = "这款耳机的音质很好，但是电池只能用三个小时。"
 

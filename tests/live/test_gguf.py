@@ -10,8 +10,8 @@ import pytest
 
 from server.config import Settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER
-from tests.conftest import LiveServer
 from tests.gguf_files import write_gguf
+from tests.servers import LiveServer
 
 TEXTS = ["我今天考试通过了！", "My flight was cancelled and nobody helped"]
 

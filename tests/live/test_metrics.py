@@ -19,9 +19,9 @@ from server.logs import (
     configure_logs,
     request_id,
 )
-from tests.conftest import LiveServer
 from tests.faults.conftest import held
 from tests.live.test_clients_at_once import until
+from tests.servers import LiveServer
 
 
 def samples(live: LiveServer) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

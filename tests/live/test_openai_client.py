@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 MESSAGES: Any = [{"role": "user", "content": "今天真开心！"}]
 

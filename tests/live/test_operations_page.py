@@ -16,8 +16,8 @@ from server.__main__ import main
 from server.core.engine.checkpoint import BUNDLED_FOLDER, DEFAULT_MODEL, find_checkpoint
 from server.errors import OverloadedError
 from server.gate import Gate
-from tests.conftest import LiveServer
 from tests.processes import closed_port
+from tests.servers import LiveServer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 # Each is caused by a test below.

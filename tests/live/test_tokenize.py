@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from server.core.text.tokenizer import ChatTokenizer
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 TEXTS = [
     "Hello, how are you?",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.config import Settings
-from tests.conftest import LiveServer, run_live
+from tests.servers import LiveServer, run_live
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,8 +11,8 @@ from server.config import Settings
 from server.core.engine.gguf_file import GGUF, Source, read_gguf
 from server.core.engine.model.config import read_model_config
 from server.core.engine.model.qwen import load_qwen
-from server.core.text.tokenizer import ChatTokenizer
-from tests.conftest import run_live
+from server.core.text.tokenizer_files import read_tokenizer
+from tests.servers import run_live
 
 pytestmark = pytest.mark.real
 
@@ -35,7 +35,7 @@ def file(real_folder: Path) -> GGUF:
 
 @pytest.fixture(scope="module")
 def texts(file: GGUF) -> list[list[int]]:
-    tokenizer = ChatTokenizer.of(file)
+    tokenizer = read_tokenizer(file)
     return [tokenizer.encode_text(p.read_text(encoding="utf-8"))[:NUM_TOKENS] for p in TEXTS]
 
 
@@ -61,7 +61,7 @@ def test_its_probabilities_are_those_of_the_safetensors(
 
 
 def test_it_encodes_as_the_tokenizer_in_the_folder(file: GGUF, real_folder: Path) -> None:
-    ours, theirs = ChatTokenizer.of(file), ChatTokenizer.from_folder(real_folder)
+    ours, theirs = read_tokenizer(file), read_tokenizer(real_folder)
     for path in TEXTS:
         text = path.read_text(encoding="utf-8")
         assert ours.encode_text(text) == theirs.encode_text(text)

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from benchmarks.reply_quality import Opener, is_in_wrong_language, leaks, read_openers, repeats
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 
 pytestmark = pytest.mark.real
 

@@ -7,8 +7,8 @@ import pytest
 from server.config import Settings
 from server.loading import LOCAL_ENGINE_SETTINGS
 from server.remote import engine
-from tests.conftest import LiveServer, run_app, run_live
 from tests.remote.standin import StandIn
+from tests.servers import LiveServer, run_app, run_live
 
 
 @pytest.fixture(scope="session", autouse=True)

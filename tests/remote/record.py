@@ -19,9 +19,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from server.config import Settings
-from tests.conftest import run_app, run_live
 from tests.remote.scenario import SCENARIO
 from tests.remote.standin import FILE, Exchange
+from tests.servers import run_app, run_live
 
 
 def main() -> None:

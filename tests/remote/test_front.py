@@ -14,10 +14,10 @@ from pydantic import SecretStr
 from server.config import Settings, read_settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER, CheckpointError
 from server.loading import LOCAL_ENGINE_SETTINGS, load_services
-from tests.conftest import LiveServer, run_live
 from tests.faults.conftest import endless, text_of
 from tests.live.test_clients_at_once import is_idle, until
 from tests.remote.scenario import HAPPY, SAD, SCENARIO, chat
+from tests.servers import LiveServer, run_live
 
 BOUND_S = 30
 

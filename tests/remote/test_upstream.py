@@ -23,12 +23,12 @@ from server.remote import engine as engine_module
 from server.remote import upstream
 from server.remote.engine import RemoteEngine
 from server.remote.upstream import Address
-from tests.conftest import LiveServer, run_app, run_live
 from tests.faults.conftest import contents_of, events_of, text_of
 from tests.live.test_clients_at_once import until
 from tests.processes import closed_port
 from tests.remote.scenario import SCENARIO, chat
 from tests.remote.standin import Respond, StandIn, until_gone
+from tests.servers import LiveServer, run_app, run_live
 
 BOUND_S = 30
 PATH, PLAIN = SCENARIO["plain"]

@@ -19,11 +19,11 @@ import openai
 import pytest
 
 from server.config import Settings
-from tests.conftest import LiveServer, run_live
 from tests.contract.strict import assert_is
 from tests.faults.conftest import endless
 from tests.live.test_clients_at_once import until
 from tests.remote.scenario import HAPPY, SAD, SCENARIO, SCHEMA
+from tests.servers import LiveServer, run_live
 
 pytestmark = [
     pytest.mark.vllm,

@@ -15,8 +15,8 @@ from playwright.sync_api import expect
 
 from server.config import Settings
 from server.ui.client import classify
-from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S
+from tests.servers import LiveServer
 from tests.ui.conftest import ATTACK, PHONE, VisitPage
 
 REVIEWS = "太棒了，我很开心！\n等了两个小时，气死我了。\n" * 20

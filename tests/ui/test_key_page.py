@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from pydantic import SecretStr
 
 from server.config import Settings
-from tests.conftest import LiveServer
+from tests.servers import LiveServer
 from tests.ui.conftest import Visit, VisitPage
 
 KEY = "sk-right-0123456789"

@@ -14,9 +14,9 @@ from playwright.sync_api import expect
 from server.config import Settings
 from server.errors import APIError, OverloadedError, UnavailableError
 from server.gate import Gate
-from tests.conftest import LiveServer
 from tests.faults.conftest import BOUND_S, held
 from tests.processes import environment, self_signed, started
+from tests.servers import LiveServer
 from tests.ui.conftest import ATTACK, PHONE, VisitPage
 
 

@@ -34,8 +34,8 @@ from server.ui.failures import explain
 from server.ui.lines import batches, read_file, read_lines, to_csv
 from server.ui.page import build_page
 from server.ui.texts import TEXTS, name_of, with_names
-from tests.conftest import LiveServer
 from tests.live.test_clients_at_once import until
+from tests.servers import LiveServer
 
 NASTY = """it's "quoted" $(rm -rf /) `x` \\ 很好\n<b>&amp;"""
 BODY = {

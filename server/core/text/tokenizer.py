@@ -8,18 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from server.core.engine.checkpoint import CheckpointError
-from server.core.engine.gguf_file import GGUF, Source
-from server.core.text.gguf_tokenizer import read_gguf_tokenizer
 from server.core.text.strings import map_strings, unused_char
 from server.core.text.tools import Tool, without_tools
 from server.errors import InvalidRequestError
@@ -34,53 +29,6 @@ class ChatTemplateError(Exception):
 
 class ChatTokenizer:
     """A checkpoint's tokenizer and chat template, safe against markers in user text."""
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "ChatTokenizer":
-        """Loads the tokenizer of a checkpoint folder.
-
-        Raises:
-            CheckpointError: the tokenizer is missing, damaged or of a kind that Qwen does not use.
-        """
-        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            raise CheckpointError(f"{folder} has no tokenizer: tokenizer.json is missing")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # tokenizers raises plain Exception for a damaged file.
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder}: the tokenizer is not readable: {first_line(error)}"
-            ) from error
-        return cls._checked(folder, tokenizer)
-
-    @classmethod
-    def of(cls, source: Source) -> "ChatTokenizer":
-        """Loads the tokenizer of a checkpoint folder or GGUF file.
-
-        Raises:
-            CheckpointError: as `from_folder`.
-        """
-        if isinstance(source, GGUF):
-            return cls._checked(source, read_gguf_tokenizer(source))
-        return cls.from_folder(source)
-
-    @classmethod
-    def _checked(cls, source: Source, tokenizer: PreTrainedTokenizerBase) -> "ChatTokenizer":
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise CheckpointError(f"{source}: the tokenizer has no fast form (tokenizer.json)")
-        if not isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
-            raise CheckpointError(f"{source}: the tokenizer is not byte-level as Qwen's is")
-        if not tokenizer.chat_template:
-            raise CheckpointError(
-                f"{source} has no chat template; use a checkpoint made for chat (...-Chat, "
-                "...-Instruct)"
-            )
-        loaded = cls(tokenizer)
-        try:
-            loaded.encode_chat([{"role": "user", "content": "a"}])
-        except ChatTemplateError as error:
-            raise CheckpointError(f"{source}: the chat template is broken: {error}") from error
-        return loaded
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._template = tokenizer

@@ -13,8 +13,8 @@ from server.core.roles.prompts import TaskPrompts
 from server.core.roles.task_files import TaskFileError
 from server.core.roles.tasks import Label, Task
 from server.core.text.tokenizer import ChatTokenizer
-from tests.core.roles.test_judges import FakeTokenizer
 from tests.test_judge_loading import OtherTokenizer
+from tests.unit.core.roles.test_judges import FakeTokenizer
 
 MODEL = "digest int8"
 TASK = Task(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from server.core.engine.gguf_file import read_gguf
 from server.core.text.tokenizer import ChatTokenizer
+from server.core.text.tokenizer_files import read_tokenizer
 from tests.gguf_files import write_gguf
 
 
@@ -28,14 +29,14 @@ def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(folder)
+    return read_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> ChatTokenizer:
     path = folder / "model.gguf"
     write_gguf(path, folder)
-    return ChatTokenizer.of(read_gguf(path))
+    return read_tokenizer(read_gguf(path))
 
 
 # What is split in some way of its own, and what is normalised.
@@ -72,4 +73,4 @@ def test_files_that_name_no_pre_tokenizer_are_read(
     path = tmp_path / "old.gguf"
     write_gguf(path, folder, without=("tokenizer.ggml.pre",))
     text = "Isn't it 2024? 是的。"
-    assert ChatTokenizer.of(read_gguf(path)).encode_text(text) == theirs.encode_text(text)
+    assert read_tokenizer(read_gguf(path)).encode_text(text) == theirs.encode_text(text)

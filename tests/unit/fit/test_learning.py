@@ -15,7 +15,7 @@ from server.fit.learning import (
     measure_rows,
 )
 from server.fit.selection import LabelledText, Selection, divided
-from tests.core.roles.test_judges import (
+from tests.unit.core.roles.test_judges import (
     LAYERS,
     VALUES,
     FakeModel,

@@ -3,11 +3,12 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MODULES = sorted((ROOT / "server").rglob("*.py"))
 
 HTTP = ("starlette", "uvicorn", "sse_starlette", "server.routes", "server.app")
@@ -39,11 +40,16 @@ def is_below(module: str, names: tuple[str, ...]) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
+@cache
+def imported_by(path: Path) -> frozenset[str]:
+    """All modules that the file imports."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    return frozenset(imports_of(path.read_text(encoding="utf-8"), package))
+
+
 def forbidden(path: Path, names: tuple[str, ...]) -> set[str]:
     """The file's imports of these modules or of modules in them."""
-    package = ".".join(path.relative_to(ROOT).parent.parts)
-    imported = imports_of(path.read_text(encoding="utf-8"), package)
-    return {module for module in imported if is_below(module, names)}
+    return {module for module in imported_by(path) if is_below(module, names)}
 
 
 def name_of(path: Path) -> str:
@@ -98,49 +104,51 @@ def test_the_modules_are_found() -> None:
 # --- the rules ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", below("server/core"), ids=name_of)
-def test_the_core_does_not_import_http(path: Path) -> None:
-    assert not forbidden(path, HTTP)
+def test_the_core_does_not_import_http() -> None:
+    for path in below("server/core"):
+        assert not forbidden(path, HTTP), path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_torch_is_imported_below_the_model_only(path: Path) -> None:
-    if path not in below("server/core/engine/model"):
-        assert not forbidden(path, ("torch",))
+def test_torch_is_imported_below_the_model_only() -> None:
+    for path in MODULES:
+        if path not in below("server/core/engine/model"):
+            assert not forbidden(path, ("torch",)), path
 
 
 def test_the_model_does_import_torch() -> None:
     assert any(forbidden(path, ("torch",)) for path in below("server/core/engine/model"))
 
 
-@pytest.mark.parametrize("path", below("server/routes"), ids=name_of)
-def test_routes_never_see_a_tensor_or_the_inside_of_the_engine(path: Path) -> None:
-    assert not forbidden(path, ENGINE_ROOM)
+def test_routes_never_see_a_tensor_or_the_inside_of_the_engine() -> None:
+    for path in below("server/routes"):
+        assert not forbidden(path, ENGINE_ROOM), path
 
 
 def test_errors_import_nothing_of_the_project() -> None:
     assert not forbidden(ROOT / "server/errors.py", ("server", "training", "tests"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_the_server_imports_neither_training_nor_tests(path: Path) -> None:
-    others = ("training", "tests", "benchmarks", "openai_examples", "pytest")
-    assert not forbidden(path, others)
+def test_the_server_imports_neither_training_nor_tests() -> None:
+    for path in MODULES:
+        others = ("training", "tests", "benchmarks", "openai_examples", "pytest")
+        assert not forbidden(path, others), path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_are_absolute_and_at_the_top(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    everywhere = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert all(node in tree.body for node in everywhere)
-    assert not [node for node in everywhere if isinstance(node, ast.ImportFrom) and node.level]
+def test_imports_are_absolute_and_at_the_top() -> None:
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        everywhere = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+        assert all(node in tree.body for node in everywhere), path
+        assert not [
+            node for node in everywhere if isinstance(node, ast.ImportFrom) and node.level
+        ], path
 
 
-@pytest.mark.parametrize("path", below("server/core"), ids=name_of)
-def test_each_layer_of_the_core_imports_only_lower_ones(path: Path) -> None:
-    folder = f"server.core.{path.relative_to(ROOT / 'server/core').parts[0]}"
-    above = FLOORS[: FLOORS.index(folder)] if folder in FLOORS else FLOORS
-    assert not forbidden(path, above)
+def test_each_layer_of_the_core_imports_only_lower_ones() -> None:
+    for path in below("server/core"):
+        folder = f"server.core.{path.relative_to(ROOT / 'server/core').parts[0]}"
+        above = FLOORS[: FLOORS.index(folder)] if folder in FLOORS else FLOORS
+        assert not forbidden(path, above), path
 
 
 def test_the_core_consists_of_its_layers() -> None:
@@ -167,29 +175,43 @@ def test_general_helpers_import_nothing_of_the_server(
     assert not forbidden(ROOT / "server/core" / f"{name}.py", ("server",))
 
 
-@pytest.mark.parametrize("path", below("server/core"), ids=name_of)
-def test_settings_stop_before_the_core(path: Path) -> None:
-    assert not forbidden(path, ("server.config", "server.services", "server.protocol"))
+def test_settings_stop_before_the_core() -> None:
+    for path in below("server/core"):
+        assert not forbidden(path, ("server.config", "server.services", "server.protocol")), path
 
 
 def test_no_module_of_the_server_hides_one_of_the_standard_library() -> None:
     assert not {path.stem for path in (ROOT / "server").glob("*.py")} & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("path", below("server/ui"), ids=name_of)
-def test_the_page_only_uses_the_public_api(path: Path) -> None:
-    inside = {module for module in forbidden(path, ("server",)) if module != "server.ui"}
-    allowed = ("server.ui", "server.middleware") if path.name == "serving.py" else ("server.ui",)
-    assert all(is_below(module, allowed) for module in inside - {"server"}), inside
+def test_the_page_only_uses_the_public_api() -> None:
+    for path in below("server/ui"):
+        inside = {module for module in forbidden(path, ("server",)) if module != "server.ui"}
+        more = ["server.middleware"] if path.name == "serving.py" else []
+        allowed = ("server.ui", *more)
+        assert all(is_below(module, allowed) for module in inside - {"server"}), (path, inside)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_page_needs_gradio(path: Path) -> None:
-    if path not in below("server/ui"):
-        assert not forbidden(path, ("gradio", "openai", "pandas", "server.ui"))
+def test_only_the_page_needs_gradio() -> None:
+    for path in MODULES:
+        if path not in below("server/ui"):
+            assert not forbidden(path, ("gradio", "openai", "pandas", "server.ui")), path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_cluster_needs_ray(path: Path) -> None:
-    if path not in below("server/cluster"):
-        assert not forbidden(path, ("ray", "server.cluster"))
+def test_only_the_cluster_needs_ray() -> None:
+    for path in MODULES:
+        if path not in below("server/cluster"):
+            assert not forbidden(path, ("ray", "server.cluster")), path
+
+
+def test_only_loading_reads_tokenizers_for_which_torch_is_imported() -> None:
+    for path in MODULES:
+        if name_of(path) != "server/loading.py":
+            assert not forbidden(path, ("server.core.text.tokenizer_files",)), path
+
+
+def test_unit_tests_need_neither_torch_nor_a_server() -> None:
+    heavy = ("torch", "uvicorn", "tests.servers", "tests.processes", "server.loading",
+             "server.core.engine.model", "server.core.text.tokenizer_files")  # fmt: skip
+    for path in (ROOT / "tests/unit").rglob("*.py"):
+        assert not forbidden(path, heavy), path

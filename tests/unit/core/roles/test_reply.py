@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from server.core.engine.adapters import BASE, Adapter
 from server.core.engine.checkpoint import BUNDLED_FOLDER
@@ -184,7 +184,7 @@ def make(tokenizer: ChatTokenizer) -> Callable[..., Replier]:
 @pytest.fixture(scope="module")
 def strict() -> ChatTokenizer:
     """A tokenizer whose template refuses a system message that is not the first."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    tokenizer = Qwen2Tokenizer.from_pretrained(BUNDLED_FOLDER)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     tokenizer.chat_template = STRICT_TEMPLATE
     return ChatTokenizer(tokenizer)

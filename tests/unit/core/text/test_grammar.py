@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from server.core.engine.checkpoint import BUNDLED_FOLDER
 from server.core.text import grammar as grammar_module
@@ -327,7 +327,7 @@ def test_required_calls_are_read_back_and_fit_their_schema(
 
 
 def test_an_added_token_that_is_not_special_is_text_to_a_grammar() -> None:
-    bundled = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    bundled = Qwen2Tokenizer.from_pretrained(BUNDLED_FOLDER)
     assert isinstance(bundled, PreTrainedTokenizerFast)
     bundled.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=False)
     tokenizer = ChatTokenizer(bundled)
