@@ -31,7 +31,7 @@ MAX_ROWS = 256  # of a step, by default
 MAX_ROWS_TO_FIRST_TOKEN = 1024
 MAX_ROWS_TO_NEXT_TOKEN = 128
 NUM_NEXT_TOKENS = 30
-MAX_LAG_S = 0.25
+MAX_TURN_S = 0.25
 NUM_TRIES = 3
 # What the chat and the stream of these tests are known by among the engine's sequences.
 SEED = 150_015
@@ -180,10 +180,13 @@ async def test_between_two_tokens_of_a_stream_lie_few_rows_of_others(
 
 
 class Watched:
-    """An application on whose event loop a task notes how late it is woken."""
+    """An application on whose event loop a task notes what the loop computed between two turns.
+
+    In CPU time of the loop's thread, for on a busy machine any thread is late.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.lags_s: list[float] = []
+        self.turns_s: list[float] = []
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -198,9 +201,9 @@ class Watched:
 
     async def _watch(self) -> None:
         while True:
-            begin = time.perf_counter()
+            begin = time.thread_time()
             await asyncio.sleep(0.005)
-            self.lags_s.append(time.perf_counter() - begin - 0.005)
+            self.turns_s.append(time.thread_time() - begin)
 
 
 @pytest.fixture(scope="module")
@@ -223,14 +226,14 @@ async def test_no_heavy_request_holds_the_event_loop(
     server, app = watched
     writer = Writer(server.model, never_ending(server.services))
     worst_s = []
-    # The machine itself may have been busy; a loop that is held is late every time.
+    # A collection of garbage may come between; a loop that is held is held every time.
     for _ in range(NUM_TRIES):
         requests = requests_of(load, WHOLE, writer)
-        app.lags_s.clear()
+        app.turns_s.clear()
         posts = (client.post(f"{server.base_url}/{path}", json=body) for path, body in requests)
         for response in await asyncio.gather(*posts):
             assert response.status_code in (200, 400), response.text
-        worst_s.append(max(app.lags_s))
-        if worst_s[-1] < MAX_LAG_S:
+        worst_s.append(max(app.turns_s))
+        if worst_s[-1] < MAX_TURN_S:
             return
     pytest.fail(f"the event loop was held for {worst_s} s")
