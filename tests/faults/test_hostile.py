@@ -9,7 +9,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -21,8 +21,9 @@ from server.core.concurrency import SingleFlight
 from server.core.engine.sequence import Sequence
 from server.core.engine.stream import TokenStream
 from server.core.text.tokenizer import ChatTokenizer
+from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT
 from server.routes import streaming
-from tests.faults.conftest import BOUND_S, endless, text_of, until_inside
+from tests.faults.conftest import BOUND_S, endless, events_of, text_of, until_inside
 from tests.live.test_clients_at_once import is_idle, until
 from tests.servers import LiveServer
 
@@ -46,6 +47,39 @@ ODD_NUMBERS = [
     "-1", "0", "-0", "1e400", "-1e400", "NaN", "Infinity", "1e-400", str(2**31), str(2**63),
     str(-(2**64)), "9" * 4000, "9" * 5000, "1" + "0" * 310, "0.1", "1.0", "true", "false", "null",
 ]  # fmt: skip
+CHAT = "/v1/chat/completions"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Parameters of a chat, about half of their values right.
+LIKELY: dict[str, Callable[[random.Random], Any]] = {
+    "temperature": lambda chance: chance.uniform(-0.5, 2.5),
+    "top_p": lambda chance: chance.uniform(-0.1, 1.1),
+    "min_p": lambda chance: chance.uniform(-0.1, 1.1),
+    "top_k": lambda chance: chance.randint(-2, 20_000),
+    "n": lambda chance: chance.randint(-1, 4),
+    "seed": lambda chance: chance.randint(-(2**65), 2**65),
+    "stop": lambda chance: chance.sample(ODD_TEXTS, chance.randrange(6)),
+    "frequency_penalty": lambda chance: chance.uniform(-3, 3),
+    "presence_penalty": lambda chance: chance.uniform(-3, 3),
+    "repetition_penalty": lambda chance: chance.uniform(-0.5, 2.5),
+    "logit_bias": lambda chance: {str(chance.randint(-1, 17_000)): chance.uniform(-120, 120)},
+    "logprobs": lambda chance: chance.random() < 0.7,
+    "top_logprobs": lambda chance: chance.randint(-1, 22),
+    "stream": lambda chance: chance.random() < 0.7,
+    "sentiment": lambda chance: chance.random() < 0.7,
+    "response_format": lambda chance: chance.choice(
+        [{"type": "text"}, {"type": "json_object"}, {"type": "json_schema"}, {}]
+    ),
+    "tools": lambda chance: [
+        {"type": "function", "function": {"name": chance.choice(["a", "b", "", "a b"])}}
+    ] * chance.randrange(3),
+    "tool_choice": lambda chance: chance.choice(
+        ["none", "auto", "required", "never", {"type": "function"}]
+    ),
+    **{
+        name: lambda chance: chance.choice([None, True, 0, "x", [], {"a": [None]}])
+        for name in (*UNSUPPORTED, *WITHOUT_EFFECT, "made_up")
+    },
+}  # fmt: skip
 Request = tuple[str, bytes]
 # Of CPU time, beside a body of the largest size; more than the aim of 0.05, for a slow machine.
 MAX_LAG_S = 0.1
@@ -58,12 +92,30 @@ class Attacker:
         self._chance, self._model = random.Random(seed), model
 
     def request(self) -> Request:
+        if self._chance.random() < 0.3:
+            return CHAT, self._likely()
         make = self._chance.choice(
             [self._raw, self._broken, self._deep, self._near, self._near, self._near, self._long]
             if self._chance.random() < 0.05
             else [self._raw, self._broken, self._deep, self._near, self._near, self._near]
         )
         return self._chance.choice(PATHS), make()
+
+    def _likely(self) -> bytes:
+        """A chat whose parameters are right, or nearly."""
+        messages: Any = [{"role": "user", "content": self._text()}]
+        if self._chance.random() < 0.3:
+            roles = self._chance.choices([*ROLES, "robot"], k=self._chance.randrange(4))
+            messages = [{"role": role, "content": self._content()} for role in roles]
+        chosen = self._chance.sample(sorted(LIKELY), self._chance.randrange(5))
+        body = {name: LIKELY[name](self._chance) for name in chosen}
+        return json.dumps(
+            {**body, "model": self._model, "messages": messages, "max_tokens": 2}
+        ).encode()
+
+    def _content(self) -> Any:
+        parts = [{"type": "text", "text": self._text()}] * self._chance.randrange(3)
+        return self._chance.choice([self._text(), None, parts])
 
     def _raw(self) -> bytes:
         return self._chance.randbytes(self._chance.randrange(200))
@@ -128,7 +180,10 @@ class Attacker:
 def complaint(response: httpx.Response) -> str | None:
     """What is wrong with a response to nonsense, if anything."""
     if response.status_code == 200:
-        response.content.decode()
+        if not response.headers["content-type"].startswith("text/event-stream"):
+            return None if response.json() else "an empty answer"
+        for event in events_of(response.content.decode()):
+            assert event == "[DONE]" or json.loads(event)
         return "an error in a stream" if '"error":{' in response.text else None
     error = json.loads(response.content).get("error", {})
     if response.status_code // 100 != 4 or set(error) != {"message", "type", "param", "code"}:

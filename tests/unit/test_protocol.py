@@ -1,6 +1,7 @@
 """Which requests are valid, and how others are refused: with 400, a sentence and the field."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -14,7 +15,7 @@ from server.core.engine.sequence import TokenEvent
 from server.core.roles.classification import Classification
 from server.core.roles.tasks import Label
 from server.errors import InvalidRequestError
-from server.protocol import completions
+from server.protocol import completions, responses
 from server.protocol.base import RequestBody, classification, new_id, usage
 from server.protocol.chat import UNSUPPORTED, WITHOUT_EFFECT, ChatCompletionRequest
 from server.protocol.classify import ClassifyRequest
@@ -1085,3 +1086,22 @@ def test_ids_have_their_prefix_and_are_unique() -> None:
     ids = {new_id("chatcmpl") for _ in range(100)}
     assert len(ids) == 100
     assert all(response_id.startswith("chatcmpl-") for response_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "without_effect"),
+    [
+        (ChatCompletionRequest, WITHOUT_EFFECT),
+        (CompletionRequest, completions.WITHOUT_EFFECT),
+        (ResponsesRequest, responses.WITHOUT_EFFECT),
+    ],
+)
+def test_unknown_parameters_are_listed_once_and_known_ones_never(
+    kind: type[RequestBody], without_effect: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="server"):
+        kind.parse(json.dumps({**LEAST[kind], **dict.fromkeys(without_effect, "x")}).encode())
+        assert not caplog.records
+        kind.parse(json.dumps({**LEAST[kind], "made_up": 1, "made_too": 2}).encode())
+    [record] = caplog.records
+    assert "made_up" in record.getMessage() and "made_too" in record.getMessage()
