@@ -4,8 +4,11 @@ Fixtures import what loads torch themselves, so that unit tests start without it
 """
 
 import functools
+import json
+import os
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,11 +21,16 @@ if TYPE_CHECKING:
     from server.core.text.tokenizer import ChatTokenizer
     from tests.servers import LiveServer
 
+NUM_EXAMPLES = 12  # of each label, of the random model's tasks
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of judges for all servers of this run, also those in other processes."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # shared by the workers
+        folder = tmp_path_factory.getbasetemp().parent / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_CACHE_DIR", str(folder))
         yield folder
@@ -59,7 +67,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: "ChatTo
     save_random_model(folder, tokenizer.vocab_size)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(BUNDLED_FOLDER / name, folder)
+    copy_tasks(folder)
     return folder
+
+
+def copy_tasks(folder: Path) -> None:
+    """Copies the built-in tasks with few of their examples, to which judges are fitted quickly."""
+    from server.core.roles.task_files import BUILTIN_FOLDER
+
+    shutil.copy(BUILTIN_FOLDER / "tasks.toml", folder)
+    for path in BUILTIN_FOLDER.glob("*.jsonl"):
+        rows: dict[str, list[str]] = defaultdict(list)
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            rows[json.loads(line)["label"]].append(line)
+        kept = [row for each in rows.values() for row in each[:: len(each) // NUM_EXAMPLES]]
+        (folder / path.name).write_text("".join(kept), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
