@@ -1,5 +1,6 @@
 # make serve   set up and start the server      make test    set up and run the tests
 # make unit    run the tests that need neither PyTorch nor a server, in seconds
+# make coverage  run all tests and list what they do not reach in server/, most of it first
 # make check   lint and type-check              make bench   measure against the peers,
 #              on the model that QWEN_REAL names or on random weights
 # make docs    build the site of docs/ into build/docs
@@ -17,6 +18,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --retries 1 \
 	--extra-index-url $(TORCH_INDEX) --constraint constraints.txt
 
+# Processes that share the tests; 0 runs them in one.
+WORKERS ?= 2
+PARALLEL = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 # OpenVINO needs other versions than the project, so it is measured in an environment of its own.
 OPENVINO := benchmarks/cache/openvino
 # So does vLLM, in front of which the server is tested.
@@ -25,13 +30,21 @@ LOWEST ?= .venv-lowest
 # Where uv takes torch from; --torch-backend names PyTorch's own index.
 LOWEST_TORCH ?= --torch-backend cpu
 
-.PHONY: serve test unit soak check docs bench openvino vllm lowest release container format clean
+.PHONY: serve test unit coverage soak check docs bench openvino vllm lowest release container format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/python -m server $(ARGS)
 
+# A file's tests share servers, so they stay together; those of the first folders last longest.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+# Servers in processes of their own count, too, unless a test kills them.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit $(ARGS)

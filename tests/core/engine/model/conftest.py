@@ -1,6 +1,7 @@
 """Tiny random checkpoints of every supported architecture."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ ARCHITECTURES: dict[str, tuple[type[Qwen2Config | Qwen3Config], dict[str, Any]] 
     ),
     "bundled": None,
 }
+
+
+@pytest.fixture(scope="package", autouse=True)
+def two_threads() -> Iterator[None]:
+    """What is computed in parallel is tested so, whatever ran before in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
