@@ -4,6 +4,7 @@ What the model says, and which mood it sees, is not asserted: only what stands w
 """
 
 import ast
+import contextlib
 import io
 import os
 import re
@@ -62,8 +63,25 @@ def run(
     )
 
 
-def output_of(base_url: str, name: str, *arguments: str, stdin: str = "") -> str:
-    done = run(base_url, name, *arguments, stdin=stdin)
+def output_of(base_url: str, name: str, *arguments: str) -> str:
+    """What an example prints. In this process; that each is a program is tested without its key."""
+    out, complaints = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(complaints),
+    ):
+        patch.setenv("OPENAI_BASE_URL", base_url)
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_module(f"openai_examples.{name}", run_name="__main__")
+    assert complaints.getvalue() == ""
+    return out.getvalue()
+
+
+def typed(base_url: str, stdin: str) -> str:
+    """What the REPL prints to somebody who types this."""
+    done = run(base_url, "repl", stdin=stdin)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -191,7 +209,7 @@ def check_adapters(base_url: str) -> None:
 
 def check_repl(base_url: str) -> None:
     for goodbye in ("exit\n", ""):
-        output = output_of(base_url, "repl", stdin=f"你好\n\nThank you!\n{goodbye}")
+        output = typed(base_url, f"你好\n\nThank you!\n{goodbye}")
         assert num_answers(output) == 2, output
 
 
@@ -247,7 +265,7 @@ def test_the_repl_forgets_the_oldest_turn_when_the_conversation_no_longer_fits(
 ) -> None:
     line = "很好，" * 150  # 150 tokens: one fits, two do not
     with serve(Settings(model="mini", max_context=300)) as server:
-        output = output_of(server.base_url, "repl", stdin=f"{line}\n{line}\nexit\n")
+        output = typed(server.base_url, f"{line}\n{line}\nexit\n")
         too_long = run(server.base_url, "repl", stdin=line * 2)
     first, second = re.split(r"^> ", output, flags=re.M)[1:3]
     assert first[0] in EMOJIS
