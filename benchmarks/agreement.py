@@ -2,10 +2,10 @@
 
     python -m benchmarks.agreement --model DIR --engine http://HOST:PORT
 
-Both answer 100 conversations at temperature 0, ten at a time, the local engine in bfloat16. Both
+Both answer 100 conversations at temperature 0, ten at a time, the local engine in `--dtype`. Both
 judge moods by label scores minus the prior, because vLLM returns no hidden states. Without --engine
 the local engine is compared with itself, answering one conversation at a time: this shows the
-effect of bfloat16 alone. `make vllm` installs vLLM; start it with
+effect of the type alone. `make vllm` installs vLLM; start it with
 
     VLLM_CPU_KVCACHE_SPACE=2 benchmarks/cache/vllm/bin/vllm serve DIR \\
         --dtype bfloat16 --enforce-eager --max-model-len 4096 --port 8100
@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import Literal
 
 from benchmarks.reply_quality import sampling_params
 from benchmarks.same_text import NUM_CONVERSATIONS, Conversation, conversations
@@ -76,9 +77,9 @@ class Side:
 
 
 @contextmanager
-def own_engine(model: str) -> Iterator[Services]:
-    """The local engine in bfloat16, without heads."""
-    settings = Settings(model=model, dtype="bfloat16")
+def own_engine(model: str, dtype: Literal["bfloat16", "float32"]) -> Iterator[Services]:
+    """The local engine, without heads."""
+    settings = Settings(model=model, dtype=dtype)
     loaded = find_model(settings)
     engine, _ = load_engine(loaded, settings)
     try:
@@ -160,11 +161,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="as the server's own option")
     parser.add_argument("--engine", help="as the server's own option; default: the local engine")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--num", type=int, default=NUM_CONVERSATIONS, help="conversations")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="per answer")
     args = parser.parse_args()
     chosen = conversations()[: args.num]
-    with own_engine(args.model) as own, other_side(own, args.model, args.engine) as other:
+    with (
+        own_engine(args.model, args.dtype) as own,
+        other_side(own, args.model, args.engine) as other,
+    ):
         sides = (Side(own, NUM_TOGETHER), other)
         pairs = asyncio.run(answer_all(sides, chosen, args.max_tokens))
     gaps = [gap for a, b in pairs if a.label == b.label and (gap := a.gap(b)) is not None]
