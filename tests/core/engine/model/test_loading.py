@@ -186,7 +186,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=[reason[:40] for _, reason in DAMAGES])
 def test_a_damaged_checkpoint_is_one_clear_sentence(
     copy: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
