@@ -21,7 +21,6 @@ from tests.faults.conftest import (
     endless,
     events_of,
     held,
-    num_inside,
     text_of,
     until_inside,
 )
@@ -119,7 +118,7 @@ async def test_of_200_clients_at_once_each_gets_its_own_reply_or_a_429(
             alone.append(text_of(await ask(number)))
     assert together == alone
     assert len(set(together)) > num_accepted * 0.9
-    assert await num_inside(client, crowded) == 0
+    await until_inside(client, crowded, 0)
     await until(lambda: is_idle(crowded.engine))
 
 
@@ -190,7 +189,7 @@ async def test_the_deadline_ends_what_runs_and_what_waits(
             )
             for response in responses:
                 assert_out_of_time(response)
-            assert await num_inside(client, hasty) == 0
+            await until_inside(client, hasty, 0)
     await until(lambda: is_idle(hasty.engine))
 
 
@@ -208,7 +207,7 @@ async def test_the_deadline_ends_a_stream_with_an_error_and_done(
                 *_, error, end = events_of(response.text)
                 assert json.loads(error)["error"]["code"] == "request_timeout"
                 assert end == "[DONE]"
-            assert await num_inside(client, hasty) == 0
+            await until_inside(client, hasty, 0)
     await until(lambda: is_idle(hasty.engine))
 
 
@@ -261,7 +260,7 @@ async def test_bodies_share_a_budget_before_they_are_let_in(
         ]
         await until(lambda: held_bytes() > MAX_BODIES * (len(body) - 10))
         # No request is admitted, and there is room for the start of one more body only.
-        assert await num_inside(client, small_bodied) == 0
+        await until_inside(client, small_bodied, 0)
         with await begun(small_bodied, body) as refused:
             async with asyncio.timeout(BOUND_S):
                 answer = await asyncio.get_running_loop().sock_recv(refused, 4096)
