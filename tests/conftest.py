@@ -4,11 +4,9 @@ Fixtures import what loads torch themselves, so that unit tests start without it
 """
 
 import functools
-import json
 import os
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from server.config import Settings
     from server.core.text.tokenizer import ChatTokenizer
     from tests.servers import LiveServer
-
-NUM_EXAMPLES = 12  # of each label, of the random model's tasks
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,27 +57,16 @@ def tokenizer() -> "ChatTokenizer":
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: "ChatTokenizer") -> Path:
     """A random two-layer Qwen2 with the bundled tokenizer; it generates random text."""
     from server.core.engine.checkpoint import BUNDLED_FOLDER
-    from tests.servers import save_random_model
+    from server.core.roles.task_files import BUILTIN_FOLDER
+    from tests.servers import save_random_model, write_few_examples
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-random"
     save_random_model(folder, tokenizer.vocab_size)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(BUNDLED_FOLDER / name, folder)
-    copy_tasks(folder)
-    return folder
-
-
-def copy_tasks(folder: Path) -> None:
-    """Copies the built-in tasks with few of their examples, to which judges are fitted quickly."""
-    from server.core.roles.task_files import BUILTIN_FOLDER
-
     shutil.copy(BUILTIN_FOLDER / "tasks.toml", folder)
-    for path in BUILTIN_FOLDER.glob("*.jsonl"):
-        rows: dict[str, list[str]] = defaultdict(list)
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            rows[json.loads(line)["label"]].append(line)
-        kept = [row for each in rows.values() for row in each[:: len(each) // NUM_EXAMPLES]]
-        (folder / path.name).write_text("".join(kept), encoding="utf-8")
+    write_few_examples(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

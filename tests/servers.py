@@ -1,7 +1,9 @@
 """Checkpoints and live servers for tests. Imports torch, unlike `tests/conftest.py`."""
 
+import json
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from server.app import create_app
 from server.config import Settings
 from server.core.engine.local import LocalEngine
+from server.core.roles.task_files import BUILTIN_FOLDER
 from server.loading import load_services
 from server.services import Services
 
 START_TIMEOUT_S = 60
+NUM_EXAMPLES = 12  # of each label
 
 
 def save_random_model(folder: Path, vocab_size: int) -> None:
@@ -40,6 +44,16 @@ def save_random_model(folder: Path, vocab_size: int) -> None:
     model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=[2, 0])
     model.save_pretrained(folder)
+
+
+def write_few_examples(folder: Path) -> None:
+    """Some of the built-in tasks' examples, in files of the same names: soon fitted to."""
+    for path in BUILTIN_FOLDER.glob("*.jsonl"):
+        rows: dict[str, list[str]] = defaultdict(list)
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            rows[json.loads(line)["label"]].append(line)
+        kept = [row for each in rows.values() for row in each[:: len(each) // NUM_EXAMPLES]]
+        (folder / path.name).write_text("".join(kept), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A served GGUF gives the same results as the folder it was made from."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from server.config import Settings
 from server.core.engine.checkpoint import BUNDLED_FOLDER
 from tests.gguf_files import write_gguf
-from tests.servers import LiveServer
+from tests.servers import LiveServer, write_few_examples
 
 TEXTS = ["我今天考试通过了！", "My flight was cancelled and nobody helped"]
 
@@ -43,10 +44,12 @@ def test_a_gguf_answers_and_judges_as_its_folder_does(
     folder = tiny_checkpoint if of == "tiny" else BUNDLED_FOLDER
     path = tmp_path / "my-qwen.gguf"
     write_gguf(path, folder)
-    # The bundled model's own prompts are a file beside its folder's weights.
-    tasks = None if of == "tiny" else folder / "tasks.toml"
+    # A folder's prompts are a file beside its weights, which the GGUF has not.
+    tasks = tmp_path / "tasks.toml"
+    shutil.copy(folder / "tasks.toml", tasks)
+    write_few_examples(tmp_path)
     with (
-        serve(Settings(model=str(folder), dtype="float32")) as theirs,
+        serve(Settings(model=str(folder), tasks=tasks, dtype="float32")) as theirs,
         serve(Settings(model=str(path), tasks=tasks, dtype="float32")) as ours,
     ):
         assert ours.model == "my-qwen"
