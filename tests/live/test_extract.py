@@ -51,9 +51,9 @@ def test_one_text_has_one_result_in_the_documented_shape(live: LiveServer) -> No
     ],
 )
 def test_items_are_short_pieces_of_the_text_and_none_comes_twice(
-    live: LiveServer, text: str
+    tiny: LiveServer, text: str
 ) -> None:
-    [items] = extract(live, input=text, max_items=20)
+    [items] = extract(tiny, input=text, max_items=20)
     assert 1 <= len(items) <= 20
     assert len({item.casefold() for item in items}) == len(items)
     for item in items:
