@@ -423,6 +423,8 @@ async def test_a_sent_request_is_not_repeated(quick: None) -> None:
 
 
 async def test_connecting_is_retried(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Enough for a busy machine, where the server starts late.
+    monkeypatch.setattr(upstream, "PAUSES_S", (0.01,) * 1000)
     port = closed_port()
     async with engine_at(f"http://127.0.0.1:{port}") as engine:
         await until(lambda: engine.trouble is not None)
@@ -430,7 +432,7 @@ async def test_connecting_is_retried(quick: None, monkeypatch: pytest.MonkeyPatc
         await asyncio.sleep(0.1)  # the first tries
         answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}"
         async with raw_server(port, answer):
-            assert await prefill == 0
+            assert await prefill is None  # the answer does not count cached tokens
 
 
 async def test_a_lost_upstream_is_reported_and_may_recover(quick: None) -> None:
