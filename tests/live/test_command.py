@@ -231,7 +231,7 @@ def test_a_server_that_only_poses_as_the_hub_is_reported_and_the_bundled_model_u
     with run_app(Starlette(routes=[Route("/{path:path}", log_in)])) as url:
         ask_hub(tmp_path, url)
         says = in_process(monkeypatch, "--model", DEFAULT_MODEL, "--port", "0")
-        assert "is not the hub" in says
+        assert "does not come from the Hugging Face hub" in says
         assert find_checkpoint("auto").model_id == "qwen-mini-fallback"
 
 
@@ -423,7 +423,7 @@ async def test_small_packets_are_sent_at_once() -> None:
         (("--adapter", "poet", "--port", "0"), "--adapter 'poet': 'poet' is not NAME=FOLDER"),
         (("--adapter", "po et=/x", "--port", "0"), "is not NAME=FOLDER"),
         (("--adapter", "poet=", "--port", "0"), "is not NAME=FOLDER"),
-        (("--adapter", "plain=/x", "--port", "0"), "the name 'plain' is taken"),
+        (("--adapter", "plain=/x", "--port", "0"), "the name 'plain' is reserved for chats"),
         (
             ("--adapter", "poet=/x", "--adapter", "poet=/y", "--port", "0"),
             "the name 'poet' is given twice",
