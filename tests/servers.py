@@ -1,7 +1,6 @@
 """Checkpoints and live servers for tests. Imports torch, unlike `tests/conftest.py`."""
 
 import json
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -85,8 +84,6 @@ def local_engine(services: Services) -> LocalEngine:
 @contextmanager
 def run_live(settings: Settings) -> Iterator[LiveServer]:
     """Runs a server on a thread until the block ends."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)  # the other cores are those of the other workers
     services = load_services(settings)
     try:
         with run_app(create_app(settings, services)) as url:

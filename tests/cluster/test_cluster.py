@@ -74,6 +74,8 @@ class Deployment:
 @pytest.fixture(scope="module")
 def deployment(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[Deployment]:
     monkeypatch_module.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's processes would yield to the tests that run beside them.
+    monkeypatch_module.setenv("RAY_worker_niceness", "0")
     monkeypatch_module.setenv("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
