@@ -84,8 +84,10 @@ class SideBar:
         )  # fmt: skip
         listing = [_list_tasks, [self.api_key], [self._tasks]]
         recalled = page.load(None, None, [self.api_key], js=RECALL_KEY, **PRIVATE)
-        recalled.then(*listing, **PRIVATE)
-        gr.on([self.api_key.submit, self.api_key.blur], *listing, **PRIVATE)
+        # In the queue, the end of this event could close the stream that a first message, sent at
+        # that moment, waits on; the page would never show its answer.
+        recalled.then(*listing, queue=False, **PRIVATE)
+        gr.on([self.api_key.submit, self.api_key.blur], *listing, queue=False, **PRIVATE)
         self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **PRIVATE)
 
 
