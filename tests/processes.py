@@ -64,24 +64,36 @@ def started(
         stderr=subprocess.STDOUT,
         text=True,
     )
+    with announced(process) as output:
+        found = re.search(r"Serving .* on (https?://127\.0\.0\.1:\d+)", "".join(output))
+        assert found, "".join(output)
+        yield Running(process, found[1], output)
+
+
+@contextmanager
+def announced(
+    process: subprocess.Popen[str], timeout_s: float = START_TIMEOUT_S
+) -> Iterator[list[str]]:
+    """Waits until the server says that it is ready; kills it at the end of the block.
+
+    Yields the lines of its output, also those that follow.
+    """
     output: list[str] = []
-    announced = threading.Event()
+    is_ready = threading.Event()
 
     def read() -> None:
         assert process.stdout is not None
         for line in process.stdout:
             output.append(line)
             if "Application startup complete" in line:
-                announced.set()
-        announced.set()
+                is_ready.set()
+        is_ready.set()
 
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        assert announced.wait(START_TIMEOUT_S), "".join(output)
-        found = re.search(r"Serving .* on (https?://127\.0\.0\.1:\d+)", "".join(output))
-        assert found, "".join(output)
-        yield Running(process, found[1], output)
+        assert is_ready.wait(timeout_s), "".join(output)
+        yield output
     finally:
         process.kill()
         process.wait()

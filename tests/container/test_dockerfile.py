@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.container.dockerfile import Image, instructions, is_in_context, missing
-from tests.processes import closed_port
+from tests.processes import announced, closed_port
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -43,29 +42,9 @@ def running(image: Image, **settings: str) -> Iterator[tuple[subprocess.Popen[st
     """The process of CMD and its port, once it has announced itself."""
     port = closed_port()
     process = image.start(image.command, {"QWEN_PORT": str(port), **settings})
-    output: list[str] = []
-    announced = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            output.append(line)
-            if "Application startup complete" in line:
-                announced.set()
-        announced.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert announced.wait(START_TIMEOUT_S), "".join(output)
+    with announced(process, START_TIMEOUT_S) as output:
         assert process.poll() is None, "".join(output)
         yield process, port
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def get(port: int, path: str, key: str | None = None) -> tuple[int, bytes]:
