@@ -51,15 +51,16 @@ def main() -> None:
         return
     settings = read_settings(Settings, sys.argv[1:])
     configure_logs(settings.log_level, settings.log_format)
-    try_print(f"loading {settings.model!r} ...")
     try:
         logger.debug("%d API keys", len(settings.keys))  # reads their file before the model
         if settings.check:
+            try_print(f"loading {settings.model!r} ...")
             _check(settings)
             return
         settings.check_certificate()
         # Before the model is loaded, so that a port in use is reported at once.
         with bind(settings.host, settings.port) as listener:
+            try_print(f"loading {settings.model!r} ...")
             _serve(settings, listener)
     except (CheckpointError, TaskFileError, OSError) as error:
         sys.exit(f"error: {error}")

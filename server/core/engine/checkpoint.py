@@ -135,8 +135,9 @@ def _download(repo_id: str, revision: str | None, has_weights: bool) -> Path:
         ) from error
     except (LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise HubUnreachableError(
-            f"the Hugging Face hub cannot be reached and {repo_id!r} is not complete in the "
-            "cache; connect once to download it, set HF_ENDPOINT to a mirror, or use --model mini"
+            f"the Hugging Face hub cannot be reached and {repo_id!r} is neither a folder here nor "
+            "complete in the cache; connect once to download it, set HF_ENDPOINT to a mirror, or "
+            "use --model mini"
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise CheckpointError(
@@ -146,7 +147,8 @@ def _download(repo_id: str, revision: str | None, has_weights: bool) -> Path:
         # Not JSON: the login page of a network, or a proxy's notice.
         raise HubUnreachableError(
             f"the response does not come from the Hugging Face hub ({first_line(error)}), and "
-            f"{repo_id!r} is not complete in the cache; check the network, or use --model mini"
+            f"{repo_id!r} is neither a folder here nor complete in the cache; check the network, "
+            "or use --model mini"
         ) from error
     except OSError as error:
         raise CheckpointError(
