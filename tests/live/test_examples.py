@@ -5,6 +5,7 @@ What the model says, and which mood it sees, is not asserted: only what stands w
 
 import ast
 import contextlib
+import gc
 import io
 import os
 import re
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -74,6 +76,10 @@ def output_of(base_url: str, name: str, *arguments: str) -> str:
         patch.delenv("OPENAI_API_KEY", raising=False)
         patch.setattr(sys, "argv", [name, *arguments])
         runpy.run_module(f"openai_examples.{name}", run_name="__main__")
+        # A program ends with its client still connected.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
     assert complaints.getvalue() == ""
     return out.getvalue()
 
