@@ -32,6 +32,7 @@ from server.guards import exposure
 from server.listener import bind, cannot_listen
 from server.loading import load_services
 from server.logs import configure_logs, try_print
+from server.services import Services
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,11 @@ def main() -> None:
     try:
         logger.debug("%d API keys", len(settings.keys))  # reads their file before the model
         if settings.check:
-            try_print(f"loading {settings.model!r} ...")
             _check(settings)
             return
         settings.check_certificate()
         # Before the model is loaded, so that a port in use is reported at once.
         with bind(settings.host, settings.port) as listener:
-            try_print(f"loading {settings.model!r} ...")
             _serve(settings, listener)
     except (CheckpointError, TaskFileError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -77,7 +76,7 @@ def _cluster(arguments: list[str]) -> None:
 
 def _check(settings: Settings) -> None:
     """Loads the model and answers once."""
-    services = load_services(settings)
+    services = _load(settings)
     _warn(services.warning)
     messages = [{"role": "user", "content": "你好！"}]
     params = SamplingParams(max_tokens=16, stop_token_ids=services.defaults.eos_token_ids)
@@ -95,8 +94,13 @@ def _check(settings: Settings) -> None:
     print(f"{services.model_id} works: sentiment {sentiment}, answer {text!r}")
 
 
+def _load(settings: Settings) -> Services:
+    try_print(f"loading {settings.model!r} ...")
+    return load_services(settings)
+
+
 def _serve(settings: Settings, listener: socket.socket) -> None:
-    services = load_services(settings)
+    services = _load(settings)
     host, port = listener.getsockname()[:2]
     url = f"{settings.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     app = create_app(settings, services)

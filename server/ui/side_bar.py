@@ -84,8 +84,8 @@ class SideBar:
         )  # fmt: skip
         listing = [_list_tasks, [self.api_key], [self._tasks]]
         recalled = page.load(None, None, [self.api_key], js=RECALL_KEY, **PRIVATE)
-        # In the queue, the end of this event could close the stream that a first message, sent at
-        # that moment, waits on; the page would never show its answer.
+        # Not queued: Gradio closes the queue's stream when this event ends. A message sent at that
+        # moment would wait for ever on the closed stream.
         recalled.then(*listing, queue=False, **PRIVATE)
         gr.on([self.api_key.submit, self.api_key.blur], *listing, queue=False, **PRIVATE)
         self.api_key.input(None, [self.api_key], None, js=KEEP_KEY, **PRIVATE)

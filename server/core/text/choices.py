@@ -97,7 +97,7 @@ class Choices:
 
     @property
     def num_kept_tokens(self) -> int:
-        """Prompt tokens that were computed, and all are kept for later prompts.
+        """Prompt tokens that were computed; all of them are kept for later prompts.
 
         0 where the engine does not report how many needed no computing.
         """
