@@ -1,7 +1,9 @@
 """The table of settings in docs/configuration.md. `python -m tests.settings_table` writes it."""
 
 import re
+from collections.abc import Mapping
 
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from server.config import Settings
@@ -10,10 +12,10 @@ from tests.markdown import ROOT
 PAGE = ROOT / "docs" / "configuration.md"
 
 
-def settings_table() -> str:
-    """As it should be."""
+def settings_table(fields: Mapping[str, FieldInfo] = Settings.model_fields) -> str:
+    """The table of these settings: option, default, help text."""
     lines = ["| option | default | |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
+    for name, field in fields.items():
         option = f"`--{name.replace('_', '-')}`"
         default = field.default
         assert default is not PydanticUndefined
